@@ -1,0 +1,3 @@
+"""Plumbing, plots and checks of a hands-on QLoRA course: MedQuAD, 4 bits, LoRA, SFT. Importing it imports no torch."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The embedded sample (``conditions.toml``) and the embedded base model (``tiny/``), with the recipe that remakes them."""

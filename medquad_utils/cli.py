@@ -1,0 +1,109 @@
+"""``medquad``: the thin command line. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from medquad_utils import __version__
+from medquad_utils.profiles import PROFILES, CourseError
+
+HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers: run the lessons, ask the model, look at this machine."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="medquad", description=HELP)
+    top.add_argument("--version", action="version", version=f"medquad {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    profile = f"auto, {', '.join(PROFILES)}"
+
+    commands.add_parser("doctor", help="hardware, versions, Hub, token, and the profile that auto takes")
+
+    run = commands.add_parser("run", help="run the lessons with papermill")
+    run.add_argument("--profile", default="auto", metavar="P", help=profile)
+    run.add_argument("--only", default="", metavar="02,04", help="numbers of the lessons to run (default: all)")
+    run.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter, for example -p source=xml")
+    run.add_argument("--out", default="", metavar="DIR", help="where results go (default: runs)")
+
+    ask = commands.add_parser("ask", help="ask the tuned model one question")
+    ask.add_argument("question")
+    ask.add_argument("--profile", default="auto", metavar="P", help=profile)
+    ask.add_argument("--out", default="", metavar="DIR", help="where results are (default: runs)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a mistake of the user's ends in one line on stderr and exit status 1."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return {"doctor": _doctor, "run": _run, "ask": _ask}[options.command](options)
+    except CourseError as error:
+        print(f"medquad: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nmedquad: stopped; what was written before is whole.", file=sys.stderr)
+        return 130
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from medquad_utils import profiles
+
+    hardware = profiles.detect()
+    reachable = profiles.hub_reachable()
+    token = profiles.hub_token() is not None
+    name, why = profiles.choose(hardware, reachable, token)
+    lines = {
+        "device": f"{hardware.device}: {hardware.name}, {hardware.memory_gb:.0f} GB, {hardware.cores} cores",
+        "CUDA capability": ".".join(map(str, hardware.capability)) if hardware.capability else "no CUDA GPU",
+        "bf16 on the CPU": "yes" if hardware.bf16_cpu else "no (fp32 is used instead)",
+        "Hugging Face Hub": "reachable" if reachable else "out of reach",
+        "HF_TOKEN": "set" if token else "not set",
+        **profiles.versions(),
+        "auto takes": f"{name} ({why.removeprefix('auto: ')})",
+    }
+    width = max(map(len, lines))
+    print("\n".join(f"{k:<{width}}  {v}" for k, v in lines.items()))
+    print("\n" + str(profiles.resolve(name, hardware=hardware)))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from medquad_utils import course
+
+    wrong = [pair for pair in options.p if "=" not in pair]
+    if wrong:
+        raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
+    only = [number for number in options.only.split(",") if number]
+    course.run(options.profile, only, dict(pair.split("=", 1) for pair in options.p), options.out)
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from medquad_utils import profiles
+
+    if not options.question.strip():
+        raise CourseError('the question is empty: ask one in quotes, for example medquad ask "What causes asthma?"')
+    plan = profiles.resolve(options.profile, out=options.out)
+    from transformers.utils import logging
+
+    from medquad_utils.chat import NOTICE
+    from medquad_utils.generation import check_adapter, load_tokenizer, load_tuned, stream
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    check_adapter(plan, plan.folder / "adapter")
+    model, tokenizer = load_tuned(plan), load_tokenizer(plan)
+    for piece in stream(model, tokenizer, options.question, plan.max_new_tokens):
+        print(piece, end="", flush=True)
+    print(f"\n\n{NOTICE}")
+    if plan.model_id == "embedded":
+        print("This is the embedded tiny model: it shows the method on a few short facts, and knows nothing else.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Load the 4-bit model with or without its adapter, ask it one question or many, and stop where an answer ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medquad_utils.chat import end_ids, prompt_messages, set_pad_token
+from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.quantization import nf4_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with a pad token that is no end token; pads go on the right, as training wants them.
+
+    Raises:
+        CourseError: the tokenizer is not to be had (see ``_explain``).
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(plan):
+        tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=_revision(plan))
+    set_pad_token(tokenizer)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
+    """The base model on the plan's device, its linear layers in NF4 (or in the compute dtype with ``quantized=False``).
+
+    Raises:
+        CourseError: the model is not to be had, or its files are damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _explained(plan):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            plan.model_source,
+            revision=_revision(plan),
+            dtype=getattr(torch, plan.compute_dtype),
+            quantization_config=nf4_config(plan) if quantized else None,
+            attn_implementation=plan.attention,
+            device_map={"": 0 if plan.device == "cuda" else "cpu"},
+        )
+    return model.eval()
+
+
+def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
+    """The 4-bit base with the adapter of ``adapter`` (default: what lesson 04 saved) on top.
+
+    Raises:
+        CourseError: no adapter there, one that was trained on another base, or a damaged file.
+    """
+    from peft import PeftModel
+
+    folder = adapter or plan.folder / "adapter"
+    check_adapter(plan, folder)
+    base = load_base(plan)
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()  # type: ignore[return-value]
+    except Exception as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
+        raise CourseError(
+            f"the adapter in {folder.name}/ does not load onto {plan.model_id} ({_first_line(error)}). "
+            "Delete the folder and run lesson 04 again."
+        ) from error
+
+
+def check_adapter(plan: Plan, folder: Path) -> None:
+    """Refuse an adapter folder that is not whole or belongs to another base model.
+
+    Raises:
+        CourseError: names what does not match and what to do.
+    """
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise CourseError(f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04).")
+    record = folder / "plan.json"
+    made_on = json.loads(record.read_text())["model_id"] if record.is_file() else plan.model_id
+    if made_on != plan.model_id:
+        raise CourseError(f"the adapter was trained on {made_on}, but the plan loads {plan.model_id}. Use the profile it was trained with.")
+
+
+def _revision(plan: Plan) -> str | None:
+    return None if plan.model_path or plan.model_id == "embedded" else plan.revision
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class _explained:
+    """Turn a failed download or a damaged file into one message with the next step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        raise CourseError(explain_load_error(error, self.plan)) from error
+
+
+def explain_load_error(error: Exception, plan: Plan) -> str:
+    """What went wrong in loading the plan's model, and what to click or set."""
+    model = plan.model_source if plan.model_path else plan.model_id
+    text = f"{type(error).__name__} {error} {error.__cause__ or ''}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return (
+            f"{model} is gated. Open https://huggingface.co/{model}, accept its licence, make a read token under Settings > "
+            "Access Tokens and set it as HF_TOKEN (on Colab: the key icon). Profile 'small' needs no token."
+        )
+    if "safetensor" in text.lower() or "header" in text.lower():
+        return f"the weights of {model} are damaged ({_first_line(error)}). Delete the folder or the cached copy and load again."
+    if plan.model_path or plan.model_id == "embedded":
+        return f"cannot load the model in {model} ({_first_line(error)}). Expected a folder in the Hub's layout."
+    return f"cannot load {model} from the Hub ({_first_line(error)}). Check the network; profile 'tiny' needs none."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer: its text, how many tokens it took, and whether it ended on an end token by itself."""
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: str = "",
+    **sampling: Any,
+) -> list[Answer]:
+    """Answer ``conversations`` (lists of messages) in batches, greedily unless ``sampling`` says otherwise.
+
+    Prompts are padded on the left, so that every answer begins where its prompt ends; batches hold prompts of alike
+    length. ``progress`` names a progress bar.
+    """
+    from tqdm.auto import tqdm
+
+    prompts = [
+        tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, disable=not progress):
+        chosen = order[start : start + batch_size]
+        batch = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+        settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling
+        with torch.inference_mode():
+            output = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end_ids(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                **settings,
+            )
+        for i, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[i] = _read(tokenizer, ids)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Answer:
+    ends = set(end_ids(tokenizer))
+    length = next((n for n, i in enumerate(ids) if i in ends), None)
+    kept = list(ids if length is None else ids[:length])
+    return Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None)
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    max_new_tokens: int = 128,
+    **settings: Any,
+) -> list[Answer]:
+    """Answer each question on its own, under the course's system prompt."""
+    return generate(model, tokenizer, [prompt_messages(q) for q in questions], max_new_tokens, **settings)
+
+
+def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 128) -> Iterator[str]:
+    """Yield the greedy answer piece by piece while it is being generated."""
+    from transformers import TextIteratorStreamer
+
+    encoded = tokenizer.apply_chat_template(
+        prompt_messages(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    settings = {
+        **encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "do_sample": False,
+        "eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    worker = Thread(target=model.generate, kwargs=settings, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+
+
+def next_token_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], start: str = ""
+) -> torch.Tensor:
+    """Probabilities of the token after ``messages`` and the answer's first words ``start``; fp32, shape (vocabulary,)."""
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = list(ids) + tokenizer(start, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
+    return logits.float().softmax(-1).cpu()

@@ -1,0 +1,73 @@
+"""LoRA adapters: the config, the parameter counts in closed form, and a look at where they sit and in which dtypes.
+
+LoRA, arXiv 2106.09685: a frozen weight W gets a learned low-rank term, y = W x + (alpha / r) B A x, with B = 0 at the start.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from medquad_utils.profiles import Plan, Shape
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# All seven linear layers of a block: the QLoRA paper (section 4) finds that this matters more than the rank.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def lora_config(plan: Plan) -> LoraConfig:
+    """The course's adapter: the plan's rank and alpha on all linear layers of every block."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.lora_r,
+        lora_alpha=plan.lora_alpha,
+        lora_dropout=plan.lora_dropout,
+        target_modules=list(ALL_LINEAR),
+    )
+
+
+def adapter_parameters(shape: Shape, rank: int, modules: tuple[str, ...] = ALL_LINEAR) -> int:
+    """Trainable parameters in closed form: a layer with i inputs and o outputs gets rank x (i + o)."""
+    return shape.layers * sum(rank * (i + o) for name, (i, o) in shape.linears().items() if name in modules)
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Parameters of ``model`` that a gradient step changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapted_modules(model: torch.nn.Module) -> dict[str, int]:
+    """Kind of linear layer -> how many of its kind carry an adapter."""
+    names = [name.split(".")[-3] for name, _ in model.named_parameters() if ".lora_A." in name]
+    return dict(Counter(names))
+
+
+def dtype_census(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """Role ("frozen" or "trained") -> dtype -> number of stored values; packed 4-bit weights are counted in bytes (uint8)."""
+    census: dict[str, Counter[str]] = {"frozen": Counter(), "trained": Counter()}
+    for parameter in model.parameters():
+        census["trained" if parameter.requires_grad else "frozen"][str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return {role: dict(counts) for role, counts in census.items()}
+
+
+def lora_b_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Name -> Frobenius norm of every ``lora_B``: all zero before training; a zero afterwards means that it never learned."""
+    return {name: float(p.detach().float().norm()) for name, p in model.named_parameters() if ".lora_B." in name}
+
+
+def cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the trainable parameters of ``model`` to ``dtype``, in place.
+
+    To be called *after* ``SFTTrainer`` is built: the trainer casts the adapters of a 4-bit model to bf16 whatever the
+    config says. On a CPU without AVX512-BF16 that makes every step 15 to 20 times slower; on a GPU before Ampere, fp16
+    training then fails in the gradient scaler. fp32 adapters mend both.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,287 @@
+"""Every figure of the course: one style, one palette, an opaque background, and alt text that goes with the picture."""
+
+from __future__ import annotations
+
+import html
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medquad_utils.data import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart by colour-blind eyes too; yellow is left out on white.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+GREY, INK, PAPER = "#8A8A8A", "#1F2328", "#FFFFFF"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+
+STYLE: dict[str, Any] = {
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3",
+    "axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
+    "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False, "svg.hashsalt": "medquad",
+}  # fmt: skip
+
+
+def figure(width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure in the course's style, in inches, with ``columns`` axes side by side."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(STYLE)
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(1, columns, **kwargs)
+    return fig, axes
+
+
+def show(fig: Figure, alt: str, save: Path | None = None) -> None:
+    """Display ``fig`` as a PNG with ``alt`` for readers who cannot see it; also write it to ``save`` if given.
+
+    Raises:
+        ValueError: the alt text is too short to say what is seen.
+    """
+    from IPython.display import display
+
+    if len(alt.split()) < 6:
+        raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
+    buffer = BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    if save:
+        with whole_file(save) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    bundle = {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
+    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def bars(
+    values: Mapping[str, float], title: str, unit: str, alt: str,
+    highlight: Sequence[str] = (), form: str = "{:,.0f}", log: bool = False, width: float = 8,
+) -> None:  # fmt: skip
+    """Horizontal bars, one a key, the first on top, each with its number; ``highlight`` names the ones in orange."""
+    fig, ax = figure(width, 0.9 + 0.34 * len(values))
+    names = list(values)
+    colours = [ORANGE if name in highlight else BLUE for name in names]
+    drawn = ax.barh(names, list(values.values()), color=colours)
+    ax.bar_label(drawn, [form.format(v) for v in values.values()], padding=4)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlabel=unit, xscale="log" if log else "linear")
+    ax.set_title(title)
+    ax.margins(x=0.14)
+    show(fig, alt)
+
+
+def grouped_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None) -> None:
+    """Upright bars in groups: ``table`` maps a series to its values by group; every series has the same groups."""
+    groups = list(next(iter(table.values())))
+    fig, ax = figure(8, 3.6)
+    width = 0.8 / len(table)
+    for number, (name, values) in enumerate(table.items()):
+        places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
+        drawn = ax.bar(places, [values[g] for g in groups], width * 0.94, label=name, color=PALETTE[number])
+        ax.bar_label(drawn, [form.format(values[g]) for g in groups], padding=2, fontsize=9)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.set(ylabel=unit)
+    ax.set_title(title)
+    ax.margins(y=0.12)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    show(fig, alt, save)
+
+
+def stacked_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None) -> None:
+    """Horizontal stacked bars: bar -> part -> value, the total at the end; ``lines`` draws named limits across."""
+    fig, ax = figure(8, 1.5 + 0.42 * len(table))
+    parts = list(dict.fromkeys(p for values in table.values() for p in values))
+    left = dict.fromkeys(table, 0.0)
+    for number, part in enumerate(parts):
+        sizes = [table[name].get(part, 0.0) for name in table]
+        ax.barh(list(table), sizes, left=list(left.values()), label=part, color=PALETTE[number % len(PALETTE)], edgecolor=PAPER)
+        left = {name: left[name] + size for name, size in zip(table, sizes, strict=True)}
+    for place, total in enumerate(left.values()):
+        ax.text(total, place, f" {total:.2f}", va="center", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1})
+    for label, x in (lines or {}).items():
+        ax.axvline(x, color=INK, linestyle="--", linewidth=1)
+        ax.text(x, -0.62, label, ha="center", va="bottom", fontsize=9)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlabel=unit)
+    ax.set_title(title, pad=20 if lines else 6)
+    ax.margins(x=0.12)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28 if len(table) > 3 else -0.4), ncols=min(4, len(parts)))
+    show(fig, alt)
+
+
+def histogram(
+    series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str,
+    lines: Mapping[str, float] | None = None, bins: int = 60, top: float | None = None,
+) -> None:  # fmt: skip
+    """Outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
+    import numpy
+
+    fig, ax = figure(8, 3.4)
+    edges = numpy.linspace(0, top or max(max(v) for v in series.values()), bins)
+    for number, (name, values) in enumerate(series.items()):
+        ax.hist(values, edges, histtype="stepfilled", alpha=0.35, color=PALETTE[number])
+        ax.hist(values, edges, histtype="step", color=PALETTE[number], linewidth=1.6, label=name)
+    for label, x in (lines or {}).items():
+        ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
+        ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=VERMILION, va="top")
+    ax.set(xlabel=unit, ylabel="rows")
+    ax.set_title(title)
+    if len(series) > 1:
+        ax.legend(loc="center right")
+    show(fig, alt)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str, save: Path | None = None, markers: Sequence[str] = ()
+) -> None:
+    """Lines through (x, y) points, one a key, each with its own dash as well as its colour; ``markers`` get dots."""
+    fig, ax = figure(8, 3.6)
+    dashes = ("-", "--", "-.", ":")
+    for number, (name, points) in enumerate(series.items()):
+        xs, ys = zip(*points, strict=True)
+        ax.plot(xs, ys, dashes[number % 4], color=PALETTE[number], label=name, linewidth=2, marker="o" if name in markers else "")
+    ax.set(xlabel=x, ylabel=y)
+    ax.set_title(title)
+    ax.legend()
+    show(fig, alt, save)
+
+
+def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True) -> None:
+    """Small matrices side by side, blue below zero and orange above, with their numbers written in."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("course", [BLUE, PAPER, ORANGE])
+    widths = [max(1.0, len(m[0])) for m in matrices.values()]
+    fig, axes = figure(min(10, 1.2 + 0.62 * sum(widths)), 3.2, len(matrices), width_ratios=widths, squeeze=False)
+    most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        ax.imshow(matrix, cmap=shades, vmin=-most, vmax=most)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=10.5)
+        ax.grid(False)
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row) if numbers else ():
+                ax.text(j, i, f"{float(value):.1f}", ha="center", va="center", fontsize=8.5)
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
+def staircase(levels: Sequence[float], title: str, alt: str) -> None:
+    """Left: the levels of a 4-bit code under the normal curve. Right: what each value between -1 and 1 is rounded to."""
+    import numpy
+
+    fig, (left, right) = figure(9, 3.6, 2)
+    values = numpy.array(levels)
+    x = numpy.linspace(-1, 1, 2001)
+    left.fill_between(x, numpy.exp(-((x * 2.6) ** 2) / 2), color=SKY, alpha=0.35, label="where normal weights fall")
+    left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
+    left.set(xlabel="weight / largest weight of its block", yticks=[], ylim=(0, 1.25))
+    left.set_title("levels crowd where weights crowd")
+    left.legend(loc="upper left", ncols=2, fontsize=9)
+    rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
+    right.plot(x, x, color=GREY, linewidth=1, label="exact")
+    right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
+    right.set(xlabel="before", ylabel="after")
+    right.set_title("rounding is a staircase")
+    right.legend()
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
+def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100) -> None:
+    """Every token in a box: orange if it is in the loss, grey if it is only read. ``per_line`` is in characters."""
+    lines: list[list[tuple[str, bool]]] = [[]]
+    used = 0
+    for token, learned in zip(tokens, in_loss, strict=True):
+        text = token.replace("\n", "\\n").replace("$", "\\$").strip() or "(space)"
+        if used + len(text) + 2 > per_line:
+            lines.append([])
+            used = 0
+        lines[-1].append((text, learned))
+        used += len(text) + 2
+    fig, ax = figure(10, 0.9 + 0.34 * len(lines))
+    ax.set(xlim=(0, per_line), ylim=(len(lines) + 0.1, -0.6))
+    ax.axis("off")
+    for row, line in enumerate(lines):
+        at = 0.5
+        for text, learned in line:
+            box = {"boxstyle": "round,pad=0.25", "facecolor": "#FBD8A0" if learned else "#E8E8E8", "edgecolor": ORANGE if learned else GREY}
+            ax.text(at, row, text, family="monospace", fontsize=8, va="center", bbox=box)
+            at += len(text) + 2
+    ax.set_title(title)
+    ax.text(0.5, -0.6, "orange: learned", fontsize=9, color=VERMILION, va="top")
+    ax.text(18, -0.6, "grey: only read", fontsize=9, color=INK, va="top")
+    show(fig, alt)
+
+
+def distribution(series: Mapping[str, Mapping[str, float]], title: str, alt: str, cut: Mapping[str, int] | None = None) -> None:
+    """Next-token probabilities side by side: panel -> token -> probability; ``cut`` says how many tokens of a panel survive."""
+    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False)
+    for ax, (name, values) in zip(axes[0], series.items(), strict=True):
+        keep = (cut or {}).get(name, len(values))
+        colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
+        tokens = [token.replace("$", "\\$") for token in values]
+        ax.barh(range(len(values)), list(values.values()), color=colours)
+        ax.set_yticks(range(len(values)), tokens, family="monospace")
+        ax.invert_yaxis()
+        ax.grid(False)
+        ax.set(xlabel="probability")
+        ax.set_title(name, fontsize=10.5)
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
+class Cards:
+    """Rows as cards for a notebook: HTML where it can be shown, plain text elsewhere."""
+
+    def __init__(self, cards: Sequence[Mapping[str, Any]], most: int = 320) -> None:
+        self.cards = [{k: _short(str(v), most) for k, v in card.items() if v not in (None, "", [])} for card in cards]
+
+    def __repr__(self) -> str:
+        return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
+
+    def _repr_html_(self) -> str:
+        style = f"border:1px solid {GREY};border-radius:6px;padding:8px 12px;margin:8px 0;background:{PAPER};color:{INK}"
+        return "".join(
+            f'<div style="{style}">' + "<br>".join(f"<b>{html.escape(k)}</b>: {html.escape(v)}" for k, v in card.items()) + "</div>"
+            for card in self.cards
+        )
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
+
+
+class Table:
+    """Rows of values as a table for a notebook; a last boolean column can be shown as a tick or a cross."""
+
+    def __init__(self, rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> None:
+        self.rows = [[_cell(v) for v in row] for row in rows]
+        self.header = list(header)
+
+    def __repr__(self) -> str:
+        lines = ([self.header] if self.header else []) + self.rows
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th style="text-align:left">{html.escape(h)}</th>' for h in self.header)
+        body = "".join("<tr>" + "".join(f'<td style="text-align:left">{html.escape(v)}</td>' for v in row) + "</tr>" for row in self.rows)
+        return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "✓" if value else "✗"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
