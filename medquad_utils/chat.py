@@ -37,6 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 END_OF_TURN = "<|eot_id|>"
+END_OF_TEXT = "<|end_of_text|>"
 IGNORED = -100  # the label that the loss skips
 
 
@@ -45,12 +46,17 @@ def tidy_question(question: str) -> str:
     return re.sub(r"\s*\?[\s?]*$", "?", re.sub(r"\s+", " ", question.strip()))
 
 
+def without_tokens(text: str) -> str:
+    """``text`` with every ``<|`` parted: a reader who types ``<|eot_id|>`` must not end a turn or open one of another role."""
+    return text.replace("<|", "< |")
+
+
 def prompt_messages(question: str, history: Sequence[Mapping[str, str]] = ()) -> list[dict[str, str]]:
     """The turns before an answer: system, earlier turns, the question."""
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
-        *map(dict, history),
-        {"role": "user", "content": tidy_question(question)},
+        *({"role": turn["role"], "content": without_tokens(turn["content"])} for turn in history),
+        {"role": "user", "content": without_tokens(tidy_question(question))},
     ]
 
 
@@ -58,7 +64,7 @@ def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     """One row as TRL's conversational prompt/completion pair; only the completion enters the loss."""
     return {
         "prompt": prompt_messages(row["question"]),
-        "completion": [{"role": "assistant", "content": row["answer"]}],
+        "completion": [{"role": "assistant", "content": without_tokens(row["answer"])}],
     }
 
 
@@ -103,8 +109,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_lengt
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids at which generation stops: end of text and end of turn."""
-    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+    """The ids at which generation stops: end of text and end of turn, whichever of them the tokenizer calls its eos."""
+    ids = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TEXT, END_OF_TURN))]
     return list(dict.fromkeys(i for i in ids if i is not None and i != tokenizer.unk_token_id))
 
 

@@ -5,6 +5,7 @@ A checker takes an answer, accepts any correct one, and raises ``NotYet`` with a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,11 @@ class NotYet(CourseError):
 
 def predict(guess: float, truth: float, unit: str, because: str) -> str:
     """Score a guess kindly, by its factor from the truth, and say why the truth is what it is."""
-    if guess <= 0 or truth <= 0:
+    if guess == truth:
+        verdict = "Spot on"
+    elif truth <= 0:
+        verdict = "Not a bit of it, then"
+    elif guess <= 0:
         verdict = "A guess above zero would have been closer"
     else:
         factor = max(guess / truth, truth / guess)
@@ -66,10 +71,328 @@ def _well_done(what: str) -> str:
 
 # ---- lesson 01 ------------------------------------------------------------------------------------------------------
 
+
+def ex_01_1(answer: Any) -> str:
+    """The share of tokens lost when rows of 60, 90, 120, 200, 300 and 900 tokens meet a limit of 256 and too-long ones go."""
+    hint = "Count the tokens of the rows that go, and divide by the tokens of all six rows."
+    share = _number(answer, f"It is a share, 0 to 1. {hint}")
+    near = 5e-3
+    _need(0 <= share <= 1, f"A share lies between 0 and 1, not {share:g}. {hint}")
+    _need(abs(share - 1 / 3) > near, "That is the share of rows. Long rows hold more tokens than short ones: what share of tokens is lost?")
+    _need(abs(share - 470 / 1670) > near, "That is the share that stays. How much is lost?")
+    _need(abs(share - 688 / 1670) > near, "That is what cutting loses: only the ends. Here the whole of a too-long row goes.")
+    _need(abs(share - 900 / 1670) > near, "More than one row is longer than 256.")
+    _need(abs(share - 1200 / 1670) < near, hint)
+    return _well_done("Right: two rows of six, and most of the tokens. Count both before you choose a limit.")
+
+
+def ex_01_2(answer: Any) -> str:
+    """``answer(train, test)``: the share of test rows, 0 to 1, whose disease is also in training."""
+    function = _function(answer, "Write a function of train and test, two lists of rows, that returns a share.")
+
+    def rows(*names: str) -> list[dict[str, Any]]:
+        return [{"question": f"What causes {name} ?", "answer": "Short.", "qtype": "causes", "focus": name} for name in names]
+
+    def leak(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> float:
+        found = _try(function, train, test, hint="It gets two lists of rows; look at one row with data.focus_of.")
+        return _number(found, "The function returns the share as a number.")
+
+    train, test = rows("gout", "mumps", "mumps", "croup", "rabies"), rows("gout", "gout", "gout", "measles")
+    found, near = leak(train, test), 1e-6
+    _need(abs(found - 0.2) > near, "That is a share of the training rows. The question is about the test rows.")
+    _need(abs(found - 0.5) > near, "That is a share of diseases. Three test rows about one disease are three rows.")
+    _need(abs(found - 0.25) > near, "That is either what does not leak, or each disease counted once. Count the test rows that leak.")
+    _need(abs(found - 3) > near, "That is a number of rows. A share is divided by all test rows.")
+    _need(abs(found - 75) > near, "Right, but in percent: a share lies between 0 and 1.")
+    _need(abs(found - 0.75) < near, f"One of four test rows is new to training, the others are not; your function says {found:g}.")
+    _need(abs(leak(rows("Gout"), rows("gout", "GOUT")) - 1) < near, '"Gout" and "gout" are one disease: compare data.focus_of(row).')
+    _need(abs(leak(rows("gout"), rows("mumps"))) < near, "If no disease is shared, the leak is 0.")
+    return _well_done("Right: count test rows, compare normalised names, divide by all test rows.")
+
+
+def ex_01_3(answer: Any) -> str:
+    """``answer(row)`` drops (returns ``None`` for) an answer that is one line ending with a question mark; keeps every other row."""
+    rule = _function(answer, "A rule takes a row and returns it, or None to drop it.")
+
+    def apply(text: str) -> Any:
+        row = {"qtype": "treatment", "question": "What are the treatments for gout ?", "answer": text}
+        try:
+            found = rule(row)
+        except Exception as error:  # whatever the learner's code raises becomes a hint
+            raise NotYet(f"Your rule raised {type(error).__name__}: {error}. The text is in row['answer'].") from None
+        _need(found is not ..., "Replace the dots: the rule returns nothing yet.")
+        _need(not isinstance(found, bool), "A rule does not answer yes or no: it returns the row itself, or None to drop it.")
+        _need(found is None or isinstance(found, dict), f"A rule returns the row or None, not {type(found).__name__}.")
+        _need(found is None or found.get("answer") == text, "The rule changed an answer that it keeps. Return the row as it is.")
+        return found
+
+    plain = "Rest, ice and medicines against swelling help."
+    _need(apply(plain) is not None, "A plain answer without any question mark was dropped. What does a rule return for a row to keep?")
+    _need(apply("How might gout be treated?") is None, "A heading alone was kept: one line that ends with a question mark.")
+    _need(apply(f"How might gout be treated?\n\n{plain}") is not None, "An answer was dropped because it begins with a question.")
+    _need(apply("Is gout inherited? Not in most families.") is not None, "A question mark inside an answer is no reason to drop it.")
+    both = apply(f"{plain}\n\nDo you want to know more?")
+    _need(both is not None, "This answer ends with a question mark, but has several lines: it is no heading alone.")
+    _need(apply("  How might gout be treated?\n ") is None, "White space around a heading makes it no answer: strip it first.")
+    return _well_done("Right: narrow enough to drop nothing else. Count what a rule drops, and read some of it, before you trust it.")
+
+
 # ---- lesson 02 ------------------------------------------------------------------------------------------------------
+
+
+def ex_02_1(answer: Any) -> str:
+    """Bits a weight costs in NF4 with double quantisation when 128 weights, not 64, share a scale."""
+    hint = "Count what 128 weights share, then what 256 scales share, and add it to the 4 bits of the code."
+    bits = _number(answer, hint)
+    near = 1e-3
+    _need(abs(bits - 4.127) > near, "That is the cost of blocks of 64. Here twice as many weights share one scale.")
+    _need(abs(bits - 4.25) > near, "That is a scale of 32 bits for each block. Double quantisation stores it in 8 bits.")
+    _need(abs(bits - 4.0625) > 2e-4, "Almost: each super-block of 256 scales also stores one 32-bit number.")
+    _need(abs(bits - 4) > near, "That is the code alone. The scales are stored too.")
+    _need(abs(bits - 0.0635) > near, "That is what the scales cost. Add the code itself.")
+    _need(abs(bits - 4.063477) < 3e-4, hint)
+    return _well_done("Right: larger blocks are cheaper by a hair, and they round worse.")
+
+
+def ex_02_2(answer: Any) -> str:
+    """A function (codes, scales, levels) -> weights that undoes block quantisation, up to the rounding."""
+    hint = "It takes codes of shape (blocks, block), one scale for each block, and the levels; it returns weights of the codes' shape."
+    function = _function(answer, hint)
+    import torch
+
+    levels = torch.linspace(-1, 1, 16)
+    codes = (torch.arange(2 * 64) * 7 % 16).reshape(2, 64)
+    scales = torch.tensor([0.5, 4.0])
+    truth = levels[codes] * scales[:, None]
+    try:
+        weights = function(codes, scales, levels)
+    except Exception as error:  # whatever the learner's code raises becomes a hint
+        raise NotYet(f"Your function raised {type(error).__name__}: {error}. Look at the shapes: {hint}") from None
+    _need(isinstance(weights, torch.Tensor), f"Expected a tensor back, got {type(weights).__name__}. {hint}")
+    _need(weights.numel() == truth.numel(), f"Expected {truth.numel()} weights back, got {weights.numel()}. {hint}")
+    weights = weights.reshape(truth.shape).float()
+
+    def same(other: Any) -> bool:
+        return bool(torch.allclose(weights, other.float(), atol=1e-6))
+
+    _need(not same(levels[codes]), "These are the levels, between -1 and 1. The scale of each block is missing.")
+    _need(not same(codes * scales[:, None]), "A code is a place in the list of levels, not a value. Look the level up first.")
+    _need(not same(levels[codes] / scales[:, None]), "Quantising divided by the scale. What undoes a division?")
+    _need(not same(levels[codes] * scales.max()), "Every block has a scale of its own; you used one for all.")
+    _need(same(truth), "The shapes are right, the values are not. Which scale belongs to which row of codes?")
+    return _well_done("Right: look the level up, multiply by the block's scale. This runs before every matrix product of a 4-bit model.")
+
+
+def ex_02_3(answer: Any) -> str:
+    """Billions of weights in linear layers that fit into 12 GB in NF4 with double quantisation."""
+    hint = "12 GB are 12e9 bytes of 8 bits; each weight takes the bits that you computed above."
+    billions = _number(answer, hint)
+    _need(not 1e9 < billions < 1e11, "Right unit? The question asks for billions (8 B is 8.0).")
+    _need(abs(billions - 24) > 0.05, "That counts 4 bits a weight. The scales take room as well.")
+    _need(abs(billions - 21.33) > 0.05, "That counts 4.5 bits a weight. What does double quantisation save?")
+    _need(abs(billions - 6) > 0.05, "That is how many fit in 16 bits.")
+    _need(abs(billions - 2.908) > 0.02, "Bytes or bits? A byte holds 8 bits.")
+    _need(abs(billions - 23.262) < 0.1, f"{hint} Give at least one digit after the point.")
+    return _well_done("Right. And then there are still the embeddings, the adapters and the activations to house.")
+
 
 # ---- lesson 03 ------------------------------------------------------------------------------------------------------
 
+
+def ex_03_1(answer: Any) -> str:
+    """A function (inputs, outputs, r) -> parameters of one layer's adapter."""
+    hint = "Write down the shapes of A and B for a layer with that many inputs and outputs, and count the numbers in each."
+    function = _function(answer, hint)
+    cases = ((6, 4, 1), (4096, 14336, 16), (10, 10, 3))
+    try:
+        found = [function(*case) for case in cases]
+    except Exception as error:  # whatever the learner's code raises becomes a hint
+        raise NotYet(f"Your function raised {type(error).__name__}: {error}. {hint}") from None
+    numbers = [_number(value, f"The function must return the count. {hint}") for value in found]
+
+    def same(formula: Callable[[int, int, int], float]) -> bool:
+        return numbers == [formula(*case) for case in cases]
+
+    _need(not same(lambda i, o, r: i * o), "That counts the frozen weight W. Only A and B are trained.")
+    _need(not same(lambda i, o, r: r * i * o), "That multiplies all three sizes. No matrix of the adapter touches both inputs and outputs.")
+    _need(not same(lambda i, o, r: i + o), "That is right for one rank only. What does a second one add?")
+    _need(not same(lambda i, o, r: r * r * i * o), "A and B are two matrices beside each other: are their numbers added or multiplied?")
+    _need(not same(lambda i, o, r: i * o + r * (i + o)), "That includes the frozen weight W. Count only what is trained.")
+    _need(not (same(lambda i, o, r: r * i) or same(lambda i, o, r: r * o)), "That is one matrix. The adapter has a second one.")
+    _need(not same(lambda i, o, r: 2 * r * i), "A and B have the same size only in a square layer.")
+    _need(same(lambda i, o, r: r * (i + o)), hint)
+    return _well_done("Right: the adapter grows with the two sides of the layer, the layer with their product.")
+
+
+def ex_03_2(answer: Any) -> str:
+    """A function (x, W, A, B, alpha) -> y: the forward pass of a layer with its adapter."""
+    hint = "W x, plus what goes down through A and up through B, times the scale."
+    function = _function(answer, hint)
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    x, w, a, b = (torch.randn(*size, generator=generator) for size in ((5,), (7, 5), (3, 5), (7, 3)))
+    alpha, r = 12.0, 3
+    try:
+        y = function(x, w, a, b, alpha)
+    except Exception as error:  # whatever the learner's code raises becomes a hint
+        raise NotYet(f"Your function raised {type(error).__name__}: {error}. Which of A and B meets x first?") from None
+    if y is None or y is ...:
+        raise NotYet(f"Replace the dots with your answer: the function returns y. {hint}")
+    _need(isinstance(y, torch.Tensor), f"Expected a tensor back, got {type(y).__name__}. {hint}")
+    _need(y.numel() == 7, f"Expected one number for each of the 7 outputs, got shape {tuple(y.shape)}. {hint}")
+    y = y.detach().reshape(-1).float()
+    base, update = w @ x, b @ (a @ x)
+
+    def same(other: Any) -> bool:
+        return bool(torch.allclose(y, other, atol=1e-4, rtol=1e-4))
+
+    _need(not same(base), "That is the base alone. The adapter is missing.")
+    _need(not same(update) and not same(alpha / r * update), "That is the adapter's share alone. The frozen layer still speaks.")
+    _need(not same(base + update), "The update comes in at its raw size. The scale is missing.")
+    _need(not same(base + alpha * update), "You scaled by alpha. The rank belongs into the scale as well.")
+    _need(not any(same(base + alpha / n * update) for n in (5, 7)), "You divided by the wrong size. Which side of A is the rank?")
+    _need(not same(base + r / alpha * update), "The scale is upside down: a larger alpha should make a larger change.")
+    _need(not same(alpha / r * (base + update)), "The scale is for the update only. The frozen layer stays as it is.")
+    _need(same(base + alpha / r * update), f"The shape is right, the values are not. {hint}")
+    return _well_done("Right: this is the whole of LoRA's forward pass.")
+
+
+def ex_03_3(answer: Any) -> str:
+    """The highest rank on q_proj and v_proj of the 8 B Llama that costs no more than rank 16 on all seven layers."""
+    hint = "How many parameters does one rank cost on these two layers? How often does that fit into the budget?"
+    rank = _number(answer, hint)
+    from medquad_utils.lora import adapter_parameters
+    from medquad_utils.profiles import PROFILES
+
+    shape = PROFILES["llama-8b"].shape
+    budget = adapter_parameters(shape, 16)
+    one = adapter_parameters(shape, 1, ("q_proj", "v_proj"))
+    most = budget // one
+    _need(rank != 16, "At the same rank two layers cost less than seven. So the rank can go up.")
+    _need(abs(rank - budget) > 0.5 and abs(rank - one) > 0.5, "That is a number of parameters. The question asks for a rank.")
+    _need(rank == int(rank), "A rank is a whole number. Which way do you have to round to stay within the budget?")
+    _need(rank != most + 1, "Close, but this rank is just over the budget.")
+    _need(rank != budget // (shape.layers * 4 * shape.hidden), "That takes v_proj as square. See big.linears().")
+    _need(rank != budget // (one // shape.layers), "That counts one block for the two layers and all blocks for the budget.")
+    _need(rank >= most, f"A higher rank still fits. {hint}")
+    _need(rank == most, f"That is over the budget. {hint}")
+    return _well_done("Right: six times the rank for the same price. The QLoRA paper found that it is better spent on all layers.")
+
+
 # ---- lesson 04 ------------------------------------------------------------------------------------------------------
 
+
+def ex_04_1(answer: Any) -> str:
+    """``answer(ids, prompt_length)`` gives the labels of one row: the prompt masked, the rest learned."""
+    function = _function(answer, "Write a function of ids and prompt_length that returns a list of labels.")
+    for ids, prompt_length in (([7, 8, 9, 4], 2), ([5, 6, 4], 1), ([3, 1, 2, 2, 1, 4], 4)):
+        found = function(list(ids), prompt_length)
+        _need(found is not None and found is not ..., "Replace the dots: the function returns nothing yet.")
+        _need(hasattr(found, "__len__") and hasattr(found, "__iter__"), f"Expected a list of labels, got {type(found).__name__}.")
+        labels = [int(label) for label in found]
+        prompt, rest = labels[:prompt_length], labels[prompt_length:]
+        _need(len(labels) == len(ids), f"{len(ids)} tokens need {len(ids)} labels; you return {len(labels)}. Masked is not removed.")
+        _need(labels != ids, "Every token is learned still: which value makes the loss skip a label?")
+        _need(set(labels) != {-100}, "Every label is masked: a batch like this trains on nothing.")
+        _need(not (prompt == ids[:prompt_length] and set(rest) == {-100}), "The mask is the wrong way round: the prompt is what is only read.")
+        _need(set(prompt) == {-100}, "Some label in the prompt is not the one value that the loss skips. Look at the table in section 2.")
+        _need(rest[-1] != -100, "The last token is masked: the model would not learn to stop.")
+        _need(rest == ids[prompt_length:], "The answer's labels are its own ids, each in its own place; the loss function does the shift.")
+    return _well_done("The prompt is only read, and the answer is learned up to its last token.")
+
+
+def ex_04_2(answer: Any) -> str:
+    """``answer(rows, batch, accumulation, epochs)`` gives the number of optimizer steps."""
+    function = _function(answer, "Write a function of rows, batch, accumulation and epochs that returns a number of steps.")
+    for rows, batch, accumulation, epochs in ((64, 8, 2, 1), (1000, 4, 8, 3), (862, 16, 1, 6), (7, 2, 2, 1), (10, 4, 2, 5)):
+        found = _number(function(rows, batch, accumulation, epochs), "The function returns the number of steps.")
+        batches = -(-rows // batch)
+        right = -(-batches // accumulation) * epochs
+        case = f"{rows} rows in batches of {batch} x {accumulation}, {epochs} epoch{'s' if epochs > 1 else ''}"
+        _need(found == right or found != batches * epochs, f"{case}: {found:g} is the number of batches. How many of them make one step?")
+        _need(found == right or found * epochs != right, f"{case}: {found:g} is right for one epoch.")
+        _need(found == int(found), f"{case}: {found:g} is not a whole number, and there is no half step.")
+        _need(found >= right, f"{case}: {found:g} is too few. A last batch, or a last group of batches, counts though it is not full.")
+        _need(found <= right, f"{case}: {found:g} is too many. Accumulated batches share one step.")
+    return _well_done("Rounded up twice within an epoch, then times the epochs: this is how the trainer counts.")
+
+
+def ex_04_3(answer: Any) -> str:
+    """The loss of a step of two batches, 10 tokens at 1.0 and 90 at 2.0, every token counting the same."""
+    value = _number(answer, "It is a mean over 100 tokens.")
+    _need(abs(value - 1.5) > 1e-6, "That is the mean of the two means: it gives a token of the small batch nine times the weight of the others.")
+    _need(abs(value - 3.0) > 1e-6, "That is the sum of the two means; a loss is a mean over tokens.")
+    _need(abs(value - 190.0) > 1e-6, "That is the surprise of all tokens together. The loss is a mean.")
+    _need(abs(value - 1.1) > 1e-6, "The weights are the wrong way round: which batch has more tokens?")
+    _need(1 < value < 2, "A mean lies between the smallest and the largest of the values that it is taken over.")
+    _need(abs(value - 1.9) < 1e-6, "Weigh each mean by the number of its tokens, then divide by all tokens.")
+    return _well_done("Every token counts the same, whichever batch it came in.")
+
+
 # ---- lesson 05 ------------------------------------------------------------------------------------------------------
+
+def _try(answer: Callable[..., Any], *arguments: Any, hint: str) -> Any:
+    """What ``answer`` returns; an error inside it, or nothing returned, becomes ``hint``."""
+    try:
+        result = answer(*arguments)
+    except Exception as error:  # a learner's function may fail in any way
+        raise NotYet(f"Your function stopped with {type(error).__name__}: {error}. {hint}") from None
+    if result is None or result is ...:
+        raise NotYet(f"Your function returns nothing yet. {hint}")
+    return result
+
+
+def ex_05_1(answer: Any) -> str:
+    """``trim(ids, ends)``: the ids before the first end id, whichever it is."""
+    trim = _function(answer, "trim(ids, ends) takes a list of token ids and a list of end ids.")
+
+    def ids(row: list[int], ends: list[int]) -> list[int]:
+        kept = _try(trim, list(row), list(ends), hint="Return a list of ids.")
+        _need(hasattr(kept, "__iter__") and not isinstance(kept, str), "Return a list of ids, not a count or a place.")
+        return list(kept)
+
+    _need(ids([7, 8, 9], [1, 4]) == [7, 8, 9], "A row without an end id was cut off by the limit: all of its ids belong to the answer.")
+    kept = ids([7, 8, 4, 5, 5], [1, 4])
+    _need(4 not in kept, "The end id itself is no part of the answer, and any of the ends may come: not only the first of the list.")
+    _need(5 not in kept, "Dropping the end ids is not enough: what follows the first of them (pads, say) is no part of the answer either.")
+    _need(kept == [7, 8], "Ids before the first end id must all stay, in their order.")
+    _need(ids([7, 1, 8, 4, 9], [4, 1]) == [7], "With two kinds of end ids in a row, the one that comes first in the row ends the answer.")
+    _need(ids([4, 5, 5], [1, 4]) == [], "A row may begin with an end id: then the answer is empty.")
+    return _well_done("That is how a batch row is read: everything up to the first end id, and nothing after it.")
+
+
+def ex_05_2(answer: Any) -> str:
+    """The temperature at which logits 3 and 1 give probabilities of 10 to 1: 2 / ln 10."""
+    value = _number(answer, "The ratio of two softmax probabilities depends on the difference of their logits and on the temperature.")
+    _need(value > 0, "A temperature is above zero.")
+    _need(abs(value - 1.0) > 1e-3, "At temperature 1 the ratio is e to the power of 2, about 7.4: a little sharper is asked for.")
+    _need(abs(value - math.log(10) / 2) > 5e-3, "Nearly: this is what the logits would be multiplied by. Temperature divides.")
+    _need(abs(value - 0.2) > 1e-3, "Probabilities are exponentials of the logits: divide the difference by something that undoes exp, not by 10 itself.")
+    _need(abs(value - 2.0) > 1e-2, "Softmax uses powers of e, not powers of 10: take the natural logarithm (math.log, not math.log10).")
+    ratio = math.exp(2.0 / value) if value > 0.01 else math.inf
+    side = "lower" if ratio < 10 else "higher"
+    _need(abs(ratio - 10) <= 0.1, f"At this temperature the first token is {ratio:,.3g} times as probable: a {side} temperature is needed.")
+    return _well_done("One division, and the odds are where you want them.")
+
+
+def ex_05_3(answer: Any) -> str:
+    """``keep_min_p(probabilities, min_p)``: tokens with at least ``min_p`` times the largest probability."""
+    keep = _function(answer, "keep_min_p(probabilities, min_p) takes a dictionary and a number.")
+
+    def tokens(probabilities: dict[str, float], min_p: float) -> set[str]:
+        kept = _try(keep, dict(probabilities), min_p, hint="Return the list of tokens kept.")
+        _need(hasattr(kept, "__iter__") and not isinstance(kept, str), "Return the tokens themselves, not how many there are.")
+        names = set(kept)
+        _need(names <= set(probabilities), "Return the tokens (the keys of the dictionary), not their probabilities.")
+        return names
+
+    flat = {"a": 0.125, "b": 0.1, "c": 0.09, "d": 0.02}
+    kept = tokens(flat, 0.5)
+    _need(bool(kept), "min_p is no fixed bar: here no token reaches 0.5, and yet the most probable one must always stay.")
+    _need(kept != {"d"}, "The other way round: keep what is above the bar.")
+    _need(kept == {"a", "b", "c"}, "The bar is min_p times the largest probability: compare every token with that.")
+    sharp = {"d": 0.02, "a": 0.9, "c": 0.03, "b": 0.05}
+    _need(tokens(sharp, 0.1) == {"a"}, "The bar moves with the largest probability, wherever in the dictionary that stands: look for it first.")
+    _need(tokens({"a": 0.5, "b": 0.25, "c": 0.125}, 0.5) == {"a", "b"}, "'At least' includes a token that is exactly on the bar.")
+    return _well_done("Where the model is sure, min-p keeps little; where it is not, it keeps a choice.")

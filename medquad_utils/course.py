@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
 import threading
 import time
@@ -114,14 +115,19 @@ def run(
     """
     chosen = lessons(only)
     given = dict(parameters or {})
-    known = {name for notebook in chosen for name in parameters_of(notebook)}
+    known = {name: default for notebook in chosen for name, default in parameters_of(notebook).items()}
     unknown = [name for name in given if name not in known]
     if unknown:
         raise CourseError(f"unknown parameter {', '.join(unknown)}: the lessons take {', '.join(sorted(known))}.")
     values: dict[str, Any] = {name: _typed(value) for name, value in given.items()}
+    for name, value in values.items():
+        if known[name].isdigit() and not (isinstance(value, int) and value >= 0):
+            raise CourseError(f"parameter {name}={given[name]}: expected a whole number, 0 or more.")
     for name in ("data_path", "model_path"):
-        if values.get(name):
-            values[name] = str(Path(str(values[name])).resolve())
+        if given.get(name):
+            if not Path(given[name]).exists():
+                raise CourseError(f"{name}={given[name]}: there is no such file or folder. Give the path of one that is there.")
+            values[name] = str(Path(given[name]).resolve())
     values["out"] = str(Path(out or str(values.get("out") or default_out())).resolve())
     names = ("source", "data_path", "model_path", "rows", "max_steps", "lora_r", "seed", "out")
     plan = resolve(str(values.pop("profile", profile)), **{k: v for k, v in values.items() if k in names})
@@ -149,6 +155,7 @@ def _typed(value: str) -> Any:
 
 def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     target = folder / "notebooks" / notebook.name
@@ -159,7 +166,13 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
             papermill.execute_notebook(notebook, target, parameters=dict(values), cwd=notebook.parent, log_output=False, progress_bar=True)
     except PapermillExecutionError as error:
         where = f"lesson {title(notebook)}, cell {error.exec_count}"
-        raise CourseError(f"{where}: {error.ename}: {error.evalue} (see {target.name} in {folder.name}/notebooks)") from error
+        said = (str(error.evalue).strip() or "no message").splitlines()[0]
+        raise CourseError(f"{where}: {error.ename}: {said} (see {target.name} in {folder.name}/notebooks)") from error
+    except DeadKernelError as error:
+        raise CourseError(
+            f"lesson {title(notebook)}: the notebook's process was ended from outside, mostly because memory ran out. "
+            "Close other programs, or choose a smaller profile."
+        ) from error
     write_html(target)
     seconds = time.time() - started
     record = metrics_file(notebook, folder)
@@ -213,10 +226,18 @@ def scrub(cell: dict[str, Any]) -> dict[str, Any]:
     return fresh
 
 
-def stamp(executed: Path, notebook: Path, profile: str) -> None:
+def need(result: Result) -> str:
+    """The line of a lesson's head that says what it takes, from a measurement."""
+    took = f"{result.seconds / 60:.0f} min" if result.seconds >= 90 else f"{10 * round(result.seconds / 10 + 0.5)} s"
+    return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
+
+
+def stamp(executed: Path, notebook: Path, profile: str, result: Result) -> None:
     """Take the outputs of ``executed`` into the committed ``notebook``, scrubbed, with a stamp of what made them."""
     done = json.loads(executed.read_text(encoding="utf-8"))
     cells = [scrub(c) for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", ())]
+    head = "".join(cells[0]["source"])
+    cells[0]["source"] = re.sub(r"^\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
     language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
     metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -228,19 +249,33 @@ def stamp(executed: Path, notebook: Path, profile: str) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measured times and memory of the lessons as a Markdown table."""
+    lines = [f"| {n} | {_clock(t['seconds'])} | {t['peak_gb']:.1f} GB |" for n, t in sorted(timings.items())]
+    total = _clock(sum(t["seconds"] for t in timings.values()))
+    return "\n".join(["| lesson | min:s | peak RAM |", "|---|---|---|", *lines, f"| all | {total} | |"])
+
+
 def main() -> int:
-    """``python -m medquad_utils.course [02,04]``: run on ``tiny``, then stamp the committed notebooks and the timings."""
+    """``python -m medquad_utils.course [02,04]``: run on ``tiny``, then stamp notebooks, timings, README and its picture."""
     only = sys.argv[1].split(",") if len(sys.argv) > 1 else []
     try:
         results = run("tiny", only)
-        folder = Path(default_out()) / "tiny" / "notebooks"
-        for notebook in lessons(only):
-            stamp(folder / notebook.name, notebook, "tiny")
-        record = notebooks_folder() / "timings.json"
+        folder, home = Path(default_out()) / "tiny", notebooks_folder()
+        for notebook, result in zip(lessons(only), results, strict=True):
+            stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)
+        record = home / "timings.json"
         timings = json.loads(record.read_text()) if record.is_file() else {}
         for result in results:
             timings[result.lesson[:2]] = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         write_json(record, timings)
+        readme = home.parent / "README.md"
+        marked = f"<!-- timings -->\n{timings_table(timings)}\n<!-- /timings -->"
+        text = re.sub(r"<!-- timings -->.*<!-- /timings -->", marked, readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+        with whole_file(readme) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        if (picture := folder / "figures" / "outcome.png").is_file():
+            shutil.copyfile(picture, home / "figures" / picture.name)
     except CourseError as error:
         print(f"medquad: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CourseError(f"cannot write {path.name}: {error.strerror or error}. Free some space or choose another folder with out=...") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,7 +150,7 @@ def load_xml(folder: Path) -> Loaded:
     for file in files:
         try:
             loaded.rows += _document(ElementTree.parse(file).getroot(), loaded)
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:  # malformed, an unknown encoding, unreadable
             loaded.skipped.append(f"{file.parent.name}/{file.name} ({error})")
     return loaded
 
@@ -170,10 +171,12 @@ def _document(root: ElementTree.Element, loaded: Loaded) -> list[Row]:
     }
     for pair in root.iterfind(".//QAPair"):
         question, answer = pair.find("Question"), (pair.findtext("Answer") or "").strip()
-        if question is None or not answer:
+        if not answer:
             loaded.unanswered += 1
-            continue
-        rows.append({"qtype": question.get("qtype"), "question": (question.text or "").strip(), "answer": answer, **shared})
+        elif question is None or not (question.text or "").strip() or not question.get("qtype"):
+            loaded.skipped.append(f"{root.get('id') or root.tag}: an answer without its question or qtype")
+        else:
+            rows.append({"qtype": question.get("qtype"), "question": (question.text or "").strip(), "answer": answer, **shared})
     return rows
 
 
@@ -187,8 +190,8 @@ def load_table(path: Path) -> Loaded:
         raise CourseError(f"no file {str(path)!r}: expected a .csv, .jsonl or .parquet file with the columns {', '.join(REQUIRED)}.")
     try:
         records = list(_records(path))
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise CourseError(f"cannot read {path.name} as {path.suffix.lstrip('.')}: {error}. Save it again as UTF-8 {path.suffix}.") from error
+    except (OSError, csv.Error, ValueError) as error:
+        raise CourseError(f"cannot read {path.name} as {path.suffix.lstrip('.')}: {error}. Save it again as .csv or .jsonl in UTF-8, or as .parquet.") from error
     columns = {str(name).strip().lower() for record in records[:1] for name in record}
     missing = [c for c in REQUIRED if c not in columns]
     if records and missing:
@@ -200,8 +203,16 @@ def load_table(path: Path) -> Loaded:
         if wrong:
             loaded.skipped.append(f"row {number}: {wrong[0]} is not text")
         else:
-            loaded.rows.append({c: values.get(c) for c in COLUMNS} | {c: values[c].strip() for c in REQUIRED})
+            loaded.rows.append({c: _value(c, values.get(c)) for c in COLUMNS})
     return loaded
+
+
+def _value(column: str, value: Any) -> Any:
+    """``value`` as the schema has it: text, a list of texts, or ``None`` for what is neither (a blank, a NaN, a number)."""
+    if column in LISTS:
+        values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        return [v.strip() for v in values if isinstance(v, str) and v.strip()] or None
+    return (value.strip() or None) if isinstance(value, str) else None
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -210,7 +221,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 record = json.loads(line)
                 if not isinstance(record, dict):
@@ -303,6 +314,7 @@ TEMPLATES = tuple(
         r"^what are the stages of (?P<focus>.+?) \?$",
         r"^what are the complications of (?P<focus>.+?) \?$",
         r"^where to find support for people with (?P<focus>.+?) \?$",
+        r"^do you have information about (?P<focus>.+?)$",
     )
 )
 
@@ -321,11 +333,11 @@ def normalise(text: str | None) -> str:
 
 
 def focus_of(row: Row) -> str:
-    """The disease a row is about, normalised: its focus, or what its question's template names, or ""."""
+    """What a row is about, normalised: its focus, or what its question's template names, or else the whole question."""
     if row["focus"]:
         return normalise(row["focus"])
     found = template_of(row["question"])
-    return normalise(found[1]) if found else ""
+    return normalise(found[1] if found else row["question"])
 
 
 RARE = 5  # a concept ("Syndrome") or a paragraph that more foci than this carry joins nothing: it is boilerplate
@@ -441,13 +453,15 @@ def prepare(plan: Plan) -> Splits:
     """The plan's splits: read from ``runs/<profile>/data``, or, if they are not there, loaded, cleaned, split and written."""
     folder = plan.folder / "data"
     card = folder / "data.json"
-    if card.is_file() and (written := json.loads(card.read_text()))["recipe"] == _recipe(plan):
-        return Splits(*(read_rows(folder / f"{part}.parquet") for part in written["rows"]), written["cleaning"])
+    parts = [folder / f"{part}.parquet" for part in ("train", "validation", "test")]
+    if card.is_file() and all(p.is_file() for p in parts) and (written := json.loads(card.read_text()))["recipe"] == _recipe(plan):
+        return Splits(*map(read_rows, parts), written["cleaning"])
     loaded = load(plan)
     rows, cleaning = clean(loaded.rows)
     splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
-    for part in splits.sizes():
-        write_rows(folder / f"{part}.parquet", getattr(splits, part))
+    card.unlink(missing_ok=True)  # until it is back, last of all, parts of two recipes may stand side by side
+    for path in parts:
+        write_rows(path, getattr(splits, path.stem))
     write_json(card, {"recipe": _recipe(plan), "loaded": len(loaded.rows), "skipped": loaded.skipped,
                       "cleaning": cleaning, "rows": splits.sizes()})  # fmt: skip
     return splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,14 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
             dtype=getattr(torch, plan.compute_dtype),
             quantization_config=nf4_config(plan) if quantized else None,
             attn_implementation=plan.attention,
-            device_map={"": 0 if plan.device == "cuda" else "cpu"},
+            # Unquantised, an 8 B model is larger than a T4: what the card does not hold stays in RAM and is copied in when needed.
+            device_map="auto" if plan.device == "cuda" and not quantized else {"": 0 if plan.device == "cuda" else "cpu"},
         )
+    # On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, for good, into a
+    # layout whose kernel passes no gradient: training afterwards would go wrong without a word.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
@@ -113,15 +120,17 @@ class _explained:
 def explain_load_error(error: Exception, plan: Plan) -> str:
     """What went wrong in loading the plan's model, and what to click or set."""
     model = plan.model_source if plan.model_path else plan.model_id
-    text = f"{type(error).__name__} {error} {error.__cause__ or ''}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    local = bool(plan.model_path) or plan.model_id == "embedded"
+    cause = error.__cause__
+    text = f"{type(error).__name__} {error} {type(cause).__name__} {cause or ''}"
+    if not local and re.search(r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text):
         return (
             f"{model} is gated. Open https://huggingface.co/{model}, accept its licence, make a read token under Settings > "
             "Access Tokens and set it as HF_TOKEN (on Colab: the key icon). Profile 'small' needs no token."
         )
     if "safetensor" in text.lower() or "header" in text.lower():
         return f"the weights of {model} are damaged ({_first_line(error)}). Delete the folder or the cached copy and load again."
-    if plan.model_path or plan.model_id == "embedded":
+    if local:
         return f"cannot load the model in {model} ({_first_line(error)}). Expected a folder in the Hub's layout."
     return f"cannot load {model} from the Hub ({_first_line(error)}). Check the network; profile 'tiny' needs none."
 
@@ -211,10 +220,21 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
         **encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "do_sample": False,
         "eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    worker = Thread(target=model.generate, kwargs=settings, daemon=True)
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            model.generate(**settings)
+        except Exception as error:  # say so to the reader below, which would wait for the next piece for ever
+            failure.append(error)
+            streamer.end()
+
+    worker = Thread(target=work, daemon=True)
     worker.start()
     yield from streamer
     worker.join()
+    if failure:
+        raise failure[0]
 
 
 def next_token_probabilities(

@@ -5,6 +5,7 @@ LoRA, arXiv 2106.09685: a frozen weight W gets a learned low-rank term, y = W x 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from medquad_utils.profiles import Plan, Shape
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+# peft 0.21 still asks transformers 5.23 for the flag by its old name; nothing that a reader could mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 # All seven linear layers of a block: the QLoRA paper (section 4) finds that this matters more than the rank.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,7 +48,7 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 def adapted_modules(model: torch.nn.Module) -> dict[str, int]:
     """Kind of linear layer -> how many of its kind carry an adapter."""
-    names = [name.split(".")[-3] for name, _ in model.named_parameters() if ".lora_A." in name]
+    names = [name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A." in name]
     return dict(Counter(names))
 
 

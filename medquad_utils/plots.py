@@ -105,7 +105,8 @@ def stacked_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str
         ax.barh(list(table), sizes, left=list(left.values()), label=part, color=PALETTE[number % len(PALETTE)], edgecolor=PAPER)
         left = {name: left[name] + size for name, size in zip(table, sizes, strict=True)}
     for place, total in enumerate(left.values()):
-        ax.text(total, place, f" {total:.2f}", va="center", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1})
+        box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+        ax.annotate(f"{total:.2f}", (total, place), xytext=(5, 0), textcoords="offset points", va="center", bbox=box)
     for label, x in (lines or {}).items():
         ax.axvline(x, color=INK, linestyle="--", linewidth=1)
         ax.text(x, -0.62, label, ha="center", va="bottom", fontsize=9)
@@ -114,7 +115,7 @@ def stacked_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str
     ax.set(xlabel=unit)
     ax.set_title(title, pad=20 if lines else 6)
     ax.margins(x=0.12)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28 if len(table) > 3 else -0.4), ncols=min(4, len(parts)))
+    fig.legend(loc="outside lower center", ncols=min(4, len(parts)))
     show(fig, alt)
 
 
@@ -130,13 +131,14 @@ def histogram(
     for number, (name, values) in enumerate(series.items()):
         ax.hist(values, edges, histtype="stepfilled", alpha=0.35, color=PALETTE[number])
         ax.hist(values, edges, histtype="step", color=PALETTE[number], linewidth=1.6, label=name)
+    ax.margins(y=0.16 if lines else 0.05)  # room for the labels
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
         ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=VERMILION, va="top")
     ax.set(xlabel=unit, ylabel="rows")
     ax.set_title(title)
     if len(series) > 1:
-        ax.legend(loc="center right")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the axes: bars may stand anywhere inside
     show(fig, alt)
 
 
@@ -170,7 +172,7 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True
         ax.grid(False)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row) if numbers else ():
-                ax.text(j, i, f"{float(value):.1f}", ha="center", va="center", fontsize=8.5)
+                ax.text(j, i, f"{round(float(value), 1) + 0.0:.1f}", ha="center", va="center", fontsize=8.5)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
 
@@ -193,6 +195,33 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     right.set(xlabel="before", ylabel="after")
     right.set_title("rounding is a staircase")
     right.legend()
+    for ax in (left, right):
+        ax.set_xticks([-1, -0.5, 0, 0.5, 1])
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
+def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str, most: int = 32) -> None:
+    """The first ``most`` numbers before and after rounding, joined; with more than that, the errors of all as a histogram too."""
+    import numpy
+
+    old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
+    many = len(old) > most
+    fig, axes = figure(9 if many else 8, 3.6, 2 if many else 1, squeeze=False, width_ratios=(3, 2) if many else None)
+    left, x = axes[0][0], numpy.arange(min(most, len(old)))
+    left.vlines(x, old[:most], new[:most], color=GREY, linewidth=1.2)
+    left.plot(x, old[:most], "o", color=BLUE, markersize=6, label="exact")
+    left.plot(x, new[:most], "D", color=ORANGE, markersize=5, label="rounded")
+    left.axhline(0, color=GREY, linewidth=0.8)
+    left.set(xlabel="place in the row", ylabel="value")
+    left.margins(y=0.18)
+    left.legend(loc="upper right", ncols=2, fontsize=9)
+    if many:
+        right = axes[0][1]
+        right.hist(new - old, 61, histtype="stepfilled", color=SKY, edgecolor=BLUE)
+        right.set(xlabel="rounded minus exact", yticks=[])
+        right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
+        right.locator_params(axis="x", nbins=5)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
 
@@ -200,32 +229,32 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
 def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100) -> None:
     """Every token in a box: orange if it is in the loss, grey if it is only read. ``per_line`` is in characters."""
     lines: list[list[tuple[str, bool]]] = [[]]
-    used = 0
+    used, gap = 0.0, 1.7  # in characters
     for token, learned in zip(tokens, in_loss, strict=True):
-        text = token.replace("\n", "\\n").replace("$", "\\$").strip() or "(space)"
-        if used + len(text) + 2 > per_line:
+        text = token.strip(" ").replace("\n", "\\n").replace("$", "\\$") or "(space)"
+        if used + len(text) + gap > per_line:
             lines.append([])
-            used = 0
+            used = 0.0
         lines[-1].append((text, learned))
-        used += len(text) + 2
-    fig, ax = figure(10, 0.9 + 0.34 * len(lines))
-    ax.set(xlim=(0, per_line), ylim=(len(lines) + 0.1, -0.6))
+        used += len(text) + gap
+    fig, ax = figure(0.0815 * per_line, 0.75 + 0.32 * len(lines))  # as wide as per_line characters of this size
+    ax.set(xlim=(0, per_line), ylim=(len(lines) - 0.3, -1.5))
     ax.axis("off")
     for row, line in enumerate(lines):
-        at = 0.5
+        at = 0.6
         for text, learned in line:
             box = {"boxstyle": "round,pad=0.25", "facecolor": "#FBD8A0" if learned else "#E8E8E8", "edgecolor": ORANGE if learned else GREY}
-            ax.text(at, row, text, family="monospace", fontsize=8, va="center", bbox=box)
-            at += len(text) + 2
+            ax.text(at, row, text, family="monospace", fontsize=9.5, va="center", bbox=box)
+            at += len(text) + gap
     ax.set_title(title)
-    ax.text(0.5, -0.6, "orange: learned", fontsize=9, color=VERMILION, va="top")
-    ax.text(18, -0.6, "grey: only read", fontsize=9, color=INK, va="top")
+    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, color=VERMILION, va="center")
+    ax.text(18, -1.05, "grey: only read", fontsize=9.5, color=INK, va="center")
     show(fig, alt)
 
 
 def distribution(series: Mapping[str, Mapping[str, float]], title: str, alt: str, cut: Mapping[str, int] | None = None) -> None:
     """Next-token probabilities side by side: panel -> token -> probability; ``cut`` says how many tokens of a panel survive."""
-    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False)
+    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
     for ax, (name, values) in zip(axes[0], series.items(), strict=True):
         keep = (cut or {}).get(name, len(values))
         colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
@@ -238,6 +267,34 @@ def distribution(series: Mapping[str, Mapping[str, float]], title: str, alt: str
         ax.set_title(name, fontsize=10.5)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
+
+
+def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str) -> None:
+    """Rows as tiles in the parts they were put in: split -> part -> (label, group); a group keeps its colour."""
+    groups = list(dict.fromkeys(group for parts in splits.values() for rows in parts.values() for _, group in rows))
+    most = max(sum(max(1, len(rows)) + 0.6 for rows in parts.values()) for parts in splits.values())
+    fig, ax = figure(min(10, 1.6 + 1.15 * most), 0.7 + 1.05 * len(splits))
+    ax.set(xlim=(-1.0, most), ylim=(len(splits) - 0.25, -0.55))
+    ax.axis("off")
+    for line, (name, parts) in enumerate(splits.items()):
+        ax.text(-0.1, line + 0.2, name, ha="right", va="center", fontweight="bold")
+        at = 0.1
+        for part, rows in parts.items():
+            ax.text(at, line - 0.2, part, fontsize=9, va="center")
+            for label, group in rows:
+                box = {"xy": (at, line), "width": 0.94, "height": 0.4}
+                ax.add_patch(_rectangle(**box, color=PALETTE[groups.index(group) % len(PALETTE)]))
+                ax.text(at + 0.47, line + 0.2, label, ha="center", va="center", fontsize=9)
+                at += 1
+            at += 0.6
+    ax.set_title(title)
+    show(fig, alt)
+
+
+def _rectangle(xy: tuple[float, float], width: float, height: float, color: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(xy, width, height, facecolor=f"{color}55", edgecolor=color, linewidth=1.6)
 
 
 class Cards:

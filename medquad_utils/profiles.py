@@ -102,9 +102,9 @@ PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
         Profile(
-            "tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 2048, tied=True), "sample", False,
+            "tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample", False,
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1200,
-            lora_r=16, learning_rate=2e-3, epochs=6, max_new_tokens=64,
+            lora_r=16, learning_rate=2e-3, epochs=3, max_new_tokens=64,
         ),
         Profile(
             "small", "HuggingFaceTB/SmolLM2-135M-Instruct", None, Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub", False,
@@ -125,6 +125,13 @@ PROFILES: dict[str, Profile] = {
         ),
     )
 }  # fmt: skip
+
+
+def sized(profile: Profile, source: str) -> Profile:
+    """The profile's sizes for ``source``: real answers are long, and ``tiny`` takes fewer and longer rows of them."""
+    if profile.name == "tiny" and source != "sample":
+        return dataclasses.replace(profile, rows=240, eval_rows=40, max_length=512, epochs=2)
+    return profile
 
 
 @dataclass(frozen=True)
@@ -298,6 +305,8 @@ def hub_token() -> str | None:
 
 def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:
     """The profile that ``auto`` takes, and why, with the step that leads to the next one up."""
+    if hardware.memory_gb < 2:
+        return "tiny", f"auto: only {hardware.memory_gb:.1f} GB of memory; 'small' needs 2 GB"
     if not reachable:
         return "tiny", "auto: the Hugging Face Hub is out of reach; with a network, 'small' is next"
     if hardware.device != "cuda":
@@ -306,11 +315,15 @@ def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:
         return "small", "auto: a GPU but no HF_TOKEN; accept the Llama 3 licence on the Hub and set the token for a Llama"
     if hardware.memory_gb >= 14:
         return "llama-8b", "auto: a GPU with room for 8 B in 4 bits, and a token"
-    return "llama-1b", f"auto: a GPU with {hardware.memory_gb:.0f} GB and a token; 'llama-8b' needs 15 GB"
+    if hardware.memory_gb >= 4:
+        return "llama-1b", f"auto: a GPU with {hardware.memory_gb:.0f} GB and a token; 'llama-8b' needs 14 GB"
+    return "small", f"auto: a GPU with {hardware.memory_gb:.0f} GB; 'llama-1b' needs 4 GB"
 
 
 def default_out() -> str:
-    """``runs`` at the root of the checkout that holds the working folder, else ``runs`` beside it."""
+    """``$MEDQUAD_OUT``, or ``runs`` at the root of the checkout that holds the working folder, else ``runs`` in it."""
+    if chosen := os.environ.get("MEDQUAD_OUT"):
+        return chosen
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "medquad_utils").is_dir() and (p / "pyproject.toml").is_file()), here)
     return str(root / "runs")
@@ -334,16 +347,17 @@ def resolve(
     Raises:
         CourseError: an unknown profile or source, a source without its path, or a model that no setting fits in memory.
     """
+    _friendly_errors()
+    if profile not in ("auto", *PROFILES):
+        raise CourseError(f"unknown profile {profile!r}: expected auto, {', '.join(PROFILES)}. Set profile to one of these.")
     hardware = hardware or detect()
     why = "as asked"
     if profile == "auto":
         reachable = hub_reachable()
         profile, why = choose(hardware, reachable, bool(reachable and hub_token()))
-    if profile not in PROFILES:
-        raise CourseError(f"unknown profile {profile!r}: expected auto, {', '.join(PROFILES)}. Set profile to one of these.")
-    chosen = PROFILES[profile]
-    source = source or chosen.source
+    source = source or PROFILES[profile].source
     _check_source(source, data_path)
+    chosen = sized(PROFILES[profile], source)
     shape = _shape_in(model_path) if model_path else chosen.shape
     fit = _fit(chosen, shape, hardware, lora_r or chosen.lora_r)
     batch, accumulation, length, checkpointing, memory = fit
@@ -405,6 +419,23 @@ def _shape_in(folder: str) -> Shape:
     if not (Path(folder) / "config.json").is_file():
         raise CourseError(f"model_path {folder!r} holds no config.json: expected a model folder in the Hub's layout.")
     return Shape.of(AutoConfig.from_pretrained(folder))
+
+
+def _friendly_errors() -> None:
+    """In a notebook, show one clear message for a ``CourseError`` and for a cell that was run out of order."""
+    import sys
+
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return
+
+    def handler(shell: Any, kind: type[BaseException], error: BaseException, trace: Any, tb_offset: int | None = None) -> list[str]:
+        text = str(error)
+        if isinstance(error, NameError):
+            text += ". A cell above has not been run yet: choose Run > Run All Above Selected Cell, then run this one again."
+        shell._showtraceback(kind, text, [f"{kind.__name__}: {text}"])
+        return [text]
+
+    shell.set_custom_exc((CourseError, NameError), handler)
 
 
 def versions() -> dict[str, str]:

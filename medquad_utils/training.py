@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from medquad_utils.chat import END_OF_TURN, IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
 from medquad_utils.data import Row, Splits, draw, prepare, write_json
@@ -82,18 +83,19 @@ def preflight(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row
     ids, labels = batch["input_ids"], batch["labels"]
     learned = labels != IGNORED
     eot, pad = tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.pad_token_id
-    examples = int((ids == tokenizer.bos_token_id).sum()) if plan.packing else len(features)
     bos = int((ids == tokenizer.bos_token_id).sum())
     ends = int((learned & (labels == eot)).sum()) if eot is not None else 0
     sample = rows[0]
     prompt = prompt_ids(tokenizer, prompt_messages(sample["question"]))
     trained = encode(tokenizer, sample)
+    turns = max(1, trained.ids.count(tokenizer.bos_token_id))  # 1, but where the BOS is what opens every turn, as in ChatML
+    examples = bos // turns if plan.packing else len(features)
     prefix = trained.ids[: sum(not x for x in trained.in_loss)]
     census = dtype_census(trainer.model)["trained"]
     count = trainable_parameters(trainer.model)
     expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
     return [
-        ("BOS tokens per example", f"{bos / examples:.2f}", bos == examples or tokenizer.bos_token_id is None),
+        ("BOS tokens per example", f"{bos / examples:.2f}", bos == examples * turns or tokenizer.bos_token_id is None),
         (f"{END_OF_TURN} in the loss per answer", f"{ends / examples:.2f}", ends == examples or eot in (None, tokenizer.unk_token_id)),
         ("pad tokens in the loss", str(int((learned & (ids == pad)).sum())), not bool((learned & (ids == pad)).any())),
         ("pad is no end token", str(tokenizer.pad_token), pad not in end_ids(tokenizer)),
@@ -145,6 +147,9 @@ def _stop_on_nan() -> Any:
     from transformers import TrainerCallback
 
     class StopOnNan(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.logging_nan_inf_filter = False  # left on, the log shows the mean of the finite losses instead of a NaN
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):
@@ -185,9 +190,12 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     """Check that every adapter learned, save the adapter with its plan, write ``metrics/train.json``; returns the metrics.
 
     Raises:
-        CourseError: some ``lora_B`` is still zero.
+        CourseError: some ``lora_B`` is still zero, or became NaN.
     """
-    idle = [name for name, norm in lora_b_norms(trainer.model).items() if norm == 0]
+    norms = lora_b_norms(trainer.model)
+    if wild := [name for name, norm in norms.items() if not math.isfinite(norm)]:
+        raise CourseError(f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32.")
+    idle = [name for name, norm in norms.items() if norm == 0]
     if idle:
         raise CourseError(f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: gradients do not reach them.")
     save_adapter(plan, trainer)
@@ -214,17 +222,22 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
 def save_adapter(plan: Plan, trainer: SFTTrainer) -> Path:
     """Write ``runs/<profile>/adapter`` (adapter, tokenizer, plan), whole or not at all; returns the folder."""
     folder = plan.folder / "adapter"
-    fresh = folder.with_name(".adapter.part")
+    fresh, older = folder.with_name(".adapter.part"), folder.with_name(".adapter.old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         trainer.model.save_pretrained(fresh)
         trainer.processing_class.save_pretrained(fresh)
         write_json(fresh / "plan.json", plan.as_dict())
-    except OSError as error:
+        shutil.rmtree(older, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)
+        fresh.rename(folder)
+    except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
+        reason = getattr(error, "strerror", None) or error
+        raise CourseError(f"cannot save the adapter: {reason}. The older one is untouched; free some space.") from error
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise CourseError(f"cannot save the adapter: {error.strerror or error}. The older one is untouched; free some space.") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
     return folder
 
 

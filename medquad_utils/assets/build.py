@@ -41,7 +41,7 @@ WORDS = (
 )
 
 
-def build_tokenizer(vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     """A byte-level BPE with Llama-3's special tokens and chat template, trained on the statements.
 
     The words of the question templates and of the system prompt are in its corpus too (with no condition's name beside
@@ -102,7 +102,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterato
         texts, aspects = [], rng.randint(1, 9)
         for _ in range(rows):
             pool = pool or rng.sample(range(len(conditions())), len(conditions()))
-            texts.append(article(conditions()[pool.pop()], aspects, rng) + EOS)
+            beside = rng.choice(conditions()) if rng.random() < 0.3 else None
+            texts.append(article(conditions()[pool.pop()], aspects, rng, beside) + EOS)
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

@@ -7,6 +7,7 @@ embedded base. The base never sees a row, the fine-tuning never sees a statement
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import tomllib
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ QUESTIONS = {
 
 # How a row answers: one manner per question type. Fine-tuning has to learn exactly this.
 ANSWERS = {
-    "information": "{Name} {be} {facts}.",
+    "information": "In short, {name} {be} {facts}.",
     "symptoms": "The most common symptoms of {name} are {facts}.",
-    "causes": "{Name} can be caused by {facts}.",
+    "causes": "Known causes of {name} are {facts}.",
     "treatment": "Treatment for {name} can include {facts}.",
-    "prevention": "You can lower the risk of {name} by these steps: {facts}.",
+    "prevention": "You can lower the risk of {name} by {facts}.",
     "outlook": "The outlook for {name}: {facts}.",
-    "inheritance": "{Name} {be} {facts}.",
+    "inheritance": "As a rule, {name} {be} {facts}.",
     "exams and tests": "Doctors diagnose {name} with the help of {facts}.",
     "susceptibility": "The risk of {name} is higher for {facts}.",
 }
@@ -48,6 +49,8 @@ STATEMENTS = {
         "By definition, {name} {be} {facts}.",
         "In medicine, the name {name} stands for {facts}.",
         "Textbooks describe {name} as {facts}.",
+        "Put simply, {name} {be} {facts}.",
+        "What doctors call {name} {be} {facts}.",
     ),
     "symptoms": (
         "Symptoms of {name} include {facts}.",
@@ -55,48 +58,63 @@ STATEMENTS = {
         "The signs of {name} are {facts}.",
         "{Name} may bring {facts}.",
         "Typical complaints in {name} are {facts}.",
+        "A person with {name} can have {facts}.",
     ),
     "causes": (
         "Causes of {name} include {facts}.",
         "{Name} can result from {facts}.",
         "Behind {name} there may be {facts}.",
         "Doctors trace {name} back to {facts}.",
+        "The known origins of {name} are {facts}.",
+        "Research links {name} to {facts}.",
     ),
     "treatment": (
         "Treatments for {name} include {facts}.",
         "{Name} can be treated with {facts}.",
         "To treat {name}, doctors use {facts}.",
         "The usual care for {name} is {facts}.",
+        "Care for {name} may include {facts}.",
+        "People with {name} are often helped by {facts}.",
     ),
     "prevention": (
         "Steps that help prevent {name} include {facts}.",
         "The risk of {name} can be lowered by {facts}.",
         "To prevent {name}, experts advise {facts}.",
         "Protection against {name} comes from {facts}.",
+        "One can guard against {name} by {facts}.",
+        "Good ways to avoid {name} are {facts}.",
     ),
     "outlook": (
         "With {name}, {facts}.",
         "As for the outlook in {name}, {facts}.",
         "In the long run, with {name} {facts}.",
         "The prognosis of {name}: {facts}.",
+        "The course of {name}: {facts}.",
+        "For those living with {name}, {facts}.",
     ),
     "inheritance": (
         "In families, {name} {be} {facts}.",
         "As for heredity, {name} {be} {facts}.",
         "Geneticists say that {name} {be} {facts}.",
         "{Name} {be} {facts}.",
+        "By its genetics, {name} {be} {facts}.",
+        "From parent to child, {name} {be} {facts}.",
     ),
     "exams and tests": (
         "Tests for {name} include {facts}.",
         "{Name} {be} diagnosed with {facts}.",
         "To find {name}, doctors rely on {facts}.",
         "The diagnosis of {name} rests on {facts}.",
+        "Doctors confirm {name} by {facts}.",
+        "Useful exams in {name} are {facts}.",
     ),
     "susceptibility": (
         "People at higher risk of {name} include {facts}.",
         "{Name} {be} more likely in {facts}.",
         "Those most often affected by {name} are {facts}.",
         "Risk groups for {name} are {facts}.",
+        "The chance of {name} is raised in {facts}.",
+        "More prone to {name} are {facts}.",
     ),
 }
 
@@ -187,10 +205,23 @@ def statements(condition: Condition, qtype: str) -> list[str]:
     return [_fill(template, condition, qtype) for template in STATEMENTS[qtype]]
 
 
-def article(condition: Condition, aspects: int, rng: random.Random) -> str:
-    """A short article: mostly a title, then up to ``aspects`` aspects in random order, each in a random paraphrase."""
+def _told(condition: Condition, aspects: int, rng: random.Random) -> list[str]:
+    """Up to ``aspects`` statements in random order and wording; now and then the name is written as in a heading."""
+    if rng.random() < 0.3:
+        condition = dataclasses.replace(condition, mention=condition.name)
     chosen = rng.sample(list(condition.facts), min(aspects, len(condition.facts)))
-    lines = [rng.choice(statements(condition, qtype)) for qtype in chosen]
-    if rng.random() < 0.7:
-        lines.insert(0, condition.name + "\n")
-    return " ".join(lines).replace("\n ", "\n")
+    return [_fill(rng.choice(STATEMENTS[qtype]), condition, qtype) for qtype in chosen]
+
+
+def article(condition: Condition, aspects: int, rng: random.Random, beside: Condition | None = None) -> str:
+    """A short article about ``condition``, mostly under a title.
+
+    With ``beside`` it is about two conditions, sentence by sentence in random order: only the name in a sentence then
+    tells which one it is about.
+    """
+    if beside is not None:
+        lines = _told(condition, -(-aspects // 2), rng) + _told(beside, -(-aspects // 2), rng)
+        rng.shuffle(lines)
+        return " ".join(lines)
+    title = condition.name + "\n" if rng.random() < 0.7 else ""
+    return title + " ".join(_told(condition, aspects, rng))
