@@ -24,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medquad_utils.assets.sample import CONDITIONS, QUESTIONS, STATEMENTS, article, conditions, statements
+from medquad_utils.assets.sample import CONDITIONS, QUESTIONS, STATEMENTS, article, conditions, phrase, statements
 from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
 
 FOLDER = Path(__file__).with_name("tiny")
@@ -137,6 +137,26 @@ def pretrain(
     return sum(recent) / len(recent)
 
 
+def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 64) -> float:
+    """Share of all (condition, question type) pairs whose facts the base adds, word for word, to the opening of a statement."""
+    pairs = []
+    for condition in conditions():
+        for qtype, facts in condition.facts.items():
+            opening, rest = statements(condition, qtype)[0].split(phrase(qtype, facts))
+            pairs.append((opening.rstrip(), phrase(qtype, facts) + rest))
+    pairs.sort(key=lambda pair: len(tokenizer(pair[0])["input_ids"]))
+    right = 0
+    for start in range(0, len(pairs), rows):
+        openings, wanted = zip(*pairs[start : start + rows], strict=True)
+        batch = tokenizer(list(openings), return_tensors="pt", padding=True, padding_side="left")
+        longest = max(len(tokenizer(w)["input_ids"]) for w in wanted) + 2
+        with torch.inference_mode():
+            out = model.generate(**batch, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(text.strip().startswith(w) for text, w in zip(said, wanted, strict=True))
+    return right / len(pairs)
+
+
 def sha256(path: Path) -> str:
     """Hash of a file; a text file is read with line ends of one kind, so that a checkout on Windows hashes alike."""
     data = path.read_bytes()
@@ -169,14 +189,18 @@ def build(folder: Path, steps: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_manifest(folder, steps=steps, seed=seed, parameters=parameters, loss=round(loss, 4), torch=torch.__version__.split("+")[0])
+    shipped = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    remembered = round(recall(shipped, tokenizer), 4)
+    print(f"recall in statement form: {remembered:.1%}", flush=True)
+    version = torch.__version__.split("+")[0]
+    write_manifest(folder, steps=steps, seed=seed, parameters=parameters, loss=round(loss, 4), recall=remembered, torch=version)
 
 
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: the package's own)")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     build(args.out, args.steps, args.seed)
