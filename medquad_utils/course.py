@@ -222,8 +222,19 @@ def scrub(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["cell_type"] == "code":
         fresh["execution_count"] = None
         kept = [o for o in cell["outputs"] if o.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
-        fresh["outputs"] = [{**o, "execution_count": None} if "execution_count" in o else o for o in kept]
+        fresh["outputs"] = [{**o, "execution_count": None} if "execution_count" in o else o for o in _joined(kept)]
     return fresh
+
+
+def _joined(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pieces that one cell printed in a row as one output: a page would show each piece on a line of its own."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == joined[-1]["output_type"] == "stream":
+            joined[-1] = {**joined[-1], "text": "".join([*joined[-1]["text"], *output["text"]])}
+        else:
+            joined.append(output)
+    return joined
 
 
 def need(result: Result) -> str:
@@ -237,7 +248,7 @@ def stamp(executed: Path, notebook: Path, profile: str, result: Result) -> None:
     done = json.loads(executed.read_text(encoding="utf-8"))
     cells = [scrub(c) for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", ())]
     head = "".join(cells[0]["source"])
-    cells[0]["source"] = re.sub(r"^\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
+    cells[0]["source"] = re.sub(r"\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
     language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
     metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},

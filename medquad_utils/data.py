@@ -271,7 +271,7 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
 
     Returns the rows kept and, for each rule, how many rows it changed or dropped.
     """
-    counts: Counter[str] = Counter({name: 0 for name in (*RULES, "exact duplicate")})
+    counts: Counter[str] = Counter(dict.fromkeys((*RULES, "exact duplicate"), 0))
     kept, seen = [], set()
     for row in rows:
         current: Row | None = row
@@ -455,7 +455,8 @@ def prepare(plan: Plan) -> Splits:
     card = folder / "data.json"
     parts = [folder / f"{part}.parquet" for part in ("train", "validation", "test")]
     if card.is_file() and all(p.is_file() for p in parts) and (written := json.loads(card.read_text()))["recipe"] == _recipe(plan):
-        return Splits(*map(read_rows, parts), written["cleaning"])
+        train, validation, test = map(read_rows, parts)
+        return Splits(train, validation, test, written["cleaning"])
     loaded = load(plan)
     rows, cleaning = clean(loaded.rows)
     splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)

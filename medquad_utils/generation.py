@@ -245,4 +245,5 @@ def next_token_probabilities(
     ids = list(ids) + tokenizer(start, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    return logits.float().softmax(-1).cpu()
+    probabilities: torch.Tensor = logits.float().softmax(-1).cpu()
+    return probabilities

@@ -282,8 +282,7 @@ def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], t
         for part, rows in parts.items():
             ax.text(at, line - 0.2, part, fontsize=9, va="center")
             for label, group in rows:
-                box = {"xy": (at, line), "width": 0.94, "height": 0.4}
-                ax.add_patch(_rectangle(**box, color=PALETTE[groups.index(group) % len(PALETTE)]))
+                ax.add_patch(_rectangle((at, line), 0.94, 0.4, color=PALETTE[groups.index(group) % len(PALETTE)]))
                 ax.text(at + 0.47, line + 0.2, label, ha="center", va="center", fontsize=9)
                 at += 1
             at += 0.6

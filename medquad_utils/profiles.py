@@ -240,6 +240,9 @@ class Plan:
         width = max(len(k) for k, _ in rows)
         return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook keeps the text beside the HTML: no path of this machine in it
+
     def _repr_html_(self) -> str:
         cells = "".join(
             f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>'
@@ -300,7 +303,8 @@ def hub_token() -> str | None:
     """The Hub token of the environment, of the Hub's own login, or of Colab's secrets; ``None`` if there is none."""
     from huggingface_hub import get_token
 
-    return get_token()
+    token: str | None = get_token()
+    return token
 
 
 def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:

@@ -38,10 +38,11 @@ def select(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Sp
     def fits(row: Row) -> bool:
         return len(encode(tokenizer, row).ids) <= plan.max_length
 
-    parts = (draw(splits.train, plan.rows, plan.seed, fits), *(draw(p, plan.eval_rows, plan.seed, fits) for p in (splits.validation, splits.test)))
-    if not all(parts):
+    train = draw(splits.train, plan.rows, plan.seed, fits)
+    validation, test = (draw(part, plan.eval_rows, plan.seed, fits) for part in (splits.validation, splits.test))
+    if not (train and validation and test):
         raise CourseError(f"no row of {plan.source!r} fits into {plan.max_length} tokens: choose a profile with a larger max_length.")
-    return Splits(*parts, splits.cleaning)
+    return Splits(train, validation, test, splits.cleaning)
 
 
 def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:

@@ -117,7 +117,8 @@ def pretrain(
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
-    source, recent, started = batches(tokenizer, rows, seed), [], time.time()
+    source, started = batches(tokenizer, rows, seed), time.time()
+    recent: list[float] = []
     model.train()
     for step in range(steps):
         warm = min(1.0, (step + 1) / 200)
@@ -133,8 +134,9 @@ def pretrain(
         if step % 50 == 49 or step == steps - 1:
             spent = time.time() - started
             left = spent / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1:>6}/{steps}  loss {sum(recent) / len(recent):.4f}  {spent / 60:.1f} min, {left / 60:.1f} left", flush=True)
-    return sum(recent) / len(recent)
+            mean = sum(recent) / len(recent)
+            print(f"step {step + 1:>6}/{steps}  loss {mean:.4f}  {spent / 60:.1f} min, {left / 60:.1f} left", flush=True)
+    return float(sum(recent) / len(recent))
 
 
 def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 64) -> float:
