@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: course test lab check clean
+.PHONY: course test lab clean
 
 course: $(STAMP)
-	$(BIN)/medquad run --profile tiny
+	@$(BIN)/medquad run --profile tiny
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -20,11 +20,12 @@ lab: $(STAMP)
 
 # The versions that were tested come from environment.yml; torch first, so that nothing pulls another one in.
 $(STAMP): pyproject.toml environment.yml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	sed -n 's/^ *- \([a-z-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
-	touch $(STAMP)
+	@echo 'Installing the tested versions into $(VENV) (some minutes, once) ...'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@sed -n 's/^ *- \([a-z-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
+	@touch $(STAMP)
 
 clean:
 	rm -rf runs build *.egg-info

@@ -295,7 +295,8 @@ def ex_04_1(answer: Any) -> str:
         _need(len(labels) == len(ids), f"{len(ids)} tokens need {len(ids)} labels; you return {len(labels)}. Masked is not removed.")
         _need(labels != ids, "Every token is learned still: which value makes the loss skip a label?")
         _need(set(labels) != {-100}, "Every label is masked: a batch like this trains on nothing.")
-        _need(not (prompt == ids[:prompt_length] and set(rest) == {-100}), "The mask is the wrong way round: the prompt is what is only read.")
+        inverted = prompt == ids[:prompt_length] and set(rest) == {-100}
+        _need(not inverted, "The mask is the wrong way round: the prompt is what is only read.")
         _need(set(prompt) == {-100}, "Some label in the prompt is not the one value that the loss skips. Look at the table in section 2.")
         _need(rest[-1] != -100, "The last token is masked: the model would not learn to stop.")
         _need(rest == ids[prompt_length:], "The answer's labels are its own ids, each in its own place; the loss function does the shift.")
@@ -321,7 +322,7 @@ def ex_04_2(answer: Any) -> str:
 def ex_04_3(answer: Any) -> str:
     """The loss of a step of two batches, 10 tokens at 1.0 and 90 at 2.0, every token counting the same."""
     value = _number(answer, "It is a mean over 100 tokens.")
-    _need(abs(value - 1.5) > 1e-6, "That is the mean of the two means: it gives a token of the small batch nine times the weight of the others.")
+    _need(abs(value - 1.5) > 1e-6, "That is the mean of the two means: a token of the small batch weighs nine times as much there.")
     _need(abs(value - 3.0) > 1e-6, "That is the sum of the two means; a loss is a mean over tokens.")
     _need(abs(value - 190.0) > 1e-6, "That is the surprise of all tokens together. The loss is a mean.")
     _need(abs(value - 1.1) > 1e-6, "The weights are the wrong way round: which batch has more tokens?")
@@ -331,6 +332,7 @@ def ex_04_3(answer: Any) -> str:
 
 
 # ---- lesson 05 ------------------------------------------------------------------------------------------------------
+
 
 def _try(answer: Callable[..., Any], *arguments: Any, hint: str) -> Any:
     """What ``answer`` returns; an error inside it, or nothing returned, becomes ``hint``."""
@@ -368,7 +370,7 @@ def ex_05_2(answer: Any) -> str:
     _need(value > 0, "A temperature is above zero.")
     _need(abs(value - 1.0) > 1e-3, "At temperature 1 the ratio is e to the power of 2, about 7.4: a little sharper is asked for.")
     _need(abs(value - math.log(10) / 2) > 5e-3, "Nearly: this is what the logits would be multiplied by. Temperature divides.")
-    _need(abs(value - 0.2) > 1e-3, "Probabilities are exponentials of the logits: divide the difference by something that undoes exp, not by 10 itself.")
+    _need(abs(value - 0.2) > 1e-3, "Probabilities are exponentials of the logits: divide by what undoes exp, not by 10 itself.")
     _need(abs(value - 2.0) > 1e-2, "Softmax uses powers of e, not powers of 10: take the natural logarithm (math.log, not math.log10).")
     ratio = math.exp(2.0 / value) if value > 0.01 else math.inf
     side = "lower" if ratio < 10 else "higher"
@@ -393,6 +395,6 @@ def ex_05_3(answer: Any) -> str:
     _need(kept != {"d"}, "The other way round: keep what is above the bar.")
     _need(kept == {"a", "b", "c"}, "The bar is min_p times the largest probability: compare every token with that.")
     sharp = {"d": 0.02, "a": 0.9, "c": 0.03, "b": 0.05}
-    _need(tokens(sharp, 0.1) == {"a"}, "The bar moves with the largest probability, wherever in the dictionary that stands: look for it first.")
+    _need(tokens(sharp, 0.1) == {"a"}, "The bar moves with the largest probability, wherever that stands: look for it first.")
     _need(tokens({"a": 0.5, "b": 0.25, "c": 0.125}, 0.5) == {"a", "b"}, "'At least' includes a token that is exactly on the bar.")
     return _well_done("Where the model is sure, min-p keeps little; where it is not, it keeps a choice.")

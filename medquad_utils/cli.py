@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"medquad: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"medquad: {error.strerror or error}: {error.filename or 'no file named'}. Check --out and the space on the disk.", file=sys.stderr)
+        where = error.filename or "no file named"
+        print(f"medquad: {error.strerror or error}: {where}. Check --out and the space on the disk.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nmedquad: stopped; what was written before is whole.", file=sys.stderr)

@@ -221,7 +221,8 @@ def scrub(cell: dict[str, Any]) -> dict[str, Any]:
         fresh["metadata"]["tags"] = tags
     if cell["cell_type"] == "code":
         fresh["execution_count"] = None
-        kept = [o for o in cell["outputs"] if o.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        widget = "application/vnd.jupyter.widget-view+json"
+        kept = [o for o in cell["outputs"] if o.get("name") != "stderr" and widget not in o.get("data", {})]
         fresh["outputs"] = [{**o, "execution_count": None} if "execution_count" in o else o for o in _joined(kept)]
     return fresh
 
@@ -240,7 +241,8 @@ def _joined(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def need(result: Result) -> str:
     """The line of a lesson's head that says what it takes, from a measurement."""
     took = f"{result.seconds / 60:.0f} min" if result.seconds >= 90 else f"{10 * round(result.seconds / 10 + 0.5)} s"
-    return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
+    memory = f"{result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
+    return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {memory}"
 
 
 def stamp(executed: Path, notebook: Path, profile: str, result: Result) -> None:

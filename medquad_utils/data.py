@@ -50,7 +50,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise CourseError(f"cannot write {path.name}: {error.strerror or error}. Free some space or choose another folder with out=...") from error
+        reason = error.strerror or error
+        raise CourseError(f"cannot write {path.name}: {reason}. Free some space or choose another folder with out=...") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -191,7 +192,9 @@ def load_table(path: Path) -> Loaded:
     try:
         records = list(_records(path))
     except (OSError, csv.Error, ValueError) as error:
-        raise CourseError(f"cannot read {path.name} as {path.suffix.lstrip('.')}: {error}. Save it again as .csv or .jsonl in UTF-8, or as .parquet.") from error
+        kind = path.suffix.lstrip(".")
+        advice = "Save it again as .csv or .jsonl in UTF-8, or as .parquet."
+        raise CourseError(f"cannot read {path.name} as {kind}: {error}. {advice}") from error
     columns = {str(name).strip().lower() for record in records[:1] for name in record}
     missing = [c for c in REQUIRED if c not in columns]
     if records and missing:
@@ -413,7 +416,8 @@ def split(rows: Sequence[Row], fractions: tuple[float, float, float] = (0.8, 0.1
         place = _place(first[number], seed)
         parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(row)
     if not all(parts):
-        raise CourseError(f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {[len(p) for p in parts]} rows. Load more rows.")
+        got = [len(p) for p in parts]
+        raise CourseError(f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {got} rows. Load more rows.")
     return Splits(*parts)
 
 

@@ -24,11 +24,11 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with a pad token that is no end token; pads go on the right, as training wants them.
 
     Raises:
-        CourseError: the tokenizer is not to be had (see ``_explain``).
+        CourseError: the tokenizer is not to be had (see ``explain_load_error``).
     """
     from transformers import AutoTokenizer
 
-    with _explained(plan):
+    with _Explained(plan):
         tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=_revision(plan))
     set_pad_token(tokenizer)
     tokenizer.padding_side = "right"
@@ -43,7 +43,7 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    with _explained(plan):
+    with _Explained(plan):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             plan.model_source,
             revision=_revision(plan),
@@ -103,7 +103,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class _explained:
+class _Explained:
     """Turn a failed download or a damaged file into one message with the next step."""
 
     def __init__(self, plan: Plan) -> None:
@@ -160,9 +160,7 @@ def generate(
     """
     from tqdm.auto import tqdm
 
-    prompts = [
-        tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations
-    ]
+    prompts = [tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     starts = range(0, len(order), batch_size)

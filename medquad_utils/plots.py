@@ -78,7 +78,9 @@ def bars(
     show(fig, alt)
 
 
-def grouped_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None) -> None:
+def grouped_bars(
+    table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None
+) -> None:
     """Upright bars in groups: ``table`` maps a series to its values by group; every series has the same groups."""
     groups = list(next(iter(table.values())))
     fig, ax = figure(8, 3.6)
@@ -95,7 +97,9 @@ def grouped_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str
     show(fig, alt, save)
 
 
-def stacked_bars(table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None) -> None:
+def stacked_bars(
+    table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None
+) -> None:
     """Horizontal stacked bars: bar -> part -> value, the total at the end; ``lines`` draws named limits across."""
     fig, ax = figure(8, 1.5 + 0.42 * len(table))
     parts = list(dict.fromkeys(p for values in table.values() for p in values))
@@ -143,7 +147,13 @@ def histogram(
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str, save: Path | None = None, markers: Sequence[str] = ()
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    x: str,
+    y: str,
+    alt: str,
+    save: Path | None = None,
+    markers: Sequence[str] = (),
 ) -> None:
     """Lines through (x, y) points, one a key, each with its own dash as well as its colour; ``markers`` get dots."""
     fig, ax = figure(8, 3.6)
@@ -339,5 +349,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "✓" if value else "✗"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-

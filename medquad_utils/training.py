@@ -119,7 +119,9 @@ def require(checks: Sequence[tuple[str, str, bool]]) -> None:
         raise CourseError("pre-flight check failed: " + "; ".join(failed) + ". Mend it before training.")
 
 
-def build_trainer(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Splits, folder: Path | None = None, **changes: Any) -> SFTTrainer:
+def build_trainer(
+    plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Splits, folder: Path | None = None, **changes: Any
+) -> SFTTrainer:
     """An ``SFTTrainer`` for the plan on a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
     The adapters are cast after the trainer is built (see ``lora.cast_adapters``).

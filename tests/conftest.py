@@ -20,7 +20,10 @@ hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
 MEDQUAD = REPO.parent / "shared" / "medquad"
-GET_MEDQUAD = "needs the real MedQuAD: git clone https://github.com/abachaa/MedQuAD, pack its nine answered collections as ../shared/medquad/MedQuAD-577bd37.tar.xz"
+GET_MEDQUAD = (
+    "needs the real MedQuAD: git clone https://github.com/abachaa/MedQuAD, then pack its nine answered collections as "
+    "../shared/medquad/MedQuAD-577bd37.tar.xz"
+)
 
 
 @pytest.fixture(scope="session")

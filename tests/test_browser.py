@@ -178,7 +178,7 @@ def _run_all(page: Page, name: str, timeout: float, say: Say) -> str:
         ran = sum(p.strip("[]:").isdigit() for p in state["prompts"])
         rests = ran > 0 and "[*]:" not in state["prompts"] and state["kernel"] == "idle"
         quiet = quiet + 1 if rests else 0
-        if took - told >= 10 or quiet == 3:
+        if took - told >= 20 or quiet == 3:
             say(f"{name}: {ran} of {len(state['prompts'])} cells, {took:.0f} s")
             told = took
         if took > timeout:
@@ -210,6 +210,7 @@ def _screenshots(page: Page, folder: Path, name: str) -> int:
       area.scrollTop = y;
       return [area.clientHeight, area.scrollHeight];
     }"""
+    page.mouse.move(0, 0)  # nothing is highlighted
     number, top, height = 0, 0, 1
     while top < height:
         screen, height = page.evaluate(move, top)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotli
 def medquad(*arguments: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
     """Run the command line without a Hub, a token or a chosen output folder; ``python -m`` is what the script ``medquad`` calls."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MEDQUAD_"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    nobody = str(Path(tempfile.gettempdir()) / "home of nobody who logged in to the Hub")
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": nobody, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-m", "medquad_utils.cli", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 

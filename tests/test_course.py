@@ -128,7 +128,7 @@ def test_a_failing_cell_names_lesson_and_cell_in_one_line_and_keeps_the_notebook
 
 def test_a_kernel_that_is_killed_is_one_message_about_memory(toys: Path, tmp_path: Path) -> None:
     notebook(toys / "04_die_in_silence.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(CourseError, match="04 die in silence: .*memory.*smaller profile"):
+    with pytest.raises(CourseError, match=r"04 die in silence: .*memory.*smaller profile"):
         course.run("tiny", ["04"], {}, str(tmp_path / "runs"), lambda _: None)
 
 
@@ -142,7 +142,7 @@ def test_the_table_lines_its_columns_up_and_adds_the_times() -> None:
     results = [course.Result("01 a", 59.9, 0.45, "short"), course.Result("02 a longer title", 125.2, 11.04, "0.2 -> 0.9")]
     assert course.table(results).splitlines() == [
         "lesson             min:s  peak RAM  headline",
-        "---------------------------------------------",
+        "-" * 46,
         "01 a               0:59   0.5 GB    short",
         "02 a longer title  2:05   11.0 GB   0.2 -> 0.9",
         "all                3:05",
@@ -163,7 +163,8 @@ def test_a_cell_run_out_of_order_and_a_mistake_are_one_line_and_a_bug_keeps_its_
     assert setup == []
     assert (unordered[0].ename, len(unordered[0].traceback)) == ("NameError", 1)
     assert unordered[0].evalue == (
-        "name 'splits' is not defined. A cell above has not been run yet: choose Run > Run All Above Selected Cell, then run this one again."
+        "name 'splits' is not defined. A cell above has not been run yet: "
+        "choose Run > Run All Above Selected Cell, then run this one again."
     )
     assert (mistake[0].ename, mistake[0].traceback) == ("CourseError", [f"CourseError: {mistake[0].evalue}"])
     assert mistake[0].evalue.startswith("unknown profile 'huge'")

@@ -226,7 +226,7 @@ def test_a_truncated_adapter_is_told_from_a_missing_one(plan: Plan, copied: Path
 def test_a_truncated_base_says_that_the_weights_are_damaged(plan: Plan, model_copy: Path, kept: float) -> None:
     weights = model_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: int(kept * weights.stat().st_size)])
-    with pytest.raises(CourseError, match="weights of .* are damaged.*load again") as caught:
+    with pytest.raises(CourseError, match=r"weights of .* are damaged.*load again") as caught:
         generation.load_base(dataclasses.replace(plan, model_path=str(model_copy)))
     one_line(str(caught.value))
 
@@ -236,7 +236,7 @@ def test_a_folder_that_is_no_model_is_not_called_gated_whatever_its_name(plan: P
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     for load in (generation.load_tokenizer, generation.load_base):
-        with pytest.raises(CourseError, match="cannot load the model in .*Hub's layout") as caught:
+        with pytest.raises(CourseError, match=r"cannot load the model in .*Hub's layout") as caught:
             load(dataclasses.replace(plan, model_path=str(folder)))
         one_line(str(caught.value))
 
@@ -287,11 +287,15 @@ for name in sys.argv[1:]:
 
 
 def test_a_gated_repository_says_what_to_click_and_offers_the_open_profile(tmp_path: Path) -> None:
-    """The real road: transformers and huggingface_hub ask a server that answers as the Hub does (a token of none, a token without rights)."""
+    """The real road: transformers and huggingface_hub ask a server that answers as the Hub does (no token, a token without rights)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK_THE_HUB, "gate/401", "gate/403", "nobody/nothing"],

@@ -81,6 +81,21 @@ def test_committed_outputs_still_hold(course_run: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def _exact(notebook: Path) -> list[tuple[str, str]]:
+    """(source, printed text) of the cells tagged nbval-check-output."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "nbval-check-output" in c["metadata"].get("tags", ())]
+    return [("".join(c["source"]), "".join("".join(o.get("text", ())) for o in c["outputs"] if o.get("name") == "stdout")) for c in tagged]
+
+
+@pytest.mark.parametrize("name", list(LESSONS))
+def test_exact_cells_say_in_every_lesson_what_is_committed(course_run: Path, name: str) -> None:
+    """The same as nbval's exact cells, read off the run above: the lessons that train need no second run for it."""
+    committed, fresh = _exact(NOTEBOOKS / f"{name}.ipynb"), _exact(course_run / "notebooks" / f"{name}.ipynb")
+    assert len(committed) >= 2
+    assert fresh == committed
+
+
 @pytest.mark.parametrize("name", [n for n in LESSONS if n != "01_explore_medquad"])
 def test_a_lesson_starts_cold_and_alone(name: str, tmp_path: Path) -> None:
     """papermill on one notebook with an empty ``runs``; a short training is enough to see that nothing is missing."""

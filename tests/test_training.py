@@ -188,7 +188,7 @@ def test_a_nan_loss_stops_the_run_at_the_next_log(tmp_path: Path) -> None:
     trainer.args.logging_steps = 1
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if name.endswith("norm.weight")).fill_(float("nan"))
-    with pytest.raises(CourseError, match="loss is nan at step 1.*learning rate"):
+    with pytest.raises(CourseError, match=r"loss is nan at step 1.*learning rate"):
         trainer.train()
 
 
@@ -349,7 +349,7 @@ def test_a_full_disk_keeps_the_older_adapter_whole(run: Run, limit: int) -> None
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        with pytest.raises(CourseError, match="cannot save the adapter: .*untouched"):
+        with pytest.raises(CourseError, match=r"cannot save the adapter: .*untouched"):
             training.save_adapter(run.plan, run.trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -36,9 +36,7 @@ SPECIAL = [BOS, EOS, HEADER, END_HEADER, EOT, PAD]
 
 # How Llama-3 cuts text before BPE, in one expression: contractions, words with their leading space, digits in threes,
 # punctuation, line ends, spaces.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
@@ -185,9 +183,7 @@ def build(folder: Path, steps: int, seed: int) -> None:
     print(f"{len(conditions())} conditions, vocabulary {len(tokenizer)}, {parameters / 1e6:.2f} M parameters", flush=True)
     loss = pretrain(model, tokenizer, steps, seed)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOT)]
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
