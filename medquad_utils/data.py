@@ -449,8 +449,14 @@ def leakage(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
 
 
 def _recipe(plan: Plan) -> dict[str, Any]:
-    """What decides which rows are written; a stage made from another recipe is made again."""
-    return {"source": plan.source, "data": Path(plan.data_path).name, "seed": plan.seed}
+    """What decides which rows are written; a stage made from another recipe, or from files that have changed since, is made again."""
+    from medquad_utils.assets.sample import CONDITIONS
+
+    path = CONDITIONS if plan.source == "sample" else Path(plan.data_path)
+    found = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
+    states = [f.stat() for f in found if f.is_file()]
+    size, changed = sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
+    return {"source": plan.source, "data": Path(plan.data_path).name, "bytes": size, "changed": changed, "seed": plan.seed}
 
 
 def prepare(plan: Plan) -> Splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,9 +91,25 @@ def check_adapter(plan: Plan, folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise CourseError(f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04).")
     record = folder / "plan.json"
-    made_on = json.loads(record.read_text())["model_id"] if record.is_file() else plan.model_id
-    if made_on != plan.model_id:
-        raise CourseError(f"the adapter was trained on {made_on}, but the plan loads {plan.model_id}. Use the profile it was trained with.")
+    made = json.loads(record.read_text()) if record.is_file() else {}
+    if made.get("model_id", plan.model_id) != plan.model_id:
+        raise CourseError(
+            f"the adapter was trained on {made['model_id']}, but the plan loads {plan.model_id}. Use the profile it was trained with."
+        )
+    if made.get("base", base_id(plan)) != base_id(plan):
+        raise CourseError(f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: run lesson 04 again.")
+
+
+def base_id(plan: Plan) -> str:
+    """Which weights the plan's base has: the Hub id and revision, or a hash over the first MB of a local folder's files."""
+    source = Path(plan.model_source)
+    if not source.is_dir():
+        return f"{plan.model_id}@{plan.revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 def _revision(plan: Plan) -> str | None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from medquad_utils.chat import END_OF_TURN, IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
 from medquad_utils.data import Row, Splits, draw, prepare, write_json
-from medquad_utils.generation import load_base, load_tokenizer
+from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.lora import adapter_parameters, cast_adapters, dtype_census, lora_b_norms, lora_config, trainable_parameters
 from medquad_utils.profiles import CourseError, Plan, Shape, resolve
 
@@ -230,7 +230,7 @@ def save_adapter(plan: Plan, trainer: SFTTrainer) -> Path:
     try:
         trainer.model.save_pretrained(fresh)
         trainer.processing_class.save_pretrained(fresh)
-        write_json(fresh / "plan.json", plan.as_dict())
+        write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)})
         shutil.rmtree(older, ignore_errors=True)
         if folder.exists():
             folder.rename(older)
@@ -261,7 +261,7 @@ def ensure_adapter(plan: Plan) -> Path:
     record = folder / "plan.json"
     if record.is_file():
         made = json.loads(record.read_text())
-        if all(made[k] == getattr(plan, k) for k in ("model_id", "source", "seed")):
+        if made.get("base") == base_id(plan) and all(made[k] == getattr(plan, k) for k in ("model_id", "source", "seed")):
             return folder
     train(plan)
     return folder

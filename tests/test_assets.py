@@ -135,9 +135,7 @@ def test_the_base_is_never_shown_a_question_or_a_chat() -> None:
         assert not {"user", "assistant", "system:"} & set(text.lower().split()), text
     assert len(questions) == len(sample.rows())
     everything = "\n".join(pretraining_texts())
-    assert [r["answer"] for r in sample.rows() if str(r["answer"]) in everything] == [], (
-        "no answer either: only other wordings of its facts"
-    )
+    assert [r["answer"] for r in sample.rows() if str(r["answer"]) in everything] == [], "no answer either, only other wordings"
 
 
 @given(st.sampled_from(ALL), st.integers(1, 9), st.randoms(use_true_random=False))

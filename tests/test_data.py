@@ -548,6 +548,17 @@ def test_prepare_makes_another_recipe_again(tmp_path: Path) -> None:
     assert data.prepare(plan_for(tmp_path, seed=0)) == first
 
 
+def test_prepare_makes_the_stage_again_when_its_source_has_changed(tmp_path: Path) -> None:
+    old, new = (
+        [row(f"What causes Disease {n} ?", answer, focus=f"Disease {n}") for n in range(60)] for answer in ("a b c d e", "v w x y z")
+    )
+    for folder, rows in (("one", old), ("two", new), ("one", old), ("one", new)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = write_table(tmp_path / folder / "mine.jsonl", rows)
+        made = data.prepare(plan_for(tmp_path, "jsonl", path))
+        assert {r["answer"] for r in made.train} == {rows[0]["answer"]}
+
+
 def test_prepare_makes_the_stage_again_when_a_part_was_deleted(tmp_path: Path) -> None:
     plan = plan_for(tmp_path)
     made = data.prepare(plan)
