@@ -31,7 +31,10 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
     with _Explained(plan):
         tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=_revision(plan))
-    set_pad_token(tokenizer)
+    try:
+        set_pad_token(tokenizer)
+    except ValueError as error:
+        raise CourseError(f"{plan.model_id}: {error}") from error
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -261,7 +261,8 @@ def ensure_adapter(plan: Plan) -> Path:
     record = folder / "plan.json"
     if record.is_file():
         made = json.loads(record.read_text())
-        if made.get("base") == base_id(plan) and all(made[k] == getattr(plan, k) for k in ("model_id", "source", "seed")):
+        now = plan.as_dict() | {"base": base_id(plan)}
+        if all(made.get(k) == now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
             return folder
     train(plan)
     return folder
