@@ -238,6 +238,15 @@ def _joined(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
+def numbered(cells: Sequence[dict[str, Any]]) -> None:
+    """Give code cells the execution counts of one run from top to bottom, in place: nbval takes a cell without one as not run."""
+    for count, cell in enumerate((c for c in cells if c["cell_type"] == "code"), start=1):
+        cell["execution_count"] = count
+        for output in cell["outputs"]:
+            if "execution_count" in output:
+                output["execution_count"] = count
+
+
 def need(result: Result) -> str:
     """The line of a lesson's head that says what it takes, from a measurement."""
     took = f"{result.seconds / 60:.0f} min" if result.seconds >= 90 else f"{10 * round(result.seconds / 10 + 0.5)} s"
@@ -249,6 +258,7 @@ def stamp(executed: Path, notebook: Path, profile: str, result: Result) -> None:
     """Take the outputs of ``executed`` into the committed ``notebook``, scrubbed, with a stamp of what made them."""
     done = json.loads(executed.read_text(encoding="utf-8"))
     cells = [scrub(c) for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", ())]
+    numbered(cells)
     head = "".join(cells[0]["source"])
     cells[0]["source"] = re.sub(r"\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
     language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}

@@ -155,6 +155,7 @@ def test_stamp_matches_the_source_and_names_the_tested_versions(path: Path) -> N
     assert {k: v.split("+")[0] for k, v in stamp["versions"].items() if k != "python"} == {
         k: v.split("+")[0] for k, v in versions().items() if k != "python"
     }
+    assert [c["execution_count"] for c in _code(notebook)] == list(range(1, len(_code(notebook)) + 1)), "not one run from top to bottom"
     shown = sum(bool(c["outputs"]) for c in _code(notebook))
     assert shown > len(_code(notebook)) / 2, "committed without outputs"
 
