@@ -42,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait without spinning: a tenth slower on idle cores, more than twice as fast on shared ones (measured on two).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return {"doctor": _doctor, "run": _run, "ask": _ask}[options.command](options)
+        status = {"doctor": _doctor, "run": _run, "ask": _ask}[options.command](options)
+        sys.stdout.flush()  # a closed pipe shows here, not after the last line of Python
+        return status
     except CourseError as error:
         print(f"medquad: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         where = error.filename or "no file named"
         print(f"medquad: {error.strerror or error}: {where}. Check --out and the space on the disk.", file=sys.stderr)

@@ -5,7 +5,6 @@ LoRA, arXiv 2106.09685: a frozen weight W gets a learned low-rank term, y = W x 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,6 @@ from medquad_utils.profiles import Plan, Shape
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-# peft 0.21 still asks transformers 5.23 for the flag by its old name; nothing that a reader could mend.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 # All seven linear layers of a block: the QLoRA paper (section 4) finds that this matters more than the rank.
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -128,3 +128,15 @@ def test_asking_before_training_names_the_lesson_that_trains(tmp_path: Path) -> 
     line = mistake("ask", "What causes asthma?", "--profile", "tiny", "--out", str(tmp_path))
     assert "medquad run --profile tiny --only 04" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word() -> None:
+    """As ``medquad doctor | head -1`` does."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-m", "medquad_utils.cli", "doctor"]
+    with subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141
+    assert said == ""
