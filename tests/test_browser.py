@@ -86,6 +86,8 @@ def browser() -> Iterator[BrowserContext]:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for lesson in LESSONS:
+        _forget_the_run(folder / "root" / "notebooks" / lesson.name)
     for name, values in SETTINGS.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _forget_the_run(path: Path) -> None:
+    """Take out the outputs and counts that a lesson is committed with: what is there afterwards, the browser's run has made."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    nbformat.write(notebook, path)
 
 
 def _serve(folder: Path) -> subprocess.Popen[bytes]:
