@@ -22,7 +22,7 @@ lab: $(STAMP)
 $(STAMP): pyproject.toml environment.yml
 	@echo 'Installing the tested versions into $(VENV) (some minutes, once) ...'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@sed -n 's/^ *- \([a-z-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/constraints.txt
+	@sed -n 's/^ *- \([a-z0-9-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
 	@touch $(STAMP)

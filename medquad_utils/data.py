@@ -13,16 +13,19 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+from medquad_utils.cleaning import Row as Row  # the package's name for a row is data.Row
+from medquad_utils.cleaning import clean, damage
 from medquad_utils.profiles import CourseError, Plan
-
-Row = dict[str, Any]
 
 # The schema that every source is brought to; what a source lacks is None.
 COLUMNS = ("qtype", "question", "answer", "focus", "synonyms", "cui", "semantic_type", "source", "url", "document_id")
@@ -181,20 +184,29 @@ def _document(root: ElementTree.Element, loaded: Loaded) -> list[Row]:
     return rows
 
 
+def read_records(path: Path, expected: str) -> list[dict[str, Any]]:
+    """The records of a CSV, JSONL or parquet file, as they are; ``expected`` names the columns in the message of a missing file.
+
+    Raises:
+        CourseError: no such file, or not readable as its ending says.
+    """
+    if not path.is_file():
+        raise CourseError(f"no file {str(path)!r}: expected a .csv, .jsonl or .parquet file with the columns {expected}.")
+    try:
+        return list(_records(path))
+    except (OSError, csv.Error, ValueError) as error:
+        kind = path.suffix.lstrip(".")
+        advice = "Save it again as .csv or .jsonl in UTF-8, or as .parquet."
+        raise CourseError(f"cannot read {path.name} as {kind}: {error}. {advice}") from error
+
+
 def load_table(path: Path) -> Loaded:
     """Rows of a CSV, JSONL or parquet file with the Hub's columns (in any case) or the common schema.
 
     Raises:
         CourseError: no such file, not readable as its ending says, or a required column is missing.
     """
-    if not path.is_file():
-        raise CourseError(f"no file {str(path)!r}: expected a .csv, .jsonl or .parquet file with the columns {', '.join(REQUIRED)}.")
-    try:
-        records = list(_records(path))
-    except (OSError, csv.Error, ValueError) as error:
-        kind = path.suffix.lstrip(".")
-        advice = "Save it again as .csv or .jsonl in UTF-8, or as .parquet."
-        raise CourseError(f"cannot read {path.name} as {kind}: {error}. {advice}") from error
+    records = read_records(path, ", ".join(REQUIRED))
     columns = {str(name).strip().lower() for record in records[:1] for name in record}
     missing = [c for c in REQUIRED if c not in columns]
     if records and missing:
@@ -252,49 +264,6 @@ def _load_hub() -> Loaded:
     return Loaded([{c: row[c] for c in COLUMNS} for row in rows])
 
 
-# ---- cleaning -------------------------------------------------------------------------------------------------------
-
-LINK_LIST = re.compile(r"^These resources (from MedlinePlus )?(address|offer)|^The resources listed in this section", re.IGNORECASE)
-
-
-def _white_space(row: Row) -> Row:
-    return {**row, "question": re.sub(r"\s+", " ", row["question"]).strip(), "answer": re.sub(r"[ \t]+", " ", row["answer"]).strip()}
-
-
-# A rule maps a row to the row to keep, changed or not, or to None: drop it.
-RULES: dict[str, Callable[[Row], Row | None]] = {
-    "white space": _white_space,
-    "under five words": lambda row: row if len(row["answer"].split()) >= 5 else None,
-    "link list": lambda row: None if LINK_LIST.match(row["answer"]) else row,
-}
-
-
-def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], dict[str, int]]:
-    """Apply ``RULES`` in order (but those named in ``without``), then drop exact duplicates.
-
-    Returns the rows kept and, for each rule, how many rows it changed or dropped.
-    """
-    counts: Counter[str] = Counter(dict.fromkeys((*RULES, "exact duplicate"), 0))
-    kept, seen = [], set()
-    for row in rows:
-        current: Row | None = row
-        for name, rule in RULES.items():
-            if name in without or current is None:
-                continue
-            changed = rule(current)
-            counts[name] += changed != current
-            current = changed
-        if current is None:
-            continue
-        pair = (current["question"], current["answer"])
-        if "exact duplicate" not in without and pair in seen:
-            counts["exact duplicate"] += 1
-            continue
-        seen.add(pair)
-        kept.append(current)
-    return kept, dict(counts)
-
-
 # ---- questions and groups -------------------------------------------------------------------------------------------
 
 # MedQuAD's question templates; the group is the focus.
@@ -336,60 +305,94 @@ def normalise(text: str | None) -> str:
 
 
 def focus_of(row: Row) -> str:
-    """What a row is about, normalised: its focus, or what its question's template names, or else the whole question."""
+    """What a row is about, normalised: its focus, or what its question's template names, or "" if neither says it."""
     if row["focus"]:
         return normalise(row["focus"])
     found = template_of(row["question"])
-    return normalise(found[1] if found else row["question"])
+    return normalise(found[1]) if found else ""
 
 
-RARE = 5  # a concept ("Syndrome") or a paragraph that more foci than this carry joins nothing: it is boilerplate
-LONG_ANSWER = 200  # characters; a shorter answer may recur by chance
+RARE = 5  # a concept ("Syndrome") that more foci than this carry joins nothing
+BOILERPLATE = 10  # an answer that more foci than this carry is boilerplate, and joins nothing either
+
+
+def boilerplate(rows: Sequence[Row]) -> dict[str, int]:
+    """Answers that more than ``BOILERPLATE`` foci carry, each with their number, the most common first."""
+    foci: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        foci[row["answer"]].add(focus_of(row))
+    counts = {answer: len(names) for answer, names in foci.items() if len(names) > BOILERPLATE}
+    return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
 def groups(rows: Sequence[Row]) -> list[int]:
-    """A group number for each row: rows that share a focus, a URL, a rare CUI or a rare long answer are one group."""
-    parent: dict[Any, Any] = {}
+    """A group number for each row; rows that share something which only their disease has are one group.
 
-    def find(x: Any) -> Any:
-        parent.setdefault(x, x)
+    Joined are rows with the same focus, normalised question, URL, rare CUI, or answer that is no boilerplate. Rows without
+    any focus are one group.
+    """
+    foci = [focus_of(row) for row in rows]
+    keys: list[list[tuple[str, str]]] = []
+    carried: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row, focus in zip(rows, foci, strict=True):
+        widely = [("cui", cui) for cui in row["cui"] or ()] + [("answer", row["answer"])]
+        for key in widely:
+            carried[key].add(focus)
+        own = [("focus", focus), ("question", normalise(row["question"])), *([("url", row["url"])] if row["url"] else [])]
+        keys.append(own + widely)
+    most = {"cui": RARE, "answer": BOILERPLATE}
+    return _connected([[k for k in ks if k not in carried or len(carried[k]) <= most[k[0]]] for ks in keys])
+
+
+def _connected(keys: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
+    """Component of each element when elements that share a key are joined (union-find, paths halved)."""
+    parent = list(range(len(keys)))
+
+    def find(x: int) -> int:
         while parent[x] != x:
             parent[x] = parent[parent[x]]
             x = parent[x]
         return x
 
-    foci: dict[tuple[str, str], set[str]] = defaultdict(set)
-    links: list[list[tuple[str, str]]] = []
-    for row in rows:
-        focus = focus_of(row)
-        shared = [("cui", cui) for cui in row["cui"] or ()]
-        shared += [("answer", row["answer"])] if len(row["answer"]) >= LONG_ANSWER else []
-        for key in shared:
-            foci[key].add(focus)
-        links.append([("focus", focus), *([("url", row["url"])] if row["url"] else []), *shared])
-    for number, keys in enumerate(links):
-        for key in keys:
-            if len(foci.get(key, ())) <= RARE:
-                parent[find(key)] = find(("row", number))
-    order: dict[Any, int] = {}
-    return [order.setdefault(find(("row", number)), len(order)) for number in range(len(rows))]
+    owner: dict[tuple[str, str], int] = {}
+    for number, mine in enumerate(keys):
+        for key in mine:
+            parent[find(number)] = find(owner.setdefault(key, number))
+    order: dict[int, int] = {}
+    return [order.setdefault(find(number), len(order)) for number in range(len(keys))]
 
 
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
+PARTS = ("train", "validation", "test")
+FRACTIONS = (0.8, 0.1, 0.1)
+
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test rows; ``cleaning`` counts what each rule changed or dropped."""
+    """Training, validation and test rows; ``cleaning`` counts what each rule changed or dropped, ``notes`` says what was odd."""
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
-    cleaning: dict[str, int] = field(default_factory=dict)
+    cleaning: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
         """Rows in each part."""
-        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+        return {name: len(getattr(self, name)) for name in PARTS}
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """For each question type, the share of its rows in each part, 0 to 1."""
+        counts = {name: Counter(row["qtype"] for row in getattr(self, name)) for name in PARTS}
+        total = sum(counts.values(), Counter())
+        return {qtype: {name: counts[name][qtype] / n for name in PARTS} for qtype, n in total.most_common()}
+
+
+# A group's part hangs on nothing but its name and the seed, so that it stays where it is when rows are added. Such a split
+# cannot also count question types; instead this prefix of the hash was chosen, once and by those counts alone, so that with
+# seed 0 every type of MedQuAD comes close to its share of each part.
+SALT = "medquad-468655"
 
 
 def _place(key: str, seed: int) -> float:
@@ -397,52 +400,239 @@ def _place(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-def split(rows: Sequence[Row], fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> Splits:
+def _part(place: float, fractions: tuple[float, float, float]) -> int:
+    return 0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2
+
+
+def split(rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0) -> Splits:
     """Grouped split: a whole group goes to one part, by a hash of its first focus and ``seed``.
 
-    A group keeps its part when rows are added elsewhere.
+    A group that is larger than the smallest part should be goes to training; a note says so.
 
     Raises:
         CourseError: the fractions do not add up to 1, or a part comes out empty.
     """
-    if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
-        raise CourseError(f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1).")
+    _check(fractions)
     numbers = groups(rows)
     first: dict[int, str] = {}
     for number, row in zip(numbers, rows, strict=True):
-        first[number] = min(first.get(number, focus_of(row)), focus_of(row))
-    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for number, row in zip(numbers, rows, strict=True):
-        place = _place(first[number], seed)
-        parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(row)
+        name = focus_of(row) or normalise(row["question"])
+        first[number] = min(first.get(number, name), name)
+    size, most = Counter(numbers), max(1, min(fractions[1:]) * len(rows))
+    part = {number: 0 if size[number] > most else _part(_place(f"{SALT}:{name}", seed), fractions) for number, name in first.items()}
+    parts = _parts(rows, [part[number] for number in numbers])
     if not all(parts):
-        got = [len(p) for p in parts]
-        raise CourseError(f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {got} rows. Load more rows.")
-    return Splits(*parts)
+        raise CourseError(
+            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {[len(p) for p in parts]} rows. Load more "
+            "rows; where questions follow none of MedQuAD's templates, add a column focus that names the disease."
+        )
+    large = [f"group {first[n]!r} ({k:,} rows) is larger than a part of {most:,.0f}: kept in training" for n, k in size.items() if k > most]
+    return Splits(*parts, notes=large)
 
 
-def split_by_row(rows: Sequence[Row], fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> Splits:
-    """The split that leaks, for comparison: every row is drawn on its own."""
+def split_by_row(rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0) -> Splits:
+    """The split that leaks, for comparison: every row is drawn on its own.
+
+    Raises:
+        CourseError: the fractions do not add up to 1.
+    """
+    _check(fractions)
+    return Splits(*_parts(rows, [_part(_place(f"{n}:{row['question']}", seed), fractions) for n, row in enumerate(rows)]))
+
+
+def _check(fractions: tuple[float, float, float]) -> None:
+    if not (abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0):
+        raise CourseError(f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1).")
+
+
+def _parts(rows: Sequence[Row], where: Sequence[int]) -> tuple[list[Row], list[Row], list[Row]]:
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for number, row in enumerate(rows):
-        place = _place(f"{number}:{row['question']}", seed)
-        parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(row)
-    return Splits(*parts)
+    for row, part in zip(rows, where, strict=True):
+        parts[part].append(row)
+    return parts
+
+
+# ---- leakage --------------------------------------------------------------------------------------------------------
 
 
 def leakage(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
-    """Share of test rows, 0 to 1, whose question, normalised question, focus or answer also stands in ``train``."""
+    """What of ``test`` also stands in ``train``, as shares from 0 to 1.
+
+    Of the test rows: whose ``question`` does, letter by letter; whose ``normalised question``, ``focus`` or ``answer`` does;
+    and whose ``answer`` does although it is no ``boilerplate`` of the two sets. ``8-gram``: of the runs of eight words in
+    test answers.
+    """
+    return _shared_rows(train, test, boilerplate([*train, *test])) | {"8-gram": _shared(_runs(train), _runs(test))}
+
+
+def _shared_rows(train: Sequence[Row], test: Sequence[Row], common: Container[str]) -> dict[str, float]:
     keys: dict[str, Callable[[Row], str]] = {
         "question": lambda row: row["question"],
         "normalised question": lambda row: normalise(row["question"]),
         "focus": focus_of,
         "answer": lambda row: row["answer"],
+        "answer but boilerplate": lambda row: "" if row["answer"] in common else row["answer"],
     }
     shares = {}
     for name, key in keys.items():
-        known = {key(row) for row in train}
+        known = {key(row) for row in train} - {""}
         shares[name] = sum(key(row) in known for row in test) / max(1, len(test))
     return shares
+
+
+def _shared(known: Any, asked: Any) -> float:
+    """Share of ``asked`` that is in ``known``, two arrays of hashes, 0 to 1."""
+    import numpy
+
+    if not len(asked) or not len(known):
+        return 0.0
+    known = numpy.sort(known)  # and looked up by halving: several times faster here than numpy.isin
+    places = numpy.searchsorted(known, asked).clip(max=len(known) - 1)
+    return float((known[places] == asked).mean())
+
+
+def _runs(rows: Sequence[Row], length: int = 8) -> Any:
+    """A 64-bit hash of every run of ``length`` words within an answer, as one array; equal runs have equal hashes."""
+    import numpy
+
+    found, ends = array("Q"), []
+    for row in rows:
+        found.extend(crc32(word.encode()) for word in re.findall(r"\w+", row["answer"].lower()))
+        ends.append(len(found))
+    words = numpy.frombuffer(found, dtype=numpy.uint64) if found else numpy.zeros(0, numpy.uint64)
+    hashed = numpy.zeros(max(0, len(words) - length + 1), numpy.uint64)
+    for place in range(length):  # a polynomial in an odd base, modulo 2**64
+        hashed = hashed * numpy.uint64(0x9E3779B97F4A7C15) + words[place : place + len(hashed)]
+    whole = numpy.ones(len(hashed), dtype=bool)  # but not across two answers
+    for end in ends:
+        whole[max(0, end - length + 1) : end] = False
+    return hashed[whole]
+
+
+def leakage_report(splits: Splits) -> dict[str, Any]:
+    """``leakage`` between each pair of parts, and the boilerplate answers with their foci and their rows in each part."""
+    rows = {name: getattr(splits, name) for name in PARTS}
+    counts = {name: Counter(row["answer"] for row in rows[name]) for name in PARTS}
+    common = boilerplate([row for name in PARTS for row in rows[name]])
+    listed = [{"answer": a, "foci": foci, "rows": {name: counts[name][a] for name in PARTS}} for a, foci in common.items()]
+    runs = {name: _runs(rows[name]) for name in PARTS}
+    pairs = {
+        f"{a} / {b}": _shared_rows(rows[a], rows[b], common) | {"8-gram": _shared(runs[a], runs[b])} for a, b in combinations(PARTS, 2)
+    }
+    return {**pairs, "boilerplate": listed}
+
+
+def focus_recovery(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
+    """What is lost where only type, question and answer are known, as in the Hub's file; shares from 0 to 1.
+
+    ``found``: rows whose focus some template names; ``precision``: where the name is the focus of the XML; ``leak``: test rows
+    of a split on these three columns that share a group of the full columns (a URL, a rare concept) with a training row.
+
+    Raises:
+        CourseError: the questions name too few diseases for a split.
+    """
+    bare = [{**dict.fromkeys(COLUMNS), **{c: row[c] for c in REQUIRED}, "document_id": str(n)} for n, row in enumerate(rows)]
+    known = [(normalise(row["focus"]), focus_of(without)) for row, without in zip(rows, bare, strict=True) if row["focus"]]
+    found = [(focus, guess) for focus, guess in known if guess]
+    numbers, parts = groups(rows), split(bare, seed=seed)
+    trained = {numbers[int(row["document_id"])] for row in parts.train}
+    return {
+        "found": len(found) / max(1, len(known)),
+        "precision": sum(focus == guess for focus, guess in found) / max(1, len(found)),
+        "leak": sum(numbers[int(row["document_id"])] in trained for row in parts.test) / len(parts.test),
+    }
+
+
+# ---- sub-corpora ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Specialty:
+    """A field of medicine: what its diseases' names hold (a pattern), or which UMLS semantic types they have."""
+
+    names: str
+    semantic_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.names)
+        except re.error as error:
+            raise CourseError(f"Specialty(names={self.names!r}) is no pattern: {error}. Put names side by side: 'heart|cardi'.") from error
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row's focus, a synonym or a semantic type belongs to the field."""
+        pattern = re.compile(rf"\b(?:{self.names})", re.IGNORECASE)
+        named = bool(self.names) and any(map(pattern.search, [focus_of(row), *(row["synonyms"] or ())]))
+        return named or bool(set(self.semantic_types) & set(row["semantic_type"] or ()))
+
+
+SPECIALTIES = {
+    "cardiology": Specialty(
+        r"heart(?!burn)|cardi|coronary|angina|arrhythmi|atrial|ventricular|long qt|aort|mitral|valve|hypertension|high blood pressure|"
+        r"stroke|atheroscler|arter(?:y|ial|ies|itis)|vein|venous|thrombo(?:sis|embol)|vasculitis|aneurysm|cholesterol|brugada"
+    ),
+    "oncology": Specialty(
+        r"cancer|tumou?r|carcinom|leuk(?:a)?emia|lymphoma|melanoma|sarcoma|myeloma|neoplas|blastoma|glioma|metasta", ("T191",)
+    ),
+    "neurology": Specialty(
+        r"brain|neuro|epilep|seizure|migraine|headache|dementia|alzheimer|parkinson|sclerosis|palsy|ataxia|dystonia|chorea|huntington|"
+        r"myasthenia|encephal|mening|spinal|spina bifida|paralysis|narcolepsy|tourette|restless legs|myelitis"
+    ),
+    "endocrinology": Specialty(
+        r"diabet|thyroid|goitre|goiter|adrenal|cushing|addison|pituitar|acromegaly|insulin|hypoglyc|hormone|growth hormone|polycystic ovar|"
+        r"obesity|metabolic syndrome|hyperparathyroid|hypoparathyroid|gynecomastia|hypogonad"
+    ),
+    "gastroenterology": Specialty(
+        r"stomach|gastr|bowel|colon|colitis|crohn|celiac|coeliac|liver|hepat|cirrhosis|pancrea|gallstone|gallbladder|bile|biliary|esophag|"
+        r"intestin|constipation|diarrh|hernia|hemorrhoid|ulcer|reflux|digest|appendicitis|diverticul|lactose"
+    ),
+    "pulmonology": Specialty(
+        r"lung|pulmonary|asthma|bronch|copd|emphysema|pneumo|respirat|breath|sleep apnea|pleur|cystic fibrosis|sarcoidosis|cough|tubercul"
+    ),
+    "nephrology and urology": Specialty(
+        r"kidney|renal|nephr|glomerul|dialysis|urin|bladder|prostat|incontinence|cystitis|uret(?:er|hra)|peyronie|erectile|enuresis"
+    ),
+    "dermatology": Specialty(
+        r"skin|derm|eczema|psoriasis|acne|rosacea|vitiligo|ichthyosis|epidermolysis|pemphig|hives|urticaria|wart|keratosis|alopecia|"
+        r"hair loss|melanoma|scabies|shingles|hidradenitis|rash"
+    ),
+    "ophthalmology": Specialty(
+        r"eye|ocular|vision|blind|retin|glaucoma|cataract|macular|cornea|uveitis|optic|conjunctiv|coloboma|keratoconus|strabismus|"
+        r"color vision"
+    ),
+    "infectious diseases": Specialty(
+        r"infect|virus|viral|bacteri|fungal|parasit|hiv|aids\b|flu\b|influenza|malaria|tubercul|hepatitis|herpes|measles|pox|fever|sepsis|"
+        r"salmonell|lyme|pneumonia|meningitis|syphilis|chlamydia|gonorrh|worm|lice\b|coli\b|botulism|rabies|cholera"
+    ),
+    "mental health": Specialty(
+        r"mental|depress|anxiety|bipolar|schizo|psych|autis|adhd|attention deficit|eating disorder|anorexia|bulimia|alcohol|"
+        r"drug (?:abuse|use)|addict|suicid|stress|phobia|obsessive|panic|dementia", ("T048",)
+    ),
+    "rheumatology and bones": Specialty(
+        r"arthr|rheumat|lupus|gout|osteo|bone|joint|spondyl|scoliosis|fibromyalgia|scleroderma|sjogren|sjgren|back pain|muscular|myositis|"
+        r"fractur|tendon|bursitis|paget|dysplasia"
+    ),
+    "haematology": Specialty(
+        r"blood|an(?:a)?emia|hemophilia|haemophilia|thalassemia|sickle|platelet|thrombocyt|bleeding|clot|hemochromatosis|neutropeni|"
+        r"polycythemia|myelodysplas|leuk(?:a)?emia|von willebrand|porphyria|iron"
+    ),
+}  # fmt: skip
+
+
+def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> list[Row]:
+    """The sub-corpus of a specialty: a name from ``SPECIALTIES``, or a ``Specialty`` of your own.
+
+    Raises:
+        CourseError: no such specialty, or fewer than ``least`` rows belong to it.
+    """
+    if isinstance(specialty, str) and specialty not in SPECIALTIES:
+        raise CourseError(f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}; or pass data.Specialty(names=...).")
+    field_of = SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
+    chosen = [row for row in rows if field_of.holds(row)]
+    if len(chosen) < least:
+        name = specialty if isinstance(specialty, str) else specialty.names
+        raise CourseError(f"{len(chosen)} rows about {name!r} are too few to train on (at least {least}): widen it or load more rows.")
+    return chosen
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
@@ -460,22 +650,91 @@ def _recipe(plan: Plan) -> dict[str, Any]:
 
 
 def prepare(plan: Plan) -> Splits:
-    """The plan's splits: read from ``runs/<profile>/data``, or, if they are not there, loaded, cleaned, split and written."""
+    """The plan's splits: read from ``runs/<profile>/data``, or, if they are not there, made and written."""
     folder = plan.folder / "data"
-    card = folder / "data.json"
-    parts = [folder / f"{part}.parquet" for part in ("train", "validation", "test")]
+    card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
     if card.is_file() and all(p.is_file() for p in parts) and (written := json.loads(card.read_text()))["recipe"] == _recipe(plan):
         train, validation, test = map(read_rows, parts)
-        return Splits(train, validation, test, written["cleaning"])
+        return Splits(train, validation, test, written["cleaning"], written["notes"])
+    return make(plan, folder)[0]
+
+
+def make(plan: Plan, folder: Path, without: Sequence[str] = (), specialty: str = "") -> tuple[Splits, dict[str, Any]]:
+    """Load, clean, split and write ``folder``: three parquet files, ``leakage.json`` and ``data.json``; returns splits and card.
+
+    ``without`` names cleaning rules that are off; ``specialty`` keeps a sub-corpus.
+
+    Raises:
+        CourseError: what ``load``, ``clean``, ``select`` or ``split`` refuse.
+    """
     loaded = load(plan)
-    rows, cleaning = clean(loaded.rows)
+    rows, effects = clean(loaded.rows, without)
+    rows = select(rows, specialty) if specialty else rows
+    cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
     splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
-    card.unlink(missing_ok=True)  # until it is back, last of all, parts of two recipes may stand side by side
-    for path in parts:
-        write_rows(path, getattr(splits, path.stem))
-    write_json(card, {"recipe": _recipe(plan), "loaded": len(loaded.rows), "skipped": loaded.skipped,
-                      "cleaning": cleaning, "rows": splits.sizes()})  # fmt: skip
-    return splits
+    recovery = None
+    if any(row["focus"] for row in rows):
+        with suppress(CourseError):  # questions in one's own words name no disease: then the column focus alone carries the split
+            recovery = focus_recovery(rows, plan.seed)
+    card = {
+        "recipe": _recipe(plan),
+        "loaded": len(loaded.rows),
+        "unanswered": loaded.unanswered,
+        "skipped": loaded.skipped,
+        "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
+        "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
+        "cleaning": cleaning,
+        "specialty": specialty,
+        "rows": splits.sizes(),
+        "shares": splits.shares(),
+        "notes": splits.notes,
+        "damage": {name: [f"{_named(loaded.rows[n])}: {words}" for n, words in at] for name, at in damage(loaded.rows).items()},
+        "focus_recovery": recovery,
+    }
+    with suppress(OSError):  # a folder that cannot be written is named by what comes next
+        (folder / "data.json").unlink(missing_ok=True)  # until it is back, last of all, parts of two recipes may stand side by side
+    for part in PARTS:
+        write_rows(folder / f"{part}.parquet", getattr(splits, part))
+    card["leakage"] = leakage_report(splits)
+    write_json(folder / "leakage.json", card["leakage"])
+    write_json(folder / "data.json", card)
+    return splits, card
+
+
+def summary(card: Mapping[str, Any]) -> str:
+    """What ``make`` did, as text: rows by source and type, the effect of each rule, the parts, and what leaks between them."""
+    common = card["leakage"]["boilerplate"]
+    pairs = {name: shares for name, shares in card["leakage"].items() if name != "boilerplate"}
+    units = card["damage"]["units"]
+    recovered = card["focus_recovery"]
+    blocks = [
+        f"{card['loaded']:,} answered rows ({card['unanswered']:,} without an answer, {len(card['skipped']):,} skipped)",
+        _columns("source", {name: f"{n:,}" for name, n in card["by_source"].items()}),
+        _columns("question type", {name: f"{n:,}" for name, n in card["by_qtype"].items()}),
+        _columns("cleaning rule", {n: f"{e['changed']:,} changed, {e['dropped']:,} dropped" for n, e in card["cleaning"].items()}),
+        _columns("part", {name: f"{n:,} rows" for name, n in card["rows"].items()}),
+        *card["notes"],
+        *(_columns(f"leakage, {pair}", {name: f"{share:.1%}" for name, share in shares.items()}) for pair, shares in pairs.items()),
+        _columns(
+            "boilerplate",
+            {" ".join(b["answer"].split())[:60] + " ...": f"{b['foci']:,} diseases, {sum(b['rows'].values()):,} rows" for b in common},
+        ),
+        f"{len(card['damage']['letters']):,} words lost a letter upstream; {len(units):,} numbers may have lost the prefix of their unit"
+        + "".join(f"\n  {place}" for place in units),
+        recovered
+        and f"with the Hub's columns alone: focus found in {recovered['found']:.1%} of rows, {recovered['precision']:.1%} of them right; "
+        f"{recovered['leak']:.1%} of test rows would share a group with training",
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _named(row: Row) -> str:
+    return f"{row['source'] or ''} {row['document_id'] or ''} {row['question']}".strip()
+
+
+def _columns(head: str, values: Mapping[str, str]) -> str:
+    width = max(map(len, [head, *values]))
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in values.items())]) if values else ""
 
 
 def draw(rows: Sequence[Row], most: int, seed: int, fits: Callable[[Row], bool] = lambda row: True) -> list[Row]:

@@ -414,7 +414,8 @@ def _check_source(source: str, data_path: str) -> None:
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
     if source not in ("sample", "hub") and not data_path:
-        raise CourseError(f"source {source!r} needs data_path: the {'folder' if source == 'xml' else 'file'} to read. Add -p data_path=...")
+        kind = "folder" if source == "xml" else "file"
+        raise CourseError(f"source {source!r} needs data_path: the {kind} to read. Add -p data_path=... (medquad data: --path ...)")
 
 
 def _shape_in(folder: str) -> Shape:

@@ -42,7 +42,7 @@ def select(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Sp
     validation, test = (draw(part, plan.eval_rows, plan.seed, fits) for part in (splits.validation, splits.test))
     if not (train and validation and test):
         raise CourseError(f"no row of {plan.source!r} fits into {plan.max_length} tokens: choose a profile with a larger max_length.")
-    return Splits(train, validation, test, splits.cleaning)
+    return Splits(train, validation, test, splits.cleaning, splits.notes)
 
 
 def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:

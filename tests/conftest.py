@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from medquad_utils.cleaning import Effect, Row
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,3 +56,21 @@ def medquad_csv() -> Path:
     if not file.is_file():
         pytest.skip(GET_MEDQUAD)
     return file
+
+
+@pytest.fixture(scope="session")
+def real_rows(medquad_xml: Path) -> list[Row]:
+    """The rows of the real XML, read once; no test may change them."""
+    from medquad_utils.data import load_xml
+
+    loaded = load_xml(medquad_xml)
+    assert loaded.skipped == []
+    return loaded.rows
+
+
+@pytest.fixture(scope="session")
+def real_cleaned(real_rows: list[Row]) -> tuple[list[Row], dict[str, Effect]]:
+    """The same rows cleaned by every rule, and what each rule did; no test may change them."""
+    from medquad_utils.cleaning import clean
+
+    return clean(real_rows)

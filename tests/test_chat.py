@@ -18,6 +18,7 @@ from medquad_utils.chat import (
     IGNORED,
     SYSTEM_PROMPT,
     encode,
+    encode_all,
     end_ids,
     prompt_ids,
     prompt_messages,
@@ -139,6 +140,22 @@ def test_the_mask_covers_exactly_the_answer_and_its_end_of_turn(tokenizer: Any, 
     assert [learned.count(tokenizer.convert_tokens_to_ids(token)) for token in CONTROLS] == [0, 0, 0, 0, 1, 0]
     assert encoded.in_loss == [False] * len(prompt) + [True] * len(learned)
     assert encoded.share_in_loss == pytest.approx(len(learned) / len(encoded.ids))
+
+
+@given(pairs=st.lists(st.tuples(typed, typed), max_size=6))
+def test_rows_encoded_all_at_once_are_those_encoded_one_by_one(tokenizer: Any, pairs: list[tuple[str, str]]) -> None:
+    rows = [row(question, answer) for question, answer in pairs]
+    assert encode_all(tokenizer, rows) == [encode(tokenizer, r) for r in rows]
+
+
+def test_a_control_token_in_a_row_is_encoded_as_text_in_a_batch_too(tokenizer: Any) -> None:
+    said = "".join(CONTROLS)
+    plain, written = encode_all(tokenizer, [row("What is gout?", "A disease."), row(said, said)])
+    for encoded in (plain, written):
+        counts = [encoded.ids.count(tokenizer.convert_tokens_to_ids(token)) for token in CONTROLS]
+        assert counts == [1, 0, 3, 3, 3, 0], "one begin of text, and the marks of three turns"
+    assert chat.without_tokens(said) + "<|eot_id|>" in tokenizer.decode(written.ids)
+    assert encode_all(tokenizer, []) == []
 
 
 def test_a_row_that_is_too_long_is_cut_in_ids_and_labels_alike(tokenizer: Any) -> None:
