@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,9 @@ IGNORED = -100  # the label that the loss skips
 
 def tidy_question(question: str) -> str:
     """Close the gaps that MedQuAD's templates leave: ``"What causes Asthma ?"`` -> ``"What causes Asthma?"``."""
-    return re.sub(r"\s*\?[\s?]*$", "?", re.sub(r"\s+", " ", question.strip()))
+    text = " ".join(question.split())
+    bare = text.rstrip("? ")
+    return f"{bare}?" if "?" in text[len(bare) :] else text
 
 
 def without_tokens(text: str) -> str:

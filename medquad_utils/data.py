@@ -416,8 +416,7 @@ def split(rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS
     numbers = groups(rows)
     first: dict[int, str] = {}
     for number, row in zip(numbers, rows, strict=True):
-        name = focus_of(row) or normalise(row["question"])
-        first[number] = min(first.get(number, name), name)
+        first[number] = min(first.get(number, focus_of(row)), focus_of(row))
     size, most = Counter(numbers), max(1, min(fractions[1:]) * len(rows))
     part = {number: 0 if size[number] > most else _part(_place(f"{SALT}:{name}", seed), fractions) for number, name in first.items()}
     parts = _parts(rows, [part[number] for number in numbers])
@@ -605,12 +604,12 @@ SPECIALTIES = {
         r"salmonell|lyme|pneumonia|meningitis|syphilis|chlamydia|gonorrh|worm|lice\b|coli\b|botulism|rabies|cholera"
     ),
     "mental health": Specialty(
-        r"mental|depress|anxiety|bipolar|schizo|psych|autis|adhd|attention deficit|eating disorder|anorexia|bulimia|alcohol|"
-        r"drug (?:abuse|use)|addict|suicid|stress|phobia|obsessive|panic|dementia", ("T048",)
+        r"mental (?:health|illness|disorder)|depress|anxiety|bipolar|schizo|psych|autis|adhd|attention deficit|eating disorder|anorexia|"
+        r"bulimia|alcohol|drug (?:abuse|use)|addict|suicid|stress|phobia|obsessive|panic|dementia", ("T048",)
     ),
     "rheumatology and bones": Specialty(
         r"arthr|rheumat|lupus|gout|osteo|bone|joint|spondyl|scoliosis|fibromyalgia|scleroderma|sjogren|sjgren|back pain|muscular|myositis|"
-        r"fractur|tendon|bursitis|paget|dysplasia"
+        r"fractur|tendon|bursitis|paget|skeletal dysplasia|chondrodysplasia|achondroplasia"
     ),
     "haematology": Specialty(
         r"blood|an(?:a)?emia|hemophilia|haemophilia|thalassemia|sickle|platelet|thrombocyt|bleeding|clot|hemochromatosis|neutropeni|"
@@ -638,7 +637,7 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
 
-def _recipe(plan: Plan) -> dict[str, Any]:
+def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """What decides which rows are written; a stage made from another recipe, or from files that have changed since, is made again."""
     from medquad_utils.assets.sample import CONDITIONS
 
@@ -646,7 +645,8 @@ def _recipe(plan: Plan) -> dict[str, Any]:
     found = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
     states = [f.stat() for f in found if f.is_file()]
     size, changed = sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
-    return {"source": plan.source, "data": Path(plan.data_path).name, "bytes": size, "changed": changed, "seed": plan.seed}
+    return {"source": plan.source, "data": Path(plan.data_path).name, "bytes": size, "changed": changed, "seed": plan.seed,
+            "without": sorted(without), "specialty": specialty}  # fmt: skip
 
 
 def prepare(plan: Plan) -> Splits:
@@ -677,7 +677,7 @@ def make(plan: Plan, folder: Path, without: Sequence[str] = (), specialty: str =
         with suppress(CourseError):  # questions in one's own words name no disease: then the column focus alone carries the split
             recovery = focus_recovery(rows, plan.seed)
     card = {
-        "recipe": _recipe(plan),
+        "recipe": _recipe(plan, without, specialty),
         "loaded": len(loaded.rows),
         "unanswered": loaded.unanswered,
         "skipped": loaded.skipped,

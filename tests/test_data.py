@@ -803,6 +803,15 @@ def test_an_interrupted_prepare_never_mixes_the_parts_of_two_recipes(tmp_path: P
     assert data.prepare(old) == made
 
 
+def test_a_sub_corpus_in_the_plans_folder_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path)
+    part, _ = data.make(plan, plan.folder / "data", specialty="infectious diseases")
+    off, _ = data.make(plan, plan.folder / "data", without=["white space"])
+    whole = data.prepare(plan)
+    assert sum(part.sizes().values()) < sum(whole.sizes().values())
+    assert "white space" in whole.cleaning and "white space" not in off.cleaning
+
+
 def test_draw_takes_the_same_rows_in_the_same_order_for_a_seed() -> None:
     rows = [row(f"What causes Disease {n} ?") for n in range(200)]
     drawn = data.draw(rows, 20, seed=1)
