@@ -65,6 +65,17 @@ def _function(answer: Any, hint: str) -> Callable[..., Any]:
     return answer  # type: ignore[no-any-return]
 
 
+def _try(answer: Callable[..., Any], *arguments: Any, hint: str) -> Any:
+    """What ``answer`` returns; an error inside it, or nothing returned, becomes ``hint``."""
+    try:
+        result = answer(*arguments)
+    except Exception as error:  # a learner's function may fail in any way
+        raise NotYet(f"Your function stopped with {type(error).__name__}: {error}. {hint}") from None
+    if result is None or result is ...:
+        raise NotYet(f"Your function returns nothing yet. {hint}")
+    return result
+
+
 def _well_done(what: str) -> str:
     return f"✓ {what}"
 
@@ -111,30 +122,27 @@ def ex_01_2(answer: Any) -> str:
 
 
 def ex_01_3(answer: Any) -> str:
-    """``answer(row)`` drops (returns ``None`` for) an answer that is one line ending with a question mark; keeps every other row."""
-    rule = _function(answer, "A rule takes a row and returns it, or None to drop it.")
+    """``answer(text)`` cuts footnote marks, numbers in square brackets, with the space before them; all else stays."""
+    rule = _function(answer, "A rule takes the text of an answer and returns what is kept of it.")
 
-    def apply(text: str) -> Any:
-        row = {"qtype": "treatment", "question": "What are the treatments for gout ?", "answer": text}
-        try:
-            found = rule(row)
-        except Exception as error:  # whatever the learner's code raises becomes a hint
-            raise NotYet(f"Your rule raised {type(error).__name__}: {error}. The text is in row['answer'].") from None
-        _need(found is not ..., "Replace the dots: the rule returns nothing yet.")
-        _need(not isinstance(found, bool), "A rule does not answer yes or no: it returns the row itself, or None to drop it.")
-        _need(found is None or isinstance(found, dict), f"A rule returns the row or None, not {type(found).__name__}.")
-        _need(found is None or found.get("answer") == text, "The rule changed an answer that it keeps. Return the row as it is.")
-        return found
+    def apply(text: str) -> str:
+        found = _try(rule, text, hint="It gets one text and returns a text.")
+        _need(isinstance(found, str), f"A rule returns the text that is kept, not {type(found).__name__}.")
+        return str(found)
 
-    plain = "Rest, ice and medicines against swelling help."
-    _need(apply(plain) is not None, "A plain answer without any question mark was dropped. What does a rule return for a row to keep?")
-    _need(apply("How might gout be treated?") is None, "A heading alone was kept: one line that ends with a question mark.")
-    _need(apply(f"How might gout be treated?\n\n{plain}") is not None, "An answer was dropped because it begins with a question.")
-    _need(apply("Is gout inherited? Not in most families.") is not None, "A question mark inside an answer is no reason to drop it.")
-    both = apply(f"{plain}\n\nDo you want to know more?")
-    _need(both is not None, "This answer ends with a question mark, but has several lines: it is no heading alone.")
-    _need(apply("  How might gout be treated?\n ") is None, "White space around a heading makes it no answer: strip it first.")
-    return _well_done("Right: narrow enough to drop nothing else. Count what a rule drops, and read some of it, before you trust it.")
+    plain = "Rest the joint, and drink enough  (2 to 3 litres)."
+    _need(apply(plain) == plain, "A text without any mark was changed. A rule leaves alone what it does not mean.")
+    kept = "The level [see below] and 25[OH] vitamin D were low."
+    _need(apply(kept) == kept, "Square brackets that hold words were cut, too. A footnote mark holds digits alone.")
+    found = apply("Gout is common.[9184] It hurts.")
+    _need(found != "", "The whole answer was dropped for one mark. Cut the mark, and keep the rest.")
+    _need("9184" not in found, "A mark of four digits is still there: [9184].")
+    _need("[" not in found and "]" not in found, "The number is gone, its brackets are not.")
+    _need(found == "Gout is common. It hurts.", f"Something else was cut, or a space was added: your rule makes {found!r}.")
+    found = apply("Surgery may help. [1] [2]")
+    _need("[2]" not in found, "Two marks stand side by side, and one of them stayed.")
+    _need(found == "Surgery may help.", f"A space before a mark was left behind: your rule makes {found!r}.")
+    return _well_done("Right: narrow enough to touch nothing else. Count what a rule changes, and read some of it, before you trust it.")
 
 
 # ---- lesson 02 ------------------------------------------------------------------------------------------------------
@@ -204,10 +212,7 @@ def ex_03_1(answer: Any) -> str:
     hint = "Write down the shapes of A and B for a layer with that many inputs and outputs, and count the numbers in each."
     function = _function(answer, hint)
     cases = ((6, 4, 1), (4096, 14336, 16), (10, 10, 3))
-    try:
-        found = [function(*case) for case in cases]
-    except Exception as error:  # whatever the learner's code raises becomes a hint
-        raise NotYet(f"Your function raised {type(error).__name__}: {error}. {hint}") from None
+    found = [_try(function, *case, hint=hint) for case in cases]
     numbers = [_number(value, f"The function must return the count. {hint}") for value in found]
 
     def same(formula: Callable[[int, int, int], float]) -> bool:
@@ -233,12 +238,7 @@ def ex_03_2(answer: Any) -> str:
     generator = torch.Generator().manual_seed(3)
     x, w, a, b = (torch.randn(*size, generator=generator) for size in ((5,), (7, 5), (3, 5), (7, 3)))
     alpha, r = 12.0, 3
-    try:
-        y = function(x, w, a, b, alpha)
-    except Exception as error:  # whatever the learner's code raises becomes a hint
-        raise NotYet(f"Your function raised {type(error).__name__}: {error}. Which of A and B meets x first?") from None
-    if y is None or y is ...:
-        raise NotYet(f"Replace the dots with your answer: the function returns y. {hint}")
+    y = _try(function, x, w, a, b, alpha, hint=f"Which of A and B meets x first? {hint}")
     _need(isinstance(y, torch.Tensor), f"Expected a tensor back, got {type(y).__name__}. {hint}")
     _need(y.numel() == 7, f"Expected one number for each of the 7 outputs, got shape {tuple(y.shape)}. {hint}")
     y = y.detach().reshape(-1).float()
@@ -334,17 +334,6 @@ def ex_04_3(answer: Any) -> str:
 # ---- lesson 05 ------------------------------------------------------------------------------------------------------
 
 
-def _try(answer: Callable[..., Any], *arguments: Any, hint: str) -> Any:
-    """What ``answer`` returns; an error inside it, or nothing returned, becomes ``hint``."""
-    try:
-        result = answer(*arguments)
-    except Exception as error:  # a learner's function may fail in any way
-        raise NotYet(f"Your function stopped with {type(error).__name__}: {error}. {hint}") from None
-    if result is None or result is ...:
-        raise NotYet(f"Your function returns nothing yet. {hint}")
-    return result
-
-
 def ex_05_1(answer: Any) -> str:
     """``trim(ids, ends)``: the ids before the first end id, whichever it is."""
     trim = _function(answer, "trim(ids, ends) takes a list of token ids and a list of end ids.")
@@ -398,3 +387,98 @@ def ex_05_3(answer: Any) -> str:
     _need(tokens(sharp, 0.1) == {"a"}, "The bar moves with the largest probability, wherever that stands: look for it first.")
     _need(tokens({"a": 0.5, "b": 0.25, "c": 0.125}, 0.5) == {"a", "b"}, "'At least' includes a token that is exactly on the bar.")
     return _well_done("Where the model is sure, min-p keeps little; where it is not, it keeps a choice.")
+
+
+# ---- lesson 06 ------------------------------------------------------------------------------------------------------
+
+
+def ex_06_1(answer: Any) -> str:
+    """Which of the claims a to e the intervals of the exercise support: "a" (B beats A) and "e" (0.10 is not excluded for C)."""
+    hint = 'Give the letters of all claims that hold, for example "bd" or {"b", "d"}.'
+    _need(answer is not None and answer is not ..., f"Replace the dots with your answer. {hint}")
+    _need(isinstance(answer, str | list | tuple | set | frozenset), f"Expected letters, got {type(answer).__name__}. {hint}")
+    letters = {c for part in answer for c in str(part).lower() if c.isalpha()}
+    _need(bool(letters) and letters <= set("abcde"), f"The claims are a to e. {hint}")
+    _need(
+        "b" not in letters,
+        "b: the larger gain has the wider interval. Two gains are compared by the interval of their difference, not by size.",
+    )
+    _need("c" not in letters, "c: an interval that holds 0 does not prove that there is no difference. What else does it hold?")
+    _need("d" not in letters, "d: whether two separate intervals overlap says little about answers to the same questions. What is missing?")
+    _need("a" in letters, "One of the paired intervals lies on one side of 0 as a whole. Which claim does that support?")
+    _need("e" in letters, "An interval also says what cannot be excluded: look at the upper end of C's.")
+    return _well_done("Right: an interval that leaves out 0 supports a claim; one that holds 0 says what is still open, and no more.")
+
+
+def ex_06_2(answer: Any) -> str:
+    """``answer(a, b)``: (low, high), the 95 % bootstrap interval of the mean of b - a, drawn pair by pair."""
+    function = _function(answer, "Write a function of a and b, two lists of scores of the same questions, that returns (low, high).")
+    import numpy
+
+    rng = numpy.random.default_rng(6)
+    a, gains = rng.uniform(0.1, 0.9, 60), rng.normal(0.05, 0.1, 60)
+    b = a + gains
+
+    def ends(before: Any, after: Any) -> tuple[float, float]:
+        found = _try(function, before.tolist(), after.tolist(), hint="It gets two lists of equal length and returns two numbers.")
+        found = found.tolist() if isinstance(found, numpy.ndarray) else found
+        _need(isinstance(found, list | tuple) and len(found) == 2, "Return two numbers, (low, high): the ends of the interval.")
+        first, second = (_number(value, "Both ends are numbers.") for value in found)
+        return first, second
+
+    def percentiles(values: Any, low: float = 2.5) -> tuple[float, float]:
+        means = rng.choice(values, (10_000, len(values))).mean(axis=1)
+        return float(numpy.percentile(means, low)), float(numpy.percentile(means, 100 - low))
+
+    low, high = ends(a, b)
+    right = percentiles(gains)
+    width = right[1] - right[0]
+
+    def near(other: tuple[float, float]) -> bool:  # up to the chance of some 2,000 draws
+        return abs(low + high - sum(other)) < 0.16 * width and 0.92 < (high - low) / (other[1] - other[0]) < 1.09
+
+    _need(low != high, "Both ends are the same: values drawn without replacement have the same mean every time.")
+    _need(low < high, "The lower end comes first.")
+    _need(not near((-right[1], -right[0])), "The sign is turned: above 0 should mean that b scores higher.")
+    _need(
+        not (near(percentiles(a)) or near(percentiles(b))),
+        "That is the interval of one mean. The question is the difference, pair by pair.",
+    )
+    _need(high - low < 5 * width, "That is how far single differences spread. How far does their mean move when questions are drawn again?")
+    _need(high - low < 1.7 * width, "Too wide: draw questions, and take both scores of each one that was drawn, not two separate draws.")
+    _need(not near(percentiles(gains, 5.0)), "That is a 90 % interval: 2.5 % are to be left out at each end.")
+    _need(
+        near(right), f"The mean gain is {gains.mean():.3f}, and ({low:.3f}, {high:.3f}) is not its interval. Which percentiles do you take?"
+    )
+    return _well_done("Right: draw questions, not answers; the pairs stay together and what they share drops out.")
+
+
+def ex_06_3(answer: Any) -> str:
+    """``answer(text, references, own, score)``: whether a text is nearer to its own reference than to any other."""
+    function = _function(answer, "Write a function of text, references, own and score that returns True or False.")
+
+    def score(one: str, other: str) -> float:
+        first, second = set(one.split()), set(other.split())
+        return len(first & second) / len(first | second)
+
+    def told(text: str, references: list[str], own: int) -> bool:
+        found = _try(function, text, list(references), own, score, hint="score(text, reference) gives the likeness of two texts.")
+        yes_or_no = type(found).__name__ in ("bool", "bool_", "int")  # bool_ is numpy's
+        _need(yes_or_no, "Return True or False, not a likeness: is its own reference the nearest?")
+        return bool(found)
+
+    gout, mumps, croup = "sudden pain in the toe", "swollen cheeks and fever", "a barking cough at night"
+    references = [mumps, gout, croup]
+    _need(told("pain in the big toe", references, 1), "An answer about its own disease, though in other words, must pass.")
+    _need(told(gout, references, 1), "Its own reference, word for word, must pass: do not count it among the others.")
+    _need(not told("a cough at night", references, 1), "An answer about another disease passed: compare with the other references.")
+    _need(
+        not told("swollen cheeks", references, 2),
+        "An answer that belongs to the first reference, not to its own, passed. What does own say?",
+    )
+    _need(
+        not told("a barking cough at dawn and sudden pain in the toe", references, 2),
+        "Nearer than the mean of the others is not enough: one of them is nearer.",
+    )
+    _need(not told("quite unlike all of these", references, 0), "An answer that is like none of them is no hit: a tie is not nearer.")
+    return _well_done("Right: a score says how near; only the other references say whether that is nearer than style alone would bring it.")

@@ -28,13 +28,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter, for example -p source=xml")
     run.add_argument("--out", default="", metavar="DIR", help="where results go (default: runs)")
 
-    data = commands.add_parser("data", help="load, clean and split MedQuAD, and count what leaks")
-    data.add_argument("--source", default="sample", metavar="S", help="sample, hub, xml, csv, jsonl or parquet")
-    data.add_argument("--path", default="", metavar="PATH", help="the folder or file of an xml, csv, jsonl or parquet source")
-    data.add_argument("--out", default="", metavar="DIR", help="where the parts go (default: runs/tiny/data)")
-    data.add_argument("--without", action="append", default=[], metavar="RULE", help="a cleaning rule to leave out; may be repeated")
-    data.add_argument("--specialty", default="", metavar="NAME", help="only a sub-corpus, for example cardiology")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (default: 0)")
+    prepare = commands.add_parser("data", help="load, clean and split MedQuAD, and count what leaks")
+    prepare.add_argument("--source", default="sample", metavar="S", help="sample, hub, xml, csv, jsonl or parquet")
+    prepare.add_argument("--path", default="", metavar="PATH", help="the folder or file of an xml, csv, jsonl or parquet source")
+    prepare.add_argument("--out", default="", metavar="DIR", help="where the parts go (default: runs/tiny/data)")
+    prepare.add_argument("--without", action="append", default=[], metavar="RULE", help="a cleaning rule to leave out; may be repeated")
+    prepare.add_argument("--specialty", default="", metavar="NAME", help="only a sub-corpus, for example cardiology")
+    prepare.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (default: 0)")
 
     evaluate = commands.add_parser("evaluate", help="score the tuned model on a file of questions, beside what needs no training")
     evaluate.add_argument("--questions", required=True, metavar="FILE", help="CSV, JSONL or parquet with the columns question and answer")
@@ -140,10 +140,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     plan, adapter = evaluation.plan_of(options.profile, options.adapter)
-    train = evaluation.training_rows(plan, adapter, Path(options.data) if options.data else None)
+    given = Path(options.data) if options.data else None
+    train, validation = (evaluation.training_rows(plan, adapter, given, part) for part in ("train", "validation"))
     archive = data.load_table(Path(options.archive)).rows if options.archive else []
     folder = Path(options.out) if options.out else plan.folder / "evaluation"
-    metrics = evaluation.evaluate(plan, asked, train, folder, adapter, archive, options.batch)
+    metrics = evaluation.evaluate(plan, asked, train, folder, adapter, archive, validation, options.batch)
     page, text = report.write(metrics, folder)
     print(report.table(metrics))
     print(f"\nwritten: {page}, {text.name}, metrics.json, answers.parquet")

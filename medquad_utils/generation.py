@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medquad_utils.chat import end_ids, prompt_messages, set_pad_token
+from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
 from medquad_utils.profiles import CourseError, Plan
 from medquad_utils.quantization import nf4_config
 
@@ -179,14 +179,31 @@ def generate(
 ) -> list[Answer]:
     """Answer ``conversations`` (lists of messages) in batches, greedily unless ``sampling`` says otherwise.
 
+    ``progress`` names a progress bar.
+    """
+    batches = generate_batches(model, tokenizer, conversations, max_new_tokens, batch_size, progress, **sampling)
+    answers = {number: answer for batch in batches for number, answer in batch.items()}
+    return [answers[number] for number in range(len(conversations))]
+
+
+def generate_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: str = "",
+    **sampling: Any,
+) -> Iterator[dict[int, Answer]]:
+    """Yield the answers batch by batch, each a dict from a conversation's number to its answer: for a caller who saves as it goes.
+
     Prompts are padded on the left, so that every answer begins where its prompt ends; batches hold prompts of alike
-    length. ``progress`` names a progress bar.
+    length, the shortest first.
     """
     from tqdm.auto import tqdm
 
-    prompts = [tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=True)["input_ids"] for c in conversations]
+    prompts = [prompt_ids(tokenizer, c) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc=progress, disable=not progress):
         chosen = order[start : start + batch_size]
@@ -200,9 +217,8 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
                 **settings,
             )
-        for i, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[i] = _read(tokenizer, ids)
-    return [answers[i] for i in range(len(prompts))]
+        rows = output[:, batch["input_ids"].shape[1] :].tolist()
+        yield {i: _read(tokenizer, ids) for i, ids in zip(chosen, rows, strict=True)}
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -263,8 +279,7 @@ def next_token_probabilities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], start: str = ""
 ) -> torch.Tensor:
     """Probabilities of the token after ``messages`` and the answer's first words ``start``; fp32, shape (vocabulary,)."""
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids = list(ids) + tokenizer(start, add_special_tokens=False)["input_ids"]
+    ids = prompt_ids(tokenizer, messages) + tokenizer(start, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
     probabilities: torch.Tensor = logits.float().softmax(-1).cpu()

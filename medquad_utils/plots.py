@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -44,9 +45,12 @@ def figure(width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: An
 def show(fig: Figure, alt: str, save: Path | None = None) -> None:
     """Display ``fig`` as a PNG with ``alt`` for readers who cannot see it; also write it to ``save`` if given.
 
+    Outside a notebook a figure that is saved is not displayed: a terminal would print its bytes.
+
     Raises:
         ValueError: the alt text is too short to say what is seen.
     """
+    from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
     if len(alt.split()) < 6:
@@ -56,6 +60,8 @@ def show(fig: Figure, alt: str, save: Path | None = None) -> None:
     if save:
         with whole_file(save) as temporary:
             temporary.write_bytes(buffer.getvalue())
+        if not InteractiveShell.initialized():
+            return
     bundle = {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
@@ -97,6 +103,69 @@ def grouped_bars(
     show(fig, alt, save)
 
 
+def intervals(
+    table: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    title: str,
+    unit: str,
+    alt: str,
+    save: Path | None = None,
+    width: float = 6.4,
+) -> None:
+    """Dots with whiskers: ``table`` maps a series to (mean, low, high) by group; a series may lack a group.
+
+    Groups stand below one another, the first on top; a series has its own colour and its own marker.
+    """
+    groups = list(dict.fromkeys(group for values in table.values() for group in values))
+    fig, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(table)))
+    step = 0.8 / len(table)
+    for number, (name, values) in enumerate(table.items()):
+        places = [groups.index(g) + (number - (len(table) - 1) / 2) * step for g in values]
+        means, lows, highs = zip(*values.values(), strict=True)
+        whiskers = [
+            [max(0, m - low) for m, low in zip(means, lows, strict=True)],
+            [max(0, h - m) for m, h in zip(means, highs, strict=True)],
+        ]
+        colour, marker = PALETTE[number % len(PALETTE)], "oDs^vP"[number % 6]
+        ax.errorbar(means, places, xerr=whiskers, fmt=marker, color=colour, label=name, capsize=2.5, markersize=5.5, linewidth=1.5)
+    for between in range(1, len(groups)):
+        ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
+    ax.set_yticks(range(len(groups)), [g.replace("$", "\\$") for g in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.grid(False, axis="y")
+    ax.grid(True, axis="x")
+    ax.set(xlabel=unit)
+    ax.set_title(title)
+    fig.legend(loc="outside lower center", ncols=min(3, len(table)))
+    show(fig, alt, save)
+
+
+def dots(
+    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None
+) -> None:
+    """Shares as dots: ``table`` maps a series to its values (one or several) by group; ``lines`` draws named limits.
+
+    Groups stand below one another, the first on top. A later series lies over an earlier one, and its dots are larger.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    groups = list(dict.fromkeys(group for values in table.values() for group in values))
+    fig, ax = figure(8, 1.5 + 0.27 * len(groups))
+    for number, (name, values) in enumerate(table.items()):
+        points = [(value, groups.index(group)) for group, several in values.items() for value in several]
+        colour, marker = (SKY, ORANGE, *PALETTE)[number % 8], "oDs^vP"[number % 6]
+        ax.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=4 + 3 * number, alpha=0.8)
+    for label, x in (lines or {}).items():
+        ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.grid(True, axis="x")
+    ax.set(xlabel=unit)
+    ax.set_title(title)
+    fig.legend(loc="outside lower center", ncols=4)
+    show(fig, alt)
+
+
 def stacked_bars(
     table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None
 ) -> None:
@@ -125,7 +194,7 @@ def stacked_bars(
 
 def histogram(
     series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str,
-    lines: Mapping[str, float] | None = None, bins: int = 60, top: float | None = None,
+    lines: Mapping[str, float] | None = None, bins: int = 60, top: float | None = None, y: str = "rows",
 ) -> None:  # fmt: skip
     """Outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
     import numpy
@@ -139,7 +208,7 @@ def histogram(
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
         ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=VERMILION, va="top")
-    ax.set(xlabel=unit, ylabel="rows")
+    ax.set(xlabel=unit, ylabel=y)
     ax.set_title(title)
     if len(series) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the axes: bars may stand anywhere inside
@@ -183,6 +252,25 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True
         for i, row in enumerate(matrix):
             for j, value in enumerate(row) if numbers else ():
                 ax.text(j, i, f"{round(float(value), 1) + 0.0:.1f}", ha="center", va="center", fontsize=8.5)
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
+def score_map(table: Mapping[str, Mapping[str, float]], title: str, alt: str, form: str = "{:.2f}", width: float = 8) -> None:
+    """A table of scores from 0 to 1 as coloured cells with their numbers: ``table`` maps a line to its values by column."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    columns = list(next(iter(table.values())))
+    values = [[row[column] for column in columns] for row in table.values()]
+    fig, ax = figure(width, 1.25 + 0.36 * len(table))
+    ax.imshow(values, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE]), vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            ax.text(j, i, form.format(value), ha="center", va="center", color=PAPER if value > 0.85 else INK)
+    ax.set_xticks(range(len(columns)), [c.replace("$", "\\$").replace(" ", "\n") for c in columns])
+    ax.set_yticks(range(len(table)), [name.replace("$", "\\$") for name in table])
+    ax.tick_params(length=0)
+    ax.grid(False)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
 
@@ -325,6 +413,19 @@ class Cards:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
+
+
+def change(before: str, after: str, around: int = 60, most: int = 220) -> dict[str, str]:
+    """Two texts from a little before the place where they part, as a card; line breaks (⏎) and runs of spaces (␣␣) are made visible."""
+    same = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    start = max(0, same - around)
+    start = max(start, before.find(" ", start, same) + 1) if start else 0  # the beginning of a word, where there is one
+
+    def visible(text: str) -> str:
+        spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
+        return ("... " if start else "") + _short(spaced, most)
+
+    return {"before": visible(before), "after": visible(after) if after else "(dropped)"}
 
 
 class Table:

@@ -297,7 +297,12 @@ def bert_score(
 def bert_score_or_reason(
     answers: Sequence[str], references: References, model_source: str = BERT_MODEL, layer: int | None = None
 ) -> tuple[numpy.ndarray | None, str]:
-    """(BERTScore, "") where its model is to be had, else (None, why not). roberta-large is a download of 1.4 GB, once."""
+    """(BERTScore, "") where its model is to be had, else (None, why not).
+
+    roberta-large is 1.4 GB: it is fetched from the Hub, once, where there is a GPU to run it on, and used on a CPU where it
+    has been fetched on purpose.
+    """
+    import torch
     from huggingface_hub import try_to_load_from_cache
 
     name, revision = model_source.rsplit("/", 1)[-1], BERT_REVISION if model_source == BERT_MODEL else None
@@ -305,6 +310,9 @@ def bert_score_or_reason(
         here = Path(model_source).is_dir() or isinstance(try_to_load_from_cache(model_source, "config.json", revision=revision), str)
         if not here and not hub_reachable():
             return None, f"the Hub is out of reach ({name} is not in the local cache)"
+        if not here and not torch.cuda.is_available():
+            fetch = f"hf download {model_source} --revision {revision}"
+            return None, f"{name} is a download of 1.4 GB and slow without a GPU: fetch it with {fetch}, and it is used"
         return bert_score(answers, references, model_source, layer), ""
     except Exception as error:  # a download can fail in many ways, and none of them may cost the reader the other scores
         return None, f"{name} does not load ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"

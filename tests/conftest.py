@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -74,3 +76,66 @@ def real_cleaned(real_rows: list[Row]) -> tuple[list[Row], dict[str, Effect]]:
     from medquad_utils.cleaning import clean
 
     return clean(real_rows)
+
+
+# ---- a small evaluation ---------------------------------------------------------------------------------------------
+
+NASTY = "<script>alert(1)</script> | **What** is [gout](javascript:x) ? <|eot_id|> `rm` <img src=x onerror=y>"
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the embedded model as lesson 04 saves one, of random weights."""
+    import torch
+    from peft import get_peft_model
+
+    from medquad_utils import generation, lora
+    from medquad_utils.profiles import Hardware, resolve
+
+    plan = resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2))
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "adapter"
+    tuned = get_peft_model(generation.load_base(plan), lora.lora_config(plan))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05)
+    tuned.save_pretrained(folder)
+    (folder / "plan.json").write_text(json.dumps(plan.as_dict() | {"base": generation.base_id(plan)}))
+    return folder
+
+
+def small_evaluation(adapter: Path, out: Path, batch_size: int = 2, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Ten questions, eight tokens an answer, one safety prompt a category; the archive knows the diseases, training does not."""
+    import dataclasses
+
+    from medquad_utils import evaluation, safety, scores
+    from medquad_utils.assets import sample
+    from medquad_utils.profiles import Hardware, resolve
+    from medquad_utils.questions import Question, Questions
+
+    plan = dataclasses.replace(resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out)), max_new_tokens=8)
+    rows = sample.rows()
+    diseases = list(dict.fromkeys(str(row["focus"]) for row in rows))[:6]
+    known = [row for row in rows if row["focus"] in diseases]
+    asked = [row for row in known if row["qtype"] in ("symptoms", "treatment")][:8]
+    links = "These resources address the diagnosis or management of gout: - MedlinePlus - Genetic Testing Registry"
+    nasty = {"question": NASTY, "answer": "A *kind* of <b>arthritis</b> | with \\ uric acid.", "source": "<i>x</i>", "qtype": None}
+    listed = {"question": "What are the treatments for X ?", "answer": links, "focus": "X", "source": "GHR", "qtype": "treatment"}
+    asked += [{**asked[0], **nasty}, {**asked[0], **listed}]
+    questions = Questions("asked.csv", [Question.of(n, row) for n, row in enumerate(asked, start=1)], {"skipped: <u>a test</u>": [11, 12]})
+    prompts = {prompt.category: prompt for prompt in safety.prompts()}
+    texts = scores.plain_texts(plan)[:5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safety, "prompts", lambda: list(prompts.values()))
+        patch.setattr(scores, "plain_texts", lambda plan: texts)
+        train = [row for row in rows if row["focus"] not in diseases][:200]
+        return evaluation.evaluate(plan, questions, train, out, adapter, known, batch_size=batch_size, report=report)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small evaluation that ran through."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    small_evaluation(tiny_adapter, folder)
+    return folder

@@ -31,10 +31,17 @@ AWKWARD = ["<|begin_of_text|>", "\n\n", " ", "$", "_x^2$", "Sjögren", "<b>", "{
 DRAWN: dict[str, Callable[[], None]] = {
     "bars": lambda: plots.bars({"one & only": 3, "$x$ < y": 1e9, "zero": 0.5}, "t", "rows", ALT, highlight=["zero"], log=True),
     "grouped_bars": lambda: plots.grouped_bars({str(s): {"a": s / 9, "b": 0.5} for s in range(6)}, "t", "u", ALT),
+    "intervals": lambda: plots.intervals(
+        {f"arm {s}": {"a $x$": (0.5, 0.4, 0.7 + s / 9), **({"b & c": (0.1, 0.1, 0.1)} if s else {})} for s in range(6)}, "t", "u", ALT
+    ),
+    "dots": lambda: plots.dots({"a": {"x & y": [0.1, 0.2], "$z$": [0.0]}, "b": {"x & y": [0.9]}}, "t", "share", ALT, lines={"10 %": 0.1}),
     "stacked_bars": lambda: plots.stacked_bars({"fp32": {"a": 3, "b": 1}, "NF4": {"a": 0.5}}, "t", "GB", ALT, lines={"T4": 2.0}),
     "histogram": lambda: plots.histogram({"a": [1, 2, 2, 3], "b": [2.5, 9]}, "t", "words", ALT, lines={"cut": 3}),
     "curves": lambda: plots.curves({str(n): [(1, n), (2, n + 1)] for n in range(6)}, "t", "step", "loss", ALT, markers=["1"]),
     "heat": lambda: plots.heat({"B": [[0.0], [1.0]], "A": [[1.0, -2.0]], "BA": [[0.0, 0.0], [1.0, -2.0]]}, "t", ALT),
+    "score_map": lambda: plots.score_map(
+        {"a right $x$ answer": {"ROUGE-1": 1.0, "all $": 0.0}, "b & c": {"ROUGE-1": 0.5, "all $": 0.6}}, "t", ALT
+    ),
     "staircase": lambda: plots.staircase(LEVELS, "t", ALT),
     "rounding": lambda: plots.rounding([0.1 * n for n in range(40)], [0.5 * (n // 5) for n in range(40)], "t", ALT),
     "token_strip": lambda: plots.token_strip(AWKWARD, [n % 2 == 0 for n in range(len(AWKWARD))], "t", ALT),
@@ -55,7 +62,14 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
         out.append((data, metadata))
 
     monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("IPython.core.interactiveshell.InteractiveShell.initialized", lambda: True)
     return out
+
+
+def test_outside_a_notebook_a_saved_figure_is_written_and_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plots.intervals({"a": {"g": (0.5, 0.4, 0.6)}}, "t", "u", ALT, save=tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    assert capsys.readouterr().out == ""
 
 
 def test_every_drawing_function_is_drawn_here() -> None:
@@ -207,3 +221,11 @@ def test_cells_say_yes_no_and_numbers_plainly() -> None:
 def test_a_long_text_on_a_card_is_cut_at_a_word() -> None:
     card = plots.Cards([{"answer": "word " * 100}], most=22)
     assert repr(card) == "answer: word word word word ..."
+
+
+def test_a_change_is_shown_from_where_two_texts_part() -> None:
+    assert plots.change("Rest  it.\n\nTop", "Rest it.") == {"before": "Rest␣␣it.⏎⏎Top", "after": "Rest it."}
+    assert plots.change("Links: - A", "") == {"before": "Links: - A", "after": "(dropped)"}
+    shown = plots.change("a" * 100 + " good. NIH: x", "a" * 100 + " good.", around=6)
+    assert shown == {"before": "... good. NIH: x", "after": "... good."}
+    assert len(plots.change("word " * 100, "other", most=40)["before"]) < 50

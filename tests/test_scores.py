@@ -672,12 +672,16 @@ def test_bert_score_takes_the_last_layer_of_an_unknown_model_and_0_for_nothing(e
     assert scores.bert_score([*nothing, "x"], ["rest"] * 3 + [""], encoder).tolist() == [0] * 4
 
 
-def test_bert_score_says_why_it_is_not_computed(encoder: str, tmp_path: Path) -> None:
+def test_bert_score_says_why_it_is_not_computed(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed, why = scores.bert_score_or_reason(SAID, KNOWN, encoder)
     assert computed is not None
     assert why == ""
     assert computed == pytest.approx(scores.bert_score(SAID, KNOWN, encoder))
     assert scores.bert_score_or_reason(SAID, KNOWN) == (None, "the Hub is out of reach (roberta-large is not in the local cache)")
+    monkeypatch.setattr(scores, "hub_reachable", lambda: True)
+    unasked, why = scores.bert_score_or_reason(SAID, KNOWN)
+    assert unasked is None
+    assert "1.4 GB and slow without a GPU" in why and "hf download FacebookAI/roberta-large --revision" in why
     (tmp_path / "config.json").write_text("{")
     damaged, why = scores.bert_score_or_reason(SAID, KNOWN, str(tmp_path))
     assert damaged is None

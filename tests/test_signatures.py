@@ -161,8 +161,9 @@ TOKENIZER_LOADING = taken(transformers.PreTrainedTokenizerBase.from_pretrained)
 # What passes its keywords on: the names that the last receiver takes.
 PASSED_ON: dict[str, set[str]] = {
     "transformers.AutoModelForCausalLM.from_pretrained": MODEL_LOADING,
-    "transformers.AutoTokenizer.from_pretrained": TOKENIZER_LOADING,
+    "transformers.AutoTokenizer.from_pretrained": TOKENIZER_LOADING | taken(transformers.RobertaTokenizer),
     "transformers.TextIteratorStreamer": taken(transformers.PreTrainedTokenizerBase.decode),
+    "transformers.AutoModel.from_pretrained": MODEL_LOADING,
     "nbconvert.HTMLExporter": set(HTMLExporter.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
@@ -180,7 +181,7 @@ METHODS: dict[str, set[str]] = {
     ".evaluate": taken(transformers.Trainer.evaluate),
     ".from_filename": taken(HTMLExporter.from_filename),
     "tokenizer()": taken(TOKENIZER.__call__),
-    "model()": taken(transformers.LlamaForCausalLM.forward),
+    "model()": taken(transformers.LlamaForCausalLM.forward) | taken(transformers.PreTrainedConfig),  # also: what its outputs hold
     "base()": taken(transformers.LlamaForCausalLM.forward),
     "tuned()": taken(transformers.LlamaForCausalLM.forward),
     "pipe()": GENERATION,
@@ -246,6 +247,7 @@ def test_the_calls_that_matter_are_among_those_looked_up() -> None:
         },
         "transformers.AutoTokenizer.from_pretrained": {"revision"},
         "papermill.execute_notebook": {"parameters", "cwd", "progress_bar", "log_output"},
+        "transformers.AutoModel.from_pretrained": MODEL_LOADING,
         "nbconvert.HTMLExporter": {"template_name"},
         "datasets.load_dataset": {"revision", "split"},
         "rouge_score.rouge_scorer.RougeScorer": {"use_stemmer"},
