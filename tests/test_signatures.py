@@ -247,7 +247,7 @@ def test_the_calls_that_matter_are_among_those_looked_up() -> None:
         },
         "transformers.AutoTokenizer.from_pretrained": {"revision"},
         "papermill.execute_notebook": {"parameters", "cwd", "progress_bar", "log_output"},
-        "transformers.AutoModel.from_pretrained": MODEL_LOADING,
+        "transformers.AutoModel.from_pretrained": {"revision", "dtype"},
         "nbconvert.HTMLExporter": {"template_name"},
         "datasets.load_dataset": {"revision", "split"},
         "rouge_score.rouge_scorer.RougeScorer": {"use_stemmer"},
