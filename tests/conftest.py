@@ -26,6 +26,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
+LONGEST = ("test_notebooks.py", "test_browser.py")  # they run lessons; the other files take turns beside them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 MEDQUAD = REPO.parent / "shared" / "medquad"
 GET_MEDQUAD = (
     "needs the real MedQuAD: git clone https://github.com/abachaa/MedQuAD, then pack its nine answered collections as "
