@@ -12,8 +12,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -128,8 +130,16 @@ def test_every_file_with_tests_is_collected() -> None:
     assert not {"python_files", "norecursedirs", "collect_imported_tests"} & set(settings)
     configuration = (REPO / "tests" / "conftest.py").read_text()
     assert "collect_ignore" not in configuration
-    assert "pytest_collection_modifyitems" not in configuration
     assert "pytest_ignore_collect" not in configuration
+
+
+def test_the_order_of_the_tests_leaves_none_out() -> None:
+    names = ("test_a.py", "test_browser.py", "test_a.py", "test_notebooks.py", "test_z.py")
+    items: Any = [SimpleNamespace(path=REPO / "tests" / name) for name in names]
+    before = list(items)
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path.name for item in items] == [names[place] for place in (3, 1, 0, 2, 4)]
+    assert sorted(map(id, items)) == sorted(map(id, before))
 
 
 def test_no_two_tests_of_a_file_have_one_name() -> None:
