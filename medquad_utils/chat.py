@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,33 +121,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_lengt
     return Encoded(list(full[:max_length]), labels[:max_length])
 
 
-def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 2048) -> list[Encoded]:
+def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 512) -> list[Encoded]:
     """``encode`` of each row, a chunk at a time: the tokenizer works on many texts at once, outside Python."""
     known = list(range(len(tokenizer)))  # one object for each id: half of the memory of as many as there are tokens
     encoded: list[Encoded] = []
-    with _no_garbage():
-        for start in range(0, len(rows), chunk):
-            examples = [to_example(row) for row in rows[start : start + chunk]]
-            prompts = tokenizer.apply_chat_template([e["prompt"] for e in examples], add_generation_prompt=True, tokenize=False)
-            texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
-            batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for number, prompt in enumerate(prompts):
-                ids = [known[i] for i in batch["input_ids"][number]]
-                head = batch.char_to_token(number, len(prompt))
-                encoded.append(Encoded(ids, [IGNORED] * head + ids[head:]))
+    for start in range(0, len(rows), chunk):
+        examples = [to_example(row) for row in rows[start : start + chunk]]
+        prompts = tokenizer.apply_chat_template([e["prompt"] for e in examples], add_generation_prompt=True, tokenize=False)
+        texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
+        batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for number, prompt in enumerate(prompts):
+            ids = [known[i] for i in batch["input_ids"][number]]
+            head = batch.char_to_token(number, len(prompt))
+            encoded.append(Encoded(ids, [IGNORED] * head + ids[head:]))
     return encoded
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Keep the garbage collector from walking through lists of millions of ids again and again: nothing here makes a cycle."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
