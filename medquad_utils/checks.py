@@ -172,10 +172,7 @@ def ex_02_2(answer: Any) -> str:
     codes = (torch.arange(2 * 64) * 7 % 16).reshape(2, 64)
     scales = torch.tensor([0.5, 4.0])
     truth = levels[codes] * scales[:, None]
-    try:
-        weights = function(codes, scales, levels)
-    except Exception as error:  # whatever the learner's code raises becomes a hint
-        raise NotYet(f"Your function raised {type(error).__name__}: {error}. Look at the shapes: {hint}") from None
+    weights = _try(function, codes, scales, levels, hint=f"Look at the shapes: {hint}")
     _need(isinstance(weights, torch.Tensor), f"Expected a tensor back, got {type(weights).__name__}. {hint}")
     _need(weights.numel() == truth.numel(), f"Expected {truth.numel()} weights back, got {weights.numel()}. {hint}")
     weights = weights.reshape(truth.shape).float()

@@ -34,7 +34,7 @@ from medquad_utils.arms import (
 )
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import Row, leakage, prepare, read_rows, write_json
-from medquad_utils.generation import Answer, check_adapter, load_tokenizer, load_tuned
+from medquad_utils.generation import Answer, load_tokenizer, load_tuned
 from medquad_utils.profiles import CourseError, Plan, resolve
 from medquad_utils.questions import Question, Questions
 from medquad_utils.scores import SCORES, facts_complete, mean_interval, rouge_l
@@ -236,8 +236,7 @@ def evaluate(
         CourseError: the model or adapter is not to be had, or the folder cannot be written.
     """
     adapter = adapter or plan.folder / "adapter"
-    check_adapter(plan, adapter)
-    tokenizer, model = load_tokenizer(plan), load_tuned(plan, adapter)
+    model, tokenizer = load_tuned(plan, adapter), load_tokenizer(plan)  # the model first: it refuses an adapter that is not its own
     asked, notes = questions.asked, dict(questions.notes)
     index = archive_index(train, archive, validation)
     jobs = prompts(plan, model, tokenizer, asked, index, notes)

@@ -103,7 +103,7 @@ def check_adapter(plan: Plan, folder: Path) -> None:
         raise CourseError(
             f"the adapter was trained on {made['model_id']}, but the plan loads {plan.model_id}. Use the profile it was trained with."
         )
-    if made.get("base", base_id(plan)) != base_id(plan):
+    if "base" in made and made["base"] != base_id(plan):
         raise CourseError(f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: run lesson 04 again.")
 
 

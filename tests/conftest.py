@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from medquad_utils.cleaning import Effect, Row
+    from medquad_utils.profiles import Plan
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -94,22 +95,28 @@ NASTY = "<script>alert(1)</script> | **What** is [gout](javascript:x) ? <|eot_id
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the embedded model as lesson 04 saves one, of random weights."""
+    from medquad_utils import generation
+    from medquad_utils.profiles import Hardware, resolve
+
+    plan = resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2))
+    return random_adapter(plan, tmp_path_factory.mktemp("tiny") / "adapter", {"base": generation.base_id(plan)})
+
+
+def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
+    """Write an adapter of seeded random weights for the plan's base, with its plan and ``record`` beside it."""
     import torch
     from peft import get_peft_model
 
     from medquad_utils import generation, lora
-    from medquad_utils.profiles import Hardware, resolve
 
-    plan = resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2))
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny") / "adapter"
     tuned = get_peft_model(generation.load_base(plan), lora.lora_config(plan))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.05)
     tuned.save_pretrained(folder)
-    (folder / "plan.json").write_text(json.dumps(plan.as_dict() | {"base": generation.base_id(plan)}))
+    (folder / "plan.json").write_text(json.dumps(plan.as_dict() | record))
     return folder
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_adapter
 
-from medquad_utils import chat, generation, lora, profiles
+from medquad_utils import chat, generation, profiles
 from medquad_utils.profiles import TINY_MODEL, CourseError, Hardware, Plan
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
@@ -41,18 +42,7 @@ def model(plan: Plan) -> Any:
 @pytest.fixture(scope="module")
 def adapter(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter as lesson 04 saves one, of random weights."""
-    from peft import get_peft_model
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("made") / "adapter"
-    tuned = get_peft_model(generation.load_base(plan), lora.lora_config(plan))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.05)
-    tuned.save_pretrained(folder)
-    (folder / "plan.json").write_text(json.dumps(plan.as_dict()))
-    return folder
+    return random_adapter(plan, tmp_path_factory.mktemp("made") / "adapter", {})
 
 
 @pytest.fixture
