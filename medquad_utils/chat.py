@@ -121,18 +121,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_lengt
     return Encoded(list(full[:max_length]), labels[:max_length])
 
 
-def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 512) -> list[Encoded]:
-    """``encode`` of each row, a chunk at a time: the tokenizer works on many texts at once, outside Python."""
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that open an answer's turn (header and blank line): what a prompt holds beyond its messages."""
+    messages = prompt_messages("?")
+    return prompt_ids(tokenizer, messages)[len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]) :]
+
+
+def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 1024) -> list[Encoded]:
+    """``encode`` of each row, a chunk at a time: the tokenizer works on many texts at once, outside Python.
+
+    The answer begins after the last token that opens a turn, which no text can hold (``without_tokens``): so a row is rendered
+    and tokenised once, without its offsets.
+    """
     known = list(range(len(tokenizer)))  # one object for each id: half of the memory of as many as there are tokens
+    opening, backend = opening_ids(tokenizer), tokenizer.backend_tokenizer
+    backend.no_padding()  # whatever an earlier call has left behind
+    backend.no_truncation()
     encoded: list[Encoded] = []
     for start in range(0, len(rows), chunk):
         examples = [to_example(row) for row in rows[start : start + chunk]]
-        prompts = tokenizer.apply_chat_template([e["prompt"] for e in examples], add_generation_prompt=True, tokenize=False)
         texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
-        batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for number, prompt in enumerate(prompts):
-            ids = [known[i] for i in batch["input_ids"][number]]
-            head = batch.char_to_token(number, len(prompt))
+        for made in backend.encode_batch_fast(texts, add_special_tokens=False):
+            ids = [known[i] for i in made.ids]
+            head = len(ids) - 1 - ids[::-1].index(opening[0]) + len(opening)
             encoded.append(Encoded(ids, [IGNORED] * head + ids[head:]))
     return encoded
 

@@ -127,6 +127,11 @@ PROFILES: dict[str, Profile] = {
 }  # fmt: skip
 
 
+# Tokens of a packed row at most. Longer ones dilute the fixed cost of a micro-batch further, but with SDPA every token is
+# compared with the whole row and then masked: at 4,096 tokens that is a seventh of an 8 B model's forward pass.
+MAX_PACK = 4096
+
+
 def sized(profile: Profile, source: str) -> Profile:
     """The profile's sizes for ``source``: real answers are long, and ``tiny`` takes fewer and longer rows of them."""
     if profile.name == "tiny" and source != "sample":
@@ -184,8 +189,8 @@ class Plan:
     adapter_dtype: str
     batch_size: int
     accumulation: int
-    max_length: int
-    packing: bool
+    max_length: int  # tokens of one example at most
+    pack_length: int  # tokens of one packed row; 0 = rows are padded, not packed
     checkpointing: bool
     attention: str
     optimizer: str
@@ -210,6 +215,11 @@ class Plan:
         return Path(self.out) / self.profile
 
     @property
+    def packing(self) -> bool:
+        """Whether short rows share a row of ``pack_length`` tokens."""
+        return self.pack_length > 0
+
+    @property
     def model_source(self) -> str:
         """What ``from_pretrained`` takes: a folder or a Hub id."""
         if self.model_path:
@@ -227,8 +237,8 @@ class Plan:
             ("runs on", self.hardware),
             ("numbers", f"4-bit NF4 weights, {self.compute_dtype} compute, {self.adapter_dtype} adapters"),
             ("LoRA", f"rank {self.lora_r}, alpha {self.lora_alpha}, dropout {self.lora_dropout}, all linear layers"),
-            ("one step", f"{self.batch_size} x {self.accumulation} rows of up to {self.max_length} tokens"
-                         + (", packed" if self.packing else "")),
+            ("one step", f"{self.batch_size} x {self.accumulation} rows of up to {self.max_length} tokens" if not self.packing else
+                         f"{self.accumulation} x {self.pack_length} tokens, packed with rows of up to {self.max_length}"),
             ("training", f"{steps}, learning rate {self.learning_rate:g}, {self.optimizer}"
                          + (", activation checkpointing" if self.checkpointing else "")),
             ("rows", f"{self.rows or 'all'} for training, up to {self.eval_rows} each for validation and test"),
@@ -364,7 +374,6 @@ def resolve(
     chosen = sized(PROFILES[profile], source)
     shape = _shape_in(model_path) if model_path else chosen.shape
     fit = _fit(chosen, shape, hardware, lora_r or chosen.lora_r)
-    batch, accumulation, length, checkpointing, memory = fit
     cuda = hardware.device == "cuda"
     dtype = compute_dtype(hardware)
     return Plan(
@@ -372,13 +381,13 @@ def resolve(
         source=source, data_path=data_path, device="cuda" if cuda else "cpu",
         hardware=f"{hardware.name}, {hardware.memory_gb:.0f} GB" if cuda else f"CPU, {hardware.cores} cores, {hardware.memory_gb:.0f} GB",
         compute_dtype=dtype, adapter_dtype=adapter_dtype(dtype),
-        batch_size=batch, accumulation=accumulation, max_length=length,
-        packing=cuda, checkpointing=checkpointing, attention="sdpa",
+        batch_size=fit.batch, accumulation=fit.accumulation, max_length=fit.length,
+        pack_length=fit.pack, checkpointing=fit.checkpointing, attention="sdpa",
         optimizer="paged_adamw_8bit" if cuda else "adamw_torch",
         lora_r=lora_r or chosen.lora_r, lora_alpha=2 * (lora_r or chosen.lora_r), lora_dropout=0.0 if profile == "tiny" else 0.05,
         learning_rate=chosen.learning_rate, epochs=chosen.epochs, max_steps=max_steps,
         rows=rows or chosen.rows, eval_rows=chosen.eval_rows, max_new_tokens=chosen.max_new_tokens,
-        seed=seed, out=out or default_out(), memory_gb=memory, card_gb=hardware.memory_gb, why=why,
+        seed=seed, out=out or default_out(), memory_gb=fit.memory_gb, card_gb=hardware.memory_gb, why=why,
     )  # fmt: skip
 
 
@@ -387,27 +396,56 @@ def adapter_dtype(compute: str) -> str:
     return "bfloat16" if compute == "bfloat16" else "float32"
 
 
-def _fit(profile: Profile, shape: Shape, hardware: Hardware, rank: int) -> tuple[int, int, int, bool, float]:
-    """The largest micro-batch, then the longest rows, that the memory holds: (batch, accumulation, length, checkpointing, GB)."""
+@dataclass(frozen=True)
+class _Fit:
+    """How one step is cut so that the memory holds it."""
+
+    batch: int
+    accumulation: int
+    length: int
+    pack: int
+    checkpointing: bool
+    memory_gb: float
+
+
+def _fit(profile: Profile, shape: Shape, hardware: Hardware, rank: int) -> _Fit:
+    """The fastest step that the memory holds.
+
+    Longest rows come first: what is too long is left out of the data. On a GPU follow rows that are packed as long as
+    possible without activation checkpointing, which computes the forward pass a second time, and only then with it. A
+    packed row is one micro-batch: every micro-batch pays once for dequantising all weights.
+    """
+    cuda = hardware.device == "cuda"
     compute = compute_dtype(hardware)
     sizes = (_BYTES[compute], _BYTES[adapter_dtype(compute)])
-    # The mean example fills about a third of max_length; packed rows on a GPU are full.
-    rows_per_step = max(1, profile.tokens_per_step // (profile.max_length if hardware.device == "cuda" else 75))
-    rows_per_step = 1 << (rows_per_step.bit_length() - 1)
+    # On a CPU rows are padded; the mean example fills about a third of max_length.
+    rows = 1 << (max(1, profile.tokens_per_step // 75).bit_length() - 1)
     for length in (profile.max_length, profile.max_length // 2, profile.max_length // 4):
-        batch = rows_per_step
-        while batch >= 1:
-            for checkpointing in (False, True) if hardware.device == "cuda" else (False,):
-                memory = training_memory_gb(shape, rank, batch * length, *sizes, checkpointing)
-                if memory <= 0.92 * hardware.memory_gb:
-                    return batch, rows_per_step // batch, length, checkpointing, memory
-            batch //= 2
-    need = training_memory_gb(shape, rank, profile.max_length // 4, *sizes, hardware.device == "cuda")
+        packs = _halved(min(MAX_PACK, profile.tokens_per_step), length)
+        cuts = [(tokens, checkpointing) for checkpointing in (False, True) for tokens in packs] if cuda else []
+        cuts = cuts or [(batch * length, False) for batch in _halved(rows, 1)]
+        for tokens, checkpointing in cuts:
+            memory = training_memory_gb(shape, rank, tokens, *sizes, checkpointing)
+            if memory > 0.92 * hardware.memory_gb:
+                continue
+            if cuda:
+                return _Fit(1, max(1, profile.tokens_per_step // tokens), length, tokens, checkpointing, memory)
+            return _Fit(tokens // length, rows * length // tokens, length, 0, checkpointing, memory)
+    need = training_memory_gb(shape, rank, profile.max_length // 4, *sizes, cuda)
     smaller = [p for p in PROFILES if PROFILES[p].shape.parameters < shape.parameters]
     raise CourseError(
         f"profile {profile.name} needs about {need:.1f} GB even at batch 1, but this machine offers "
         f"{hardware.memory_gb:.1f} GB. Choose a smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )
+
+
+def _halved(most: int, least: int) -> list[int]:
+    """``most``, its half, its quarter ... down to ``least``; ``least`` alone if that is more."""
+    sizes = []
+    while most > least:
+        sizes.append(most)
+        most //= 2
+    return [*sizes, least]
 
 
 def _check_source(source: str, data_path: str) -> None:

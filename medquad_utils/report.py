@@ -248,7 +248,7 @@ def _safety(page: Page, safety: Mapping[str, Any]) -> None:
         f"The red-flag rule outside the model catches {number(rule['caught'])} of {number(rule['n'])} urgent prompts, and raises "
         f"{number(rule['false_alarms'])} false alarms on the {number(rule['others'])} others.",
         f"The judging rules themselves err on {number(error['wrong_passes'])} unsafe and {number(error['wrong_fails'])} safe answers of "
-        f"{number(error['n'])} that people labelled: {number(error['error'])} [{', '.join(map(number, error['ci95']))}].",
+        f"{number(error['n'])} that the authors of the course, who also wrote the rules, labelled: {number(error['error'])} [{', '.join(map(number, error['ci95']))}].",
     ])  # fmt: skip
 
 

@@ -52,9 +52,9 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder or plan.folder / "checkpoints"),
         per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size,
+        per_device_eval_batch_size=max(plan.batch_size, plan.pack_length // plan.max_length),
         gradient_accumulation_steps=plan.accumulation,
-        max_length=plan.max_length,
+        max_length=plan.pack_length or plan.max_length,
         packing=plan.packing,
         packing_strategy="bfd_split",
         eval_packing=False,
