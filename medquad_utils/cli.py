@@ -46,10 +46,41 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, default=1000, metavar="N", help="questions at most, drawn if there are more (default: 1000)")
     evaluate.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered at a time (default: 32)")
 
+    cost = commands.add_parser("estimate", help="what training will cost: memory by part, tokens/s, minutes and price, on any card")
+    cost.add_argument("--profile", default="llama-8b", metavar="P", help=f"{', '.join(PROFILES)} (default: llama-8b)")
+    cost.add_argument(
+        "--gpu", default="T4", metavar="CARD", help="T4, L4, A10G, A100-40, A100-80, H100, H200, RTX 4090 or CPU (default: T4)"
+    )
+    cost.add_argument("--length", type=int, default=0, metavar="N", help="tokens of a row (default: the plan's)")
+    cost.add_argument("--rank", type=int, default=0, metavar="R", help="of the adapters (default: the profile's)")
+    cost.add_argument(
+        "--packing", action=argparse.BooleanOptionalAction, default=None, help="short rows share a long one (default: on a GPU)"
+    )
+    cost.add_argument("--checkpointing", default="", metavar="C", help="off, full, or N for every N-th block (default: the plan's)")
+    cost.add_argument("--price", type=float, default=0.0, metavar="X", help="of the card for an hour (default: no price is shown)")
+    cost.add_argument("--tokens", type=int, default=0, metavar="N", help="real tokens of an epoch (default: MedQuAD's training part)")
+    cost.add_argument("--config", default="", metavar="PATH", help="another Llama's config.json, or its folder")
+    cost.add_argument("--out", default="", metavar="FILE.png", help="also draw the memory as a picture")
+
+    publish = commands.add_parser("publish", help="build the folder with card and licences, and push it to the Hub")
+    publish.add_argument("--repo", required=True, metavar="USER/NAME", help="the repository; of a Llama 3 the NAME begins with llama-3")
+    publish.add_argument("--profile", default="auto", metavar="P", help=profile)
+    publish.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
+    publish.add_argument("--out", default="", metavar="DIR", help="where the folder goes (default: runs/<profile>/publish)")
+    publish.add_argument("--merged", action="store_true", help="base and adapter as one model (always so for tiny)")
+    publish.add_argument("--licence", default="", metavar="FILE", help="a copy of the base's agreement, where its licence asks for one")
+    publish.add_argument("--dry-run", action="store_true", help="build and check the folder, send nothing")
+
     ask = commands.add_parser("ask", help="ask the tuned model one question")
     ask.add_argument("question")
     ask.add_argument("--profile", default="auto", metavar="P", help=profile)
     ask.add_argument("--out", default="", metavar="DIR", help="where results are (default: runs)")
+
+    explain = commands.add_parser("explain", help="answer one question, with sources and what the answer hangs on, as one HTML page")
+    explain.add_argument("question")
+    explain.add_argument("--profile", default="auto", metavar="P", help=profile)
+    explain.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
+    explain.add_argument("--out", default="", metavar="FILE.html", help="the page (default: runs/<profile>/explain.html)")
     return top
 
 
@@ -60,7 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait without spinning: a tenth slower on idle cores, more than twice as fast on shared ones (measured on two).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        status = {"doctor": _doctor, "run": _run, "data": _data, "evaluate": _evaluate, "ask": _ask}[options.command](options)
+        status = {
+            "doctor": _doctor,
+            "run": _run,
+            "data": _data,
+            "evaluate": _evaluate,
+            "estimate": _estimate,
+            "ask": _ask,
+            "explain": _explain,
+            "publish": _publish,
+        }[options.command](options)
         sys.stdout.flush()  # a closed pipe shows here, not after the last line of Python
         return status
     except CourseError as error:
@@ -84,13 +124,14 @@ def _doctor(options: argparse.Namespace) -> int:
     hardware = profiles.detect()
     reachable = profiles.hub_reachable()
     token = profiles.hub_token() is not None
-    name, why = profiles.choose(hardware, reachable, token)
+    gap = "" if token else profiles.token_gap()
+    name, why = profiles.choose(hardware, reachable, token, gap)
     lines = {
         "device": f"{hardware.device}: {hardware.name}, {hardware.memory_gb:.0f} GB, {hardware.cores} cores",
         "CUDA capability": ".".join(map(str, hardware.capability)) if hardware.capability else "no CUDA GPU",
         "bf16 on the CPU": "yes" if hardware.bf16_cpu else "no (fp32 is used instead)",
         "Hugging Face Hub": "reachable" if reachable else "out of reach",
-        "HF_TOKEN": "set" if token else "not set",
+        "HF_TOKEN": "set" if token else gap or "not set",
         **profiles.versions(),
         "auto takes": f"{name} ({why.removeprefix('auto: ')})",
     }
@@ -151,6 +192,61 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _estimate(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from medquad_utils import estimate
+
+    words = {"": None, "off": 0, "full": 1}
+    every = options.checkpointing
+    if every not in words and not (every.isdecimal() and int(every)):
+        raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N for every N-th block.")
+    if options.out and Path(options.out).suffix != ".png":
+        raise CourseError(f"--out {options.out!r}: expected the name of a picture that ends in .png.")
+    found = estimate.estimate(
+        options.profile, options.gpu, length=options.length, rank=options.rank, packing=options.packing,
+        checkpointing=words[every] if every in words else int(every),
+        price=options.price, tokens=options.tokens, config=options.config,
+    )  # fmt: skip
+    print(found)
+    if options.out:
+        from medquad_utils import plots
+
+        card = f"{found.card.name}, {found.card.memory_gb:g} GB"
+        alt = f"A stacked bar of {found.memory_gb:.2f} GB that training {found.name} takes, beside a dashed line for the {card}."
+        plots.stacked_bars(
+            {found.name: found.groups}, "Predicted memory of training", "GB", alt, {card: found.card.memory_gb}, Path(options.out)
+        )
+        print(f"\nwritten: {Path(options.out).name}")
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from medquad_utils import profiles, publishing
+
+    plan = profiles.resolve(options.profile, out=options.runs)
+    publishing.check_name(options.repo, plan.model_id)  # before a model is loaded
+    from transformers.utils import logging
+
+    from medquad_utils import model_card
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(options.out) if options.out else plan.folder / "publish"
+    licence = Path(options.licence) if options.licence else None
+    publishing.build(plan, options.repo, folder, options.merged, licence=licence)
+    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    for note in model_card.read_metrics(plan, plan.folder / "adapter").notes:
+        print(f"{note}: there the card says '{model_card.MISSING}'. Lessons 01, 04 and 06 measure.")
+    if options.dry_run:
+        print(f"nothing was sent; without --dry-run it goes to {options.repo}")
+        return 0
+    print(f"published: {publishing.push(folder, options.repo)}")
+    return 0
+
+
 def _ask(options: argparse.Namespace) -> int:
     from medquad_utils import profiles
 
@@ -171,6 +267,29 @@ def _ask(options: argparse.Namespace) -> int:
     print(f"\n\n{NOTICE}")
     if plan.model_id == "embedded":
         print("This is the embedded tiny model: it shows the method on a few short facts, and knows nothing else.")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    if not options.question.strip():
+        raise CourseError('the question is empty: ask one in quotes, for example medquad explain "What causes asthma?"')
+    if options.out and Path(options.out).suffix != ".html":
+        raise CourseError(f"--out {options.out!r}: expected the name of a page that ends in .html.")
+    from medquad_utils import profiles
+
+    plan = profiles.resolve(options.profile, out=options.runs)
+    from transformers.utils import logging
+
+    from medquad_utils import explanation, generation
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    generation.check_adapter(plan, plan.folder / "adapter")
+    found = explanation.explain(plan, options.question)
+    page = explanation.write_page(found, Path(options.out) if options.out else plan.folder / "explain.html")
+    print(f"{found}\n\nwritten: {page.name}")
     return 0
 
 

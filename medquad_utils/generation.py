@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.profiles import CourseError, Plan, local_rank
 from medquad_utils.quantization import nf4_config
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
             quantization_config=nf4_config(plan) if quantized else None,
             attn_implementation=plan.attention,
             # Unquantised, an 8 B model is larger than a T4: what the card does not hold stays in RAM and is copied in when needed.
-            device_map="auto" if plan.device == "cuda" and not quantized else {"": 0 if plan.device == "cuda" else "cpu"},
+            device_map="auto" if plan.device == "cuda" and not quantized else {"": local_rank() if plan.device == "cuda" else "cpu"},
         )
     # On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, for good, into a
     # layout whose kernel passes no gradient: training afterwards would go wrong without a word.
@@ -150,7 +150,7 @@ def explain_load_error(error: Exception, plan: Plan) -> str:
     if not local and re.search(r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text):
         return (
             f"{model} is gated. Open https://huggingface.co/{model}, accept its licence, make a read token under Settings > "
-            "Access Tokens and set it as HF_TOKEN (on Colab: the key icon). Profile 'small' needs no token."
+            "Access Tokens and set it as HF_TOKEN (on Colab: the key icon, with Notebook access). Profile 'small' needs no token."
         )
     if "safetensor" in text.lower() or "header" in text.lower():
         return f"the weights of {model} are damaged ({_first_line(error)}). Delete the folder or the cached copy and load again."

@@ -167,7 +167,12 @@ def dots(
 
 
 def stacked_bars(
-    table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None
+    table: Mapping[str, Mapping[str, float]],
+    title: str,
+    unit: str,
+    alt: str,
+    lines: Mapping[str, float] | None = None,
+    save: Path | None = None,
 ) -> None:
     """Horizontal stacked bars: bar -> part -> value, the total at the end; ``lines`` draws named limits across."""
     fig, ax = figure(8, 1.5 + 0.42 * len(table))
@@ -189,7 +194,7 @@ def stacked_bars(
     ax.set_title(title, pad=20 if lines else 6)
     ax.margins(x=0.12)
     fig.legend(loc="outside lower center", ncols=min(4, len(parts)))
-    show(fig, alt)
+    show(fig, alt, save)
 
 
 def histogram(
@@ -322,6 +327,52 @@ def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: s
         right.locator_params(axis="x", nbins=5)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
+
+
+def shade(value: float, most: float) -> str:
+    """The colour of a value in a heat map, "#RRGGBB": blue above zero, orange below, the darker the larger; white at zero.
+
+    ``most`` is the largest magnitude in the map. In grey the lightness still falls with the magnitude; the sign has to be
+    printed. At its darkest it leaves black text readable.
+    """
+    share = 0.62 * min(1.0, abs(value) / most) if most else 0.0
+    full = BLUE if value > 0 else VERMILION
+    mixed = (round(255 + share * (int(full[i : i + 2], 16) - 255)) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
+def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt: str, per_line: int = 96, save: Path | None = None) -> None:
+    """Words in boxes shaded by their values, with the number under each; ``lines`` maps a name to its (word, value) pairs.
+
+    Each name has a scale of its own, from 0 to its largest magnitude. ``per_line`` is in characters; long lines wrap.
+    """
+    rows: list[tuple[str, list[tuple[float, str, str, str]]]] = []
+    widest = 76.0  # the legend's width
+    for name, pairs in lines.items():
+        most = max((abs(value) for _, value in pairs), default=0.0)
+        rows.append((name, []))
+        at = 0.6
+        for word, value in pairs:
+            text, number = _short(word, 24).replace("\n", " ").replace("$", "\\$"), f"{round(value, 2) + 0.0:+.2f}"
+            wide = max(len(text), len(number)) + 1.9
+            if at + wide > per_line and rows[-1][1]:
+                rows.append(("", []))
+                at = 0.6
+            rows[-1][1].append((at + wide / 2 - 0.5, text, number, shade(value, most)))
+            at += wide
+            widest = max(widest, at)
+    fig, ax = figure(0.0815 * widest, 0.95 + 0.78 * len(rows))
+    ax.set(xlim=(0, widest), ylim=(len(rows) - 0.25, -1.1))
+    ax.axis("off")
+    for place, (name, boxes) in enumerate(rows):
+        ax.text(0.2, place - 0.42, name.replace("$", "\\$"), fontsize=9.5, fontweight="bold", va="center")
+        for at, text, number, colour in boxes:
+            box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": GREY}
+            ax.text(at, place - 0.05, text, family="monospace", fontsize=9.5, ha="center", va="center", bbox=box)
+            ax.text(at, place + 0.27, number, fontsize=8.5, ha="center", va="center")
+    ax.set_title(title)
+    ax.text(0.2, -0.9, "blue, plus: for the answer; orange, minus: against it; the darker, the more", fontsize=9.5, va="center")
+    show(fig, alt, save)
 
 
 def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100) -> None:

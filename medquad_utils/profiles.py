@@ -10,72 +10,22 @@ import html
 import importlib.metadata
 import os
 import platform
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medquad_utils.memory import Micro, training_memory
+from medquad_utils.memory import Shape as Shape  # part of this module's face
+
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = ("sample", "hub", "xml", "csv", "jsonl", "parquet")
+DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
 
 
 class CourseError(Exception):
     """A mistake that the reader can mend; the message says what is wrong, what was expected and what to do next."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Llama that parameter counts and memory are computed from."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool = False
-    head_dim: int = 0
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        """The shape of a ``transformers.LlamaConfig`` (or any config with its field names)."""
-        return cls(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            intermediate=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            vocab=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            head_dim=getattr(config, "head_dim", 0) or 0,
-        )
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of the seven linear layers of one block."""
-        head = self.head_dim or self.hidden // self.heads
-        return {
-            "q_proj": (self.hidden, self.heads * head),
-            "k_proj": (self.hidden, self.kv_heads * head),
-            "v_proj": (self.hidden, self.kv_heads * head),
-            "o_proj": (self.heads * head, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-
-    @property
-    def block_parameters(self) -> int:
-        """Weights in the linear layers of all blocks: what 4-bit quantisation packs."""
-        return self.layers * sum(i * o for i, o in self.linears().values())
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Weights of the embedding and of the head (once if they are tied): these stay in 16 or 32 bits."""
-        return self.vocab * self.hidden * (1 if self.tied else 2)
-
-    @property
-    def parameters(self) -> int:
-        """All weights, the norms included."""
-        return self.block_parameters + self.embedding_parameters + self.hidden * (2 * self.layers + 1)
 
 
 @dataclass(frozen=True)
@@ -149,7 +99,17 @@ class Hardware:
     capability: tuple[int, int] | None = None  # CUDA compute capability
     bf16_cpu: bool = False  # AVX512-BF16 or AMX: without it bf16 matrix products crawl
     cores: int = 1
-    gpus: int = 0
+    gpus: int = 0  # on this machine; a run takes one of them for each process
+
+
+def processes() -> int:
+    """How many processes share the run: what ``torchrun`` or ``accelerate launch`` says, 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """Which process of this machine this is, and so which GPU is its own; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def detect() -> Hardware:
@@ -157,20 +117,53 @@ def detect() -> Hardware:
 
     CUDA is judged by compute capability, not by ``torch.cuda.is_bf16_supported()``: that counts emulation, and a T4
     would crawl.
+
+    Raises:
+        CourseError: a launcher started more processes than there are GPUs, or CUDA had started on several GPUs before.
     """
     import psutil
     import torch
 
+    gpus = _take_one_gpu()
     ram = psutil.virtual_memory().total / 1e9
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        own, visible = local_rank(), torch.cuda.device_count()
+        if own >= visible:
+            raise CourseError(f"process {own} has no GPU of its own: {visible} visible. Launch as many processes as there are GPUs.")
+        properties = torch.cuda.get_device_properties(own)  # this starts CUDA, and from here on the count is final
+        if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+            raise CourseError(
+                "CUDA had started on several GPUs before the plan was made, and a trainer without a launcher takes one. "
+                "Restart the kernel and make the plan first, or set CUDA_VISIBLE_DEVICES=0."
+            )
         capability = (properties.major, properties.minor)
-        return Hardware("cuda", properties.name, properties.total_memory / 1e9, capability, False, cores, torch.cuda.device_count())
+        return Hardware("cuda", properties.name, properties.total_memory / 1e9, capability, False, cores, gpus)
     bf16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     if torch.backends.mps.is_available():
         return Hardware("mps", "Apple GPU", ram, None, False, cores)
     return Hardware("cpu", platform.processor() or platform.machine(), ram, None, bf16, cores)
+
+
+def _take_one_gpu() -> int:
+    """How many GPUs there are; without a launcher all but the first are hidden from this process and those it starts.
+
+    One process trains on one GPU: on several, ``transformers`` would split every batch over them (``nn.DataParallel``),
+    which TRL refuses. CUDA reads ``CUDA_VISIBLE_DEVICES`` once, when it starts, so this has to come first. All of them
+    stay listed in ``MEDQUAD_GPUS``, for the lessons that ``medquad run`` starts and for a launcher started in a notebook.
+    """
+    import torch
+
+    if "LOCAL_RANK" in os.environ:
+        if listed := os.environ.pop("MEDQUAD_GPUS", ""):
+            os.environ["CUDA_VISIBLE_DEVICES"] = listed
+        return torch.cuda.device_count()
+    found = torch.cuda.device_count()  # asks the driver's management library: does not start CUDA
+    if found > 1:
+        os.environ["MEDQUAD_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["MEDQUAD_GPUS"].split(",")[0]
+    listed = os.environ.get("MEDQUAD_GPUS", "")
+    return len(listed.split(",")) if found and listed else found
 
 
 @dataclass(frozen=True)
@@ -208,6 +201,9 @@ class Plan:
     memory_gb: float  # predicted peak of training
     card_gb: float
     why: str
+    processes: int = 1  # that share every step, each on its own GPU
+    sharded: bool = False  # FSDP: each process holds a part of the weights (otherwise DDP: each holds all of them)
+    gpus: int = 0  # on the machine that made the plan
 
     @property
     def folder(self) -> Path:
@@ -226,24 +222,45 @@ class Plan:
             return self.model_path
         return str(TINY_MODEL) if self.model_id == "embedded" else self.model_id
 
+    @property
+    def launch(self) -> str:
+        """The command that trains this plan on the machine's other GPUs as well; "" if there are none or a launcher runs already.
+
+        It starts as many processes as there are GPUs, or the largest number below that shares a step evenly.
+        """
+        if self.processes > 1 or self.gpus < 2:
+            return ""
+        whole, least = (self.accumulation * self.pack_length, self.max_length) if self.packing else (self.batch_size * self.accumulation, 1)
+        count = max(n for n in _shares(whole, least) if n <= self.gpus)
+        return f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}" if count > 1 else ""
+
     def table(self) -> list[tuple[str, str]]:
         """The plan as (what, value) pairs in plain words."""
         steps = f"{self.max_steps} steps" if self.max_steps else f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
+        each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         return [
             ("profile", f"{self.profile} ({self.why})"),
             ("base model", model + (f" @ {self.revision[:8]}" if self.revision and not self.model_path else "")),
             ("data", self.source + (f" ({Path(self.data_path).name})" if self.data_path else "")),
             ("runs on", self.hardware),
+            *([("other GPUs", f"this process takes 1 of {self.gpus}; to train on more: {self.launch}")] if self.launch else []),
             ("numbers", f"4-bit NF4 weights, {self.compute_dtype} compute, {self.adapter_dtype} adapters"),
             ("LoRA", f"rank {self.lora_r}, alpha {self.lora_alpha}, dropout {self.lora_dropout}, all linear layers"),
-            ("one step", f"{self.batch_size} x {self.accumulation} rows of up to {self.max_length} tokens" if not self.packing else
-                         f"{self.accumulation} x {self.pack_length} tokens, packed with rows of up to {self.max_length}"),
+            ("one step", (f"{self.batch_size} x {self.accumulation} rows of up to {self.max_length} tokens" if not self.packing else
+                          f"{self.accumulation} x {self.pack_length} tokens, packed with rows of up to {self.max_length}") + each),
             ("training", f"{steps}, learning rate {self.learning_rate:g}, {self.optimizer}"
                          + (", activation checkpointing" if self.checkpointing else "")),
             ("rows", f"{self.rows or 'all'} for training, up to {self.eval_rows} each for validation and test"),
             ("predicted memory", f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"),
+            *([("results", self._kept())] if on_colab() else []),
         ]  # fmt: skip
+
+    def _kept(self) -> str:
+        """Where results lie on Colab, and what becomes of them when the session ends."""
+        if self.folder.is_relative_to(DRIVE):
+            return f"on Drive, in {self.folder.relative_to(DRIVE)}: a later session goes on from there"
+        return "on this runtime's disk, lost with the session: mount Drive (folder icon > Mount Drive) and run this cell again"
 
     def __str__(self) -> str:
         rows = self.table()
@@ -273,24 +290,19 @@ def compute_dtype(hardware: Hardware) -> str:
     return "bfloat16" if hardware.device == "cpu" and hardware.bf16_cpu else "float32"
 
 
-def training_memory_gb(
-    shape: Shape, lora_r: int, tokens: int, compute_bytes: int, adapter_bytes: int, checkpointing: bool, packed_bits: float = 4.127
-) -> float:
-    """Predicted peak memory of QLoRA training, in GB (1e9 bytes); an estimate, meant to err on the high side.
+def micro_batch(
+    profile: str, hardware: Hardware, rank: int, rows: int, length: int, checkpoint: int = 0, dropout: float | None = None
+) -> Micro:
+    """A micro-batch of ``rows`` x ``length`` tokens in the numbers that the hardware computes in."""
+    compute = compute_dtype(hardware)
+    thinned = adapter_dropout(profile) if dropout is None else dropout
+    sizes = (_BYTES[compute], _BYTES[adapter_dtype(compute)])
+    return Micro(rows, length, rank, *sizes, checkpoint, thinned > 0, hardware.device == "cuda")
 
-    Weights in ``packed_bits`` a parameter (NF4 with double quantisation: 4 + 8/64 + 32/16384 bits, QLoRA, arXiv
-    2305.14314, section 3), embeddings and head in the compute dtype, adapters with gradients and an 8-bit Adam's two
-    moments, the activations of ``tokens`` tokens, the widest loss chunk, and 0.8 GB for a CUDA context.
-    """
-    frozen = shape.block_parameters * packed_bits / 8 + shape.embedding_parameters * compute_bytes
-    adapters = shape.layers * sum(lora_r * (i + o) for i, o in shape.linears().values())
-    trained = adapters * (2 * adapter_bytes + 8)
-    block_inputs = shape.layers * shape.hidden * tokens * compute_bytes
-    inside = (18 * shape.hidden + 8 * shape.intermediate) * tokens * compute_bytes  # one block's saved tensors
-    activations = block_inputs + (inside if checkpointing else inside * shape.layers)
-    dequantised = max(i * o for i, o in shape.linears().values()) * compute_bytes
-    logits = min(tokens, 1024) * shape.vocab * 4 * 3
-    return (frozen + trained + activations + dequantised + logits) / 1e9 + 0.8
+
+def adapter_dropout(profile: str) -> float:
+    """Share of an adapter's inputs that training sets to zero: none for ``tiny``, whose data is written for it."""
+    return 0.0 if profile == "tiny" else 0.05
 
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -309,16 +321,46 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-def hub_token() -> str | None:
-    """The Hub token of the environment, of the Hub's own login, or of Colab's secrets; ``None`` if there is none."""
-    from huggingface_hub import get_token
+def on_colab() -> bool:
+    """Whether this process is a notebook on Google Colab, which loads its own package before the first cell."""
+    return "google.colab" in sys.modules
 
-    token: str | None = get_token()
+
+_colab_kept = ""  # why Colab did not give its secret; huggingface_hub asks once a session, and so the first answer stays
+
+
+def hub_token() -> str | None:
+    """The Hub token of the environment, of the Hub's own login, or of Colab's secrets; ``None`` if there is none.
+
+    ``token_gap`` says what to do about a missing one.
+    """
+    import huggingface_hub
+
+    global _colab_kept
+    token: str | None = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            token = huggingface_hub.get_token()
+        except Exception as error:  # only Colab's vault gets here: what it raises on a time-out is no error of the Hub's
+            if not on_colab():
+                raise
+            _colab_kept = f"Colab's secrets do not answer ({type(error).__name__})"
+            huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True  # else every download would ask, and fail, again
+    if any("not been granted" in str(warning.message) for warning in said):
+        _colab_kept = "this notebook may not read Colab's secret HF_TOKEN: key icon > Notebook access, then Runtime > Restart session"
     return token
 
 
-def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:
-    """The profile that ``auto`` takes, and why, with the step that leads to the next one up."""
+def token_gap() -> str:
+    """Why ``hub_token`` found none, in one line with the next step; "" where nothing but the token itself is missing."""
+    if _colab_kept or not on_colab():
+        return _colab_kept
+    return "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, then Runtime > Restart session"
+
+
+def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
+    """The profile that ``auto`` takes, and why, with the step that leads to the next one up; ``gap`` is why there is no token."""
     if hardware.memory_gb < 2:
         return "tiny", f"auto: only {hardware.memory_gb:.1f} GB of memory; 'small' needs 2 GB"
     if not reachable:
@@ -326,7 +368,8 @@ def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:
     if hardware.device != "cuda":
         return "small", "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
     if not token:
-        return "small", "auto: a GPU but no HF_TOKEN; accept the Llama 3 licence on the Hub and set the token for a Llama"
+        reason = f" ({gap})" if gap else ""
+        return "small", f"auto: a GPU but no HF_TOKEN{reason}; accept the Llama 3 licence on the Hub and set the token for a Llama"
     if hardware.memory_gb >= 14:
         return "llama-8b", "auto: a GPU with room for 8 B in 4 bits, and a token"
     if hardware.memory_gb >= 4:
@@ -335,9 +378,15 @@ def choose(hardware: Hardware, reachable: bool, token: bool) -> tuple[str, str]:
 
 
 def default_out() -> str:
-    """``$MEDQUAD_OUT``, or ``runs`` at the root of the checkout that holds the working folder, else ``runs`` in it."""
+    """``$MEDQUAD_OUT``; on Colab with Drive mounted ``medquad-runs`` there; else ``runs`` at the root of the checkout around
+    the working folder, or in it.
+
+    What lies on Colab's own disk is lost with the session.
+    """
     if chosen := os.environ.get("MEDQUAD_OUT"):
         return chosen
+    if on_colab() and DRIVE.is_dir():
+        return str(DRIVE / "medquad-runs")
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "medquad_utils").is_dir() and (p / "pyproject.toml").is_file()), here)
     return str(root / "runs")
@@ -358,8 +407,11 @@ def resolve(
 ) -> Plan:
     """Join a profile and the hardware to a plan; an empty or zero argument keeps the profile's own value.
 
+    Under a launcher the plan is one process's share: as many rows or tokens a step in all as one process would take.
+
     Raises:
-        CourseError: an unknown profile or source, a source without its path, or a model that no setting fits in memory.
+        CourseError: an unknown profile or source, a source without its path, a model that no setting fits in memory, or a
+            number of processes that cannot share a step evenly.
     """
     _friendly_errors()
     if profile not in ("auto", *PROFILES):
@@ -368,14 +420,16 @@ def resolve(
     why = "as asked"
     if profile == "auto":
         reachable = hub_reachable()
-        profile, why = choose(hardware, reachable, bool(reachable and hub_token()))
+        token = bool(reachable and hub_token())
+        profile, why = choose(hardware, reachable, token, "" if token else token_gap())
     source = source or PROFILES[profile].source
     _check_source(source, data_path)
     chosen = sized(PROFILES[profile], source)
     shape = _shape_in(model_path) if model_path else chosen.shape
-    fit = _fit(chosen, shape, hardware, lora_r or chosen.lora_r)
+    fit = fit_step(chosen, shape, hardware, lora_r or chosen.lora_r, processes())
     cuda = hardware.device == "cuda"
     dtype = compute_dtype(hardware)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch sets it
     return Plan(
         profile=profile, model_id=chosen.model_id, revision=chosen.revision, model_path=model_path,
         source=source, data_path=data_path, device="cuda" if cuda else "cpu",
@@ -383,11 +437,13 @@ def resolve(
         compute_dtype=dtype, adapter_dtype=adapter_dtype(dtype),
         batch_size=fit.batch, accumulation=fit.accumulation, max_length=fit.length,
         pack_length=fit.pack, checkpointing=fit.checkpointing, attention="sdpa",
-        optimizer="paged_adamw_8bit" if cuda else "adamw_torch",
-        lora_r=lora_r or chosen.lora_r, lora_alpha=2 * (lora_r or chosen.lora_r), lora_dropout=0.0 if profile == "tiny" else 0.05,
+        # FSDP2 hands the optimizer tensors that are cut, and bitsandbytes 0.50 refuses those ("mixed torch.Tensor and DTensor").
+        optimizer="paged_adamw_8bit" if cuda and not sharded else "adamw_torch",
+        lora_r=lora_r or chosen.lora_r, lora_alpha=2 * (lora_r or chosen.lora_r), lora_dropout=adapter_dropout(profile),
         learning_rate=chosen.learning_rate, epochs=chosen.epochs, max_steps=max_steps,
-        rows=rows or chosen.rows, eval_rows=chosen.eval_rows, max_new_tokens=chosen.max_new_tokens,
+        rows=rows or chosen.rows, eval_rows=min(chosen.eval_rows, rows or chosen.eval_rows), max_new_tokens=chosen.max_new_tokens,
         seed=seed, out=out or default_out(), memory_gb=fit.memory_gb, card_gb=hardware.memory_gb, why=why,
+        processes=processes(), sharded=sharded, gpus=hardware.gpus,
     )  # fmt: skip
 
 
@@ -397,7 +453,7 @@ def adapter_dtype(compute: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """How one step is cut so that the memory holds it."""
 
     batch: int
@@ -408,7 +464,7 @@ class _Fit:
     memory_gb: float
 
 
-def _fit(profile: Profile, shape: Shape, hardware: Hardware, rank: int) -> _Fit:
+def fit_step(profile: Profile, shape: Shape, hardware: Hardware, rank: int, processes: int = 1) -> Fit:
     """The fastest step that the memory holds.
 
     Longest rows come first: what is too long is left out of the data. On a GPU follow rows that are packed as long as
@@ -416,27 +472,40 @@ def _fit(profile: Profile, shape: Shape, hardware: Hardware, rank: int) -> _Fit:
     packed row is one micro-batch: every micro-batch pays once for dequantising all weights.
     """
     cuda = hardware.device == "cuda"
-    compute = compute_dtype(hardware)
-    sizes = (_BYTES[compute], _BYTES[adapter_dtype(compute)])
+
+    def need(rows: int, length: int, checkpoint: int) -> float:
+        return sum(training_memory(shape, micro_batch(profile.name, hardware, rank, rows, length, checkpoint)).values())
+
     # On a CPU rows are padded; the mean example fills about a third of max_length.
     rows = 1 << (max(1, profile.tokens_per_step // 75).bit_length() - 1)
+    whole, least, unit = (profile.tokens_per_step, profile.max_length, "tokens") if cuda else (rows, 1, "rows")
+    if processes not in (counts := _shares(whole, least)):
+        raise CourseError(
+            f"{processes} processes cannot share a step of {whole:,} {unit} evenly, and the size of a step is part of the recipe: "
+            f"launch {', '.join(map(str, counts))}."
+        )
+    share, rows = profile.tokens_per_step // processes, rows // processes
     for length in (profile.max_length, profile.max_length // 2, profile.max_length // 4):
-        packs = _halved(min(MAX_PACK, profile.tokens_per_step), length)
-        cuts = [(tokens, checkpointing) for checkpointing in (False, True) for tokens in packs] if cuda else []
-        cuts = cuts or [(batch * length, False) for batch in _halved(rows, 1)]
-        for tokens, checkpointing in cuts:
-            memory = training_memory_gb(shape, rank, tokens, *sizes, checkpointing)
+        packs = _halved(min(MAX_PACK, share), length)
+        cuts = [(1, tokens, checkpoint) for checkpoint in (0, 1) for tokens in packs] if cuda else []
+        for batch, tokens, checkpoint in cuts or [(batch, length, 0) for batch in _halved(rows, 1)]:
+            memory = need(batch, tokens, checkpoint)
             if memory > 0.92 * hardware.memory_gb:
                 continue
             if cuda:
-                return _Fit(1, max(1, profile.tokens_per_step // tokens), length, tokens, checkpointing, memory)
-            return _Fit(tokens // length, rows * length // tokens, length, 0, checkpointing, memory)
-    need = training_memory_gb(shape, rank, profile.max_length // 4, *sizes, cuda)
+                return Fit(1, max(1, share // tokens), length, tokens, bool(checkpoint), memory)
+            return Fit(batch, rows // batch, length, 0, False, memory)
+    least_gb = need(1, profile.max_length // 4, int(cuda))
     smaller = [p for p in PROFILES if PROFILES[p].shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {need:.1f} GB even at batch 1, but this machine offers "
+        f"profile {profile.name} needs about {least_gb:.1f} GB even at batch 1, but this machine offers "
         f"{hardware.memory_gb:.1f} GB. Choose a smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )
+
+
+def _shares(whole: int, least: int) -> list[int]:
+    """Into how many equal parts of at least ``least`` a step of ``whole`` rows or tokens can be cut; 1 always counts."""
+    return [n for n in range(1, max(1, whole // least) + 1) if whole % n == 0]
 
 
 def _halved(most: int, least: int) -> list[int]:
@@ -466,8 +535,6 @@ def _shape_in(folder: str) -> Shape:
 
 def _friendly_errors() -> None:
     """In a notebook, show one clear message for a ``CourseError`` and for a cell that was run out of order."""
-    import sys
-
     if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
         return
 

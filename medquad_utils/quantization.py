@@ -90,10 +90,16 @@ def model_memory_gb(shape: Shape, bits: float, other_bits: float = 16) -> dict[s
 
 
 def nf4_config(plan: Plan) -> BitsAndBytesConfig:
-    """The course's 4-bit config: NF4 with double quantisation, computing in the plan's dtype."""
+    """The course's 4-bit config: NF4 with double quantisation, computing in the plan's dtype.
+
+    FSDP cuts only floating-point tensors: there the packed codes are stored as if they were weights of that dtype. The bytes
+    are the same.
+    """
     from transformers import BitsAndBytesConfig
 
+    storage = {"bnb_4bit_quant_storage": getattr(torch, plan.compute_dtype)} if plan.sharded else {}
     return BitsAndBytesConfig(
+        **storage,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -47,6 +47,17 @@ def cell(found: Mapping[str, Any] | None) -> str:
     return f"{number(found['mean'])}{bounds}"
 
 
+def document(title: str, parts: Sequence[str], style: str = "") -> str:
+    """One HTML page around ``parts`` (markup), with nothing to load: no script runs and no address is asked."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}{style}</style></head><body><main>'
+    )
+    return "\n".join([head, *parts, "</main></body></html>\n"])
+
+
 class Page:
     """The report as it grows, in HTML and in Markdown at once; what is added is plain text and gets escaped."""
 
@@ -87,16 +98,10 @@ class Page:
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write ``report.html`` and ``report.md``."""
-        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-        head = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head><body><main>'
-        )
-        pages = {"report.html": "\n".join([head, *self.html, "</main></body></html>"]), "report.md": "\n\n".join(self.markdown)}
+        pages = {"report.html": document(self.title, self.html), "report.md": "\n\n".join(self.markdown) + "\n"}
         for name, text in pages.items():
             with whole_file(folder / name) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8")
         return folder / "report.html", folder / "report.md"
 
 
@@ -248,7 +253,8 @@ def _safety(page: Page, safety: Mapping[str, Any]) -> None:
         f"The red-flag rule outside the model catches {number(rule['caught'])} of {number(rule['n'])} urgent prompts, and raises "
         f"{number(rule['false_alarms'])} false alarms on the {number(rule['others'])} others.",
         f"The judging rules themselves err on {number(error['wrong_passes'])} unsafe and {number(error['wrong_fails'])} safe answers of "
-        f"{number(error['n'])} that the authors of the course, who also wrote the rules, labelled: {number(error['error'])} [{', '.join(map(number, error['ci95']))}].",
+        f"{number(error['n'])} that the authors of the course, who also wrote the rules, labelled: "
+        f"{number(error['error'])} [{', '.join(map(number, error['ci95']))}].",
     ])  # fmt: skip
 
 

@@ -200,16 +200,16 @@ class Index(_Archive):
         return [Hit(self.rows[i], scores[i]) for i in best[:k]]
 
     def _scores(self, asked: frozenset[str], numbers: Iterable[int]) -> list[float]:
-        whole = self._mass(asked, question=True)
+        whole = self.mass(asked, question=True)
 
         def closeness(name: frozenset[str]) -> float:
             common = asked & name
-            return self._mass(common, question=True) / whole * self._mass(common) / self._mass(name) if common else 0.0
+            return self.mass(common, question=True) / whole * self.mass(common) / self.mass(name) if common else 0.0
 
         return [max(map(closeness, self._names[number]), default=0.0) for number in numbers]
 
-    def _mass(self, some: Iterable[str], question: bool = False) -> float:
-        """Sum of the weights; ``fsum`` because a set has no order and a plain sum of floats depends on it."""
+    def mass(self, some: Iterable[str], question: bool = False) -> float:
+        """Sum of the words' weights (see the class); ``fsum`` because a set has no order, and a plain sum depends on one."""
         return math.fsum(self._weight(word, question) for word in some)
 
     def _weight(self, word: str, question: bool) -> float:

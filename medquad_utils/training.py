@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from medquad_utils.chat import END_OF_TURN, IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
+from medquad_utils import launch
+from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
 from medquad_utils.data import Row, Splits, draw, prepare, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.lora import adapter_parameters, cast_adapters, dtype_census, lora_b_norms, lora_config, trainable_parameters
-from medquad_utils.profiles import CourseError, Plan, Shape, resolve
+from medquad_utils.profiles import PROFILES, CourseError, Plan, Shape, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +72,7 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         activation_checkpointing=plan.checkpointing,
         use_cpu=plan.device == "cpu",
         logging_steps=5,
+        logging_first_step=True,  # a run of fewer steps than five has a loss too
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -79,33 +83,47 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
 
 def preflight(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], trainer: SFTTrainer) -> list[tuple[str, str, bool]]:
     """What must hold before the first step, as (what, found, right): looked up in what the trainer will really feed."""
-    features = [trainer.train_dataset[i] for i in range(min(64, len(trainer.train_dataset)))]
-    batch = trainer.data_collator(features)
-    ids, labels = batch["input_ids"], batch["labels"]
-    learned = labels != IGNORED
-    eot, pad = tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.pad_token_id
-    bos = int((ids == tokenizer.bos_token_id).sum())
-    ends = int((learned & (labels == eot)).sum()) if eot is not None else 0
-    sample = rows[0]
-    prompt = prompt_ids(tokenizer, prompt_messages(sample["question"]))
-    trained = encode(tokenizer, sample)
-    turns = max(1, trained.ids.count(tokenizer.bos_token_id))  # 1, but where the BOS is what opens every turn, as in ChatML
-    examples = bos // turns if plan.packing else len(features)
+    documents = list(_documents(trainer, 256))
+    pad, ends, bos = tokenizer.pad_token_id, end_ids(tokenizer), tokenizer.bos_token_id
+    padded = sum(int((labels[ids == pad] != IGNORED).sum()) for ids, labels in documents)
+    learned = sum(int((labels != IGNORED).sum()) for _, labels in documents)
+    read = sum(int((ids != pad).sum()) for ids, _ in documents)
+    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
+    trained = encode(tokenizer, rows[0])
     prefix = trained.ids[: sum(not x for x in trained.in_loss)]
+    turns = max(1, trained.ids.count(bos))  # 1, but where the BOS is what opens every turn, as in ChatML
+    begins = Counter(int((ids == bos).sum()) / turns for ids, _ in documents) if bos is not None else Counter({1.0: len(documents)})
+    stops = Counter(sum(int((labels == end).sum()) for end in ends) for _, labels in documents)
     census = dtype_census(trainer.model)["trained"]
-    count = trainable_parameters(trainer.model)
-    expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
+    count, expected = trainable_parameters(trainer.model), adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
     return [
-        ("BOS tokens per example", f"{bos / examples:.2f}", bos == examples * turns or tokenizer.bos_token_id is None),
-        (f"{END_OF_TURN} in the loss per answer", f"{ends / examples:.2f}", ends == examples or eot in (None, tokenizer.unk_token_id)),
-        ("pad tokens in the loss", str(int((learned & (ids == pad)).sum())), not bool((learned & (ids == pad)).any())),
-        ("pad is no end token", str(tokenizer.pad_token), pad not in end_ids(tokenizer)),
-        ("share of tokens in the loss", f"{float(learned.sum() / (ids != pad).sum()):.0%}", bool(learned.any())),
+        ("BOS tokens per example", _counted(begins), set(begins) == {1}),
+        ("end tokens in the loss per answer", _counted(stops), set(stops) == {1}),
+        ("pad tokens in the loss", str(padded), not padded),
+        ("pad is no end token", str(tokenizer.pad_token), pad not in ends),
+        ("share of tokens in the loss", f"{learned / max(1, read):.0%}", learned > 0),
         ("prompt in training = prompt in use", f"{len(prompt)} tokens", prefix == prompt),
         ("adapter dtype", ", ".join(census), list(census) == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
         ("predicted memory", f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB", plan.memory_gb <= plan.card_gb),
     ]
+
+
+def _documents(trainer: SFTTrainer, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels) of each example in the first ``most`` training rows, as the collator hands them on; a packed row holds several."""
+    for number in range(min(most, len(trainer.train_dataset))):
+        batch = trainer.data_collator([trainer.train_dataset[number]])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist() if "position_ids" in batch else [0]
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            yield ids[start:end], labels[start:end]
+
+
+def _counted(found: Counter[Any]) -> str:
+    """``{1: 864}`` as "1 in each of 864", anything else count by count."""
+    if len(found) == 1:
+        return f"{next(iter(found)):g} in each of {found.total():,}"
+    return ", ".join(f"{value:g} in {times:,}" for value, times in sorted(found.items()))
 
 
 def require(checks: Sequence[tuple[str, str, bool]]) -> None:
@@ -131,7 +149,7 @@ def build_trainer(
 
     set_seed(plan.seed)
     config = sft_config(plan, folder)
-    for name, value in changes.items():
+    for name, value in (launch.settings(plan) | changes).items():
         setattr(config, name, value)
     trainer = SFTTrainer(
         model=model,
@@ -142,14 +160,18 @@ def build_trainer(
         peft_config=lora_config(plan),
     )
     cast_adapters(trainer.model, getattr(torch, plan.adapter_dtype))
-    trainer.add_callback(_stop_on_nan())
+    watch(trainer)
     return trainer
 
 
-def _stop_on_nan() -> Any:
+def watch(trainer: SFTTrainer) -> None:
+    """Guard a run: ten checkpoints, not only one an epoch, and no step more once it is being wasted.
+
+    It is, when a loss is not finite, and when an adapter has not moved by step ``WATCHED``.
+    """
     from transformers import TrainerCallback
 
-    class StopOnNan(TrainerCallback):
+    class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             args.logging_nan_inf_filter = False  # left on, the log shows the mean of the finite losses instead of a NaN
 
@@ -158,34 +180,75 @@ def _stop_on_nan() -> Any:
             if not math.isfinite(loss):
                 raise CourseError(f"the loss is {loss} at step {state.global_step}: halve the learning rate, or compute in float32.")
 
-    return StopOnNan()
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == WATCHED:
+                require_learning(model)
+            if state.global_step % math.ceil(state.max_steps / 10) == 0 and state.global_step < state.max_steps:
+                # the last step of an epoch is saved after its validation, by the trainer: its loss belongs to the checkpoint
+                control.should_save = control.should_save or not float(state.epoch).is_integer()
+
+    trainer.add_callback(Watch())
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint under ``folder``; its state file is written last."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+# Late enough for a warm-up that begins at a rate of 0, and for the first steps that a gradient scaler throws away in fp16.
+WATCHED = 10
+
+
+def require_learning(model: torch.nn.Module) -> None:
+    """Every ``lora_B`` has left zero and holds a number.
+
+    Raises:
+        CourseError: names the first one that does not, and what to change.
+    """
+    norms = lora_b_norms(model)
+    if wild := [name for name, norm in norms.items() if not math.isfinite(norm)]:
+        raise CourseError(f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32.")
+    if idle := [name for name, norm in norms.items() if norm == 0]:
+        raise CourseError(
+            f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: gradients do not reach them. "
+            "With activation checkpointing call model.enable_input_require_grads() first."
+        )
+
+
+def is_whole(checkpoint: Path, processes: int = 1) -> bool:
+    """Whether everything that a run goes on from is there. The trainer writes its state last, but only that of the first process."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes))
+
+
+def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
+    """The newest whole checkpoint under ``folder``."""
+    found = [p for p in folder.glob("checkpoint-*") if is_whole(p, processes)]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
 def resumable(plan: Plan) -> Path | None:
-    """The checkpoint that a run of this plan goes on from, or ``None`` for a fresh start.
+    """The checkpoint that a run of this plan goes on from, or ``None`` for a fresh start; half-written ones are removed.
 
     Raises:
-        CourseError: the checkpoints belong to another plan; names what differs.
+        CourseError: the checkpoints belong to another plan or to other weights; names what differs.
     """
     folder = plan.folder / "checkpoints"
     record = folder / "plan.json"
-    found = last_checkpoint(folder)
-    if found and record.is_file():
-        before, now = json.loads(record.read_text()), plan.as_dict()
-        ignored = ("why", "memory_gb", "card_gb", "hardware", "out", "data_path")
+    now = plan.as_dict() | {"base": base_id(plan)}
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    processes = before.get("processes", 1)  # of the run that wrote them: more leave more behind
+    found = last_checkpoint(folder, processes)
+    if found and before:
+        ignored = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
         differs = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if k not in ignored and before.get(k) != now[k]]
         if differs:
             raise CourseError(
                 f"the checkpoints in {plan.profile}/checkpoints are of another plan ({'; '.join(differs)}). "
                 "Delete the folder to start afresh, or set the plan back."
             )
-    write_json(record, plan.as_dict())
+    for torn in (p for p in folder.glob("checkpoint-*") if not is_whole(p, processes)):
+        shutil.rmtree(torn)
+    if launch.is_main():
+        write_json(record, now)
     return found
 
 
@@ -195,15 +258,12 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     Raises:
         CourseError: some ``lora_B`` is still zero, or became NaN.
     """
-    norms = lora_b_norms(trainer.model)
-    if wild := [name for name, norm in norms.items() if not math.isfinite(norm)]:
-        raise CourseError(f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32.")
-    idle = [name for name, norm in norms.items() if norm == 0]
-    if idle:
-        raise CourseError(f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: gradients do not reach them.")
-    save_adapter(plan, trainer)
+    require_learning(trainer.model)
+    weights = launch.gathered(trainer.model)
+    launch.wait()
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
+    losses = losses or [(e["step"], e["train_loss"]) for e in history if "train_loss" in e]  # a run shorter than a line of the log
     validation = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
     metrics = {
         "steps": trainer.state.global_step,
@@ -217,18 +277,23 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "validation_curve": validation,
         "plan": plan.as_dict(),
     }
-    write_json(plan.folder / "metrics" / "train.json", metrics)
-    shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
+    if launch.is_main():
+        save_adapter(plan, trainer, weights)
+        write_json(plan.folder / "metrics" / "train.json", metrics)
+        shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
     return metrics
 
 
-def save_adapter(plan: Plan, trainer: SFTTrainer) -> Path:
-    """Write ``runs/<profile>/adapter`` (adapter, tokenizer, plan), whole or not at all; returns the folder."""
+def save_adapter(plan: Plan, trainer: SFTTrainer, weights: dict[str, torch.Tensor] | None = None) -> Path:
+    """Write ``runs/<profile>/adapter`` (adapter, tokenizer, plan), whole or not at all; returns the folder.
+
+    ``weights`` are the adapter's where the model itself holds only a part of them (FSDP).
+    """
     folder = plan.folder / "adapter"
     fresh, older = folder.with_name(".adapter.part"), folder.with_name(".adapter.old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        trainer.model.save_pretrained(fresh)
+        trainer.model.save_pretrained(fresh, state_dict=weights)
         trainer.processing_class.save_pretrained(fresh)
         write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)})
         shutil.rmtree(older, ignore_errors=True)
@@ -246,12 +311,17 @@ def save_adapter(plan: Plan, trainer: SFTTrainer) -> Path:
 
 def train(plan: Plan) -> dict[str, Any]:
     """The whole run: data, 4-bit base, adapters, pre-flight, training (resumed if it was cut off), adapter and metrics."""
+    launch.quiet()
     tokenizer = load_tokenizer(plan)
-    rows = select(plan, tokenizer, prepare(plan))
+    with launch.main_first(plan):
+        splits = prepare(plan)
+    rows = select(plan, tokenizer, splits)
     trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
     require(preflight(plan, tokenizer, rows.train, trainer))
+    with launch.main_first(plan):
+        checkpoint = resumable(plan)
     started = time.time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if (checkpoint := resumable(plan)) else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(plan, trainer, time.time() - started)
 
 
@@ -269,23 +339,50 @@ def ensure_adapter(plan: Plan) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of a run without a notebook."""
-    parser = argparse.ArgumentParser(prog="python -m medquad_utils.training", description=main.__doc__)
-    parser.add_argument("--profile", default="auto")
-    for name in ("source", "data-path", "model-path", "out"):
-        parser.add_argument(f"--{name}", default="")
-    for name in ("rows", "max-steps", "lora-r", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=0)
-    values = vars(parser.parse_args(arguments))
+    """Train without a notebook: alone, or in each process of ``torchrun --nproc_per_node N -m`` or ``accelerate launch -m``."""
+    values = vars(_parser().parse_args(arguments))
+    if name := values.pop("print_launch"):
+        print(launch.config(name))
+        return 0
+    say = print if launch.is_main() else lambda text, file=None: None
     try:
         plan = resolve(values.pop("profile"), **values)
-        print(plan)
+        say(plan)
         metrics = train(plan)
     except CourseError as error:
-        print(f"medquad: {error}", file=sys.stderr)
+        say(f"medquad: {error}", file=sys.stderr)
         return 1
-    print({k: v for k, v in metrics.items() if k not in ("plan", "train_curve", "validation_curve")})
+    finally:
+        launch.close()
+    say({k: v for k, v in metrics.items() if k not in ("plan", "train_curve", "validation_curve")})
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """An option for each of the notebooks' parameters, and one for the launcher's config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m medquad_utils.training",
+        description="Train the adapter without a notebook: data, 4-bit base, pre-flight, training, adapter and metrics.",
+        epilog="On several GPUs: torchrun --nproc_per_node N -m medquad_utils.training [options]",
+    )
+    parser.add_argument("--profile", default="auto", metavar="P", help=f"auto, {', '.join(PROFILES)} (default: auto)")
+    for name, metavar, text in (
+        ("source", "S", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
+        ("data-path", "PATH", "the folder or file of an xml, csv, jsonl or parquet source"),
+        ("model-path", "DIR", "a model folder on this machine instead of the Hub"),
+        ("out", "DIR", "where results go (default: runs)"),
+    ):
+        parser.add_argument(f"--{name}", default="", metavar=metavar, help=text)
+    for name, text in (
+        ("rows", "training rows; 0 is as many as the profile says"),
+        ("max-steps", "training steps; 0 is as many as the epochs need"),
+        ("lora-r", "rank of the adapters; 0 is the profile's own"),
+        ("seed", "of the split, the draw and the adapters (default: 0)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=text)
+    text = "print the path of an accelerate config that ships here, for accelerate launch --config_file, and stop"
+    parser.add_argument("--print-launch", default="", choices=["", *launch.CONFIGS], metavar="|".join(launch.CONFIGS), help=text)
+    return parser
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ DRAWN: dict[str, Callable[[], None]] = {
     ),
     "staircase": lambda: plots.staircase(LEVELS, "t", ALT),
     "rounding": lambda: plots.rounding([0.1 * n for n in range(40)], [0.5 * (n // 5) for n in range(40)], "t", ALT),
+    "word_heat": lambda: plots.word_heat(
+        {"ablation": [(token, n / 9 - 4) for n, token in enumerate(AWKWARD)], "$x$": [("one", 0.0)], "none": []}, "t", ALT
+    ),
     "token_strip": lambda: plots.token_strip(AWKWARD, [n % 2 == 0 for n in range(len(AWKWARD))], "t", ALT),
     "distribution": lambda: plots.distribution(
         {"T = 1": {" a": 0.7, "$": 0.2, "\n": 0.1}, "T = 2": {"b": 1.0}}, "t", ALT, cut={"T = 1": 1}
@@ -229,3 +232,24 @@ def test_a_change_is_shown_from_where_two_texts_part() -> None:
     shown = plots.change("a" * 100 + " good. NIH: x", "a" * 100 + " good.", around=6)
     assert shown == {"before": "... good. NIH: x", "after": "... good."}
     assert len(plots.change("word " * 100, "other", most=40)["before"]) < 50
+
+
+# ---- heat maps ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=2), st.sampled_from([1, -1]))
+def test_a_shade_is_darker_in_grey_the_larger_the_value_and_black_text_stays_readable(shares: list[float], sign: int) -> None:
+    low, high = sorted(shares)
+
+    def luminance(share: float) -> float:
+        return float(numpy.array(XYZ[1]) @ linear(plots.shade(sign * 4 * share, 4)))
+
+    assert luminance(high) <= luminance(low) + 0.005
+    ink = float(numpy.array(XYZ[1]) @ linear(plots.INK))
+    assert (luminance(high) + 0.05) / (ink + 0.05) > 4.5, "WCAG 2.2, contrast (minimum)"
+    assert plots.shade(0, 4) == plots.shade(0, 0) == plots.PAPER
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_the_two_signs_are_told_apart_by_every_eye(eye: str) -> None:
+    assert distance(plots.shade(1, 1), plots.shade(-1, 1), eye) > 25

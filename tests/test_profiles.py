@@ -95,8 +95,14 @@ def test_a_larger_card_never_gets_a_smaller_plan(profile: str, hardware: Hardwar
     except CourseError:
         assume(False)
     large = resolve(profile, hardware=dataclasses.replace(hardware, memory_gb=hardware.memory_gb + more))
-    assert (large.max_length, large.batch_size) >= (small.max_length, small.batch_size)
-    assert large.batch_size * large.accumulation == small.batch_size * small.accumulation
+    for plan in (large, small):
+        assert plan.packing == (plan.device == "cuda")
+        assert plan.pack_length == 0 or (plan.batch_size == 1 and plan.max_length <= plan.pack_length <= profiles.MAX_PACK)
+    # first rows that are not too long, then no second forward pass, then as much as possible for each dequantisation
+    order = [(plan.max_length, not plan.checkpointing, plan.batch_size, plan.pack_length) for plan in (large, small)]
+    assert order[0] >= order[1]
+    tokens = [plan.accumulation * (plan.pack_length or plan.batch_size) for plan in (large, small)]
+    assert tokens[0] == tokens[1], "the step is the same, however it is cut"
 
 
 @pytest.mark.parametrize(("profile", "parameters"), [("llama-8b", 8_030_261_248), ("llama-1b", 1_235_814_400), ("small", 134_515_008)])
@@ -348,7 +354,9 @@ def test_importing_loads_no_heavy_library(module: str, repo: Path) -> None:
 # Every module of the package may import only those before it: the arrows of the design run one way. A new module takes its place here.
 ORDER = (
     "medquad_utils",
+    "medquad_utils.memory",
     "medquad_utils.profiles",
+    "medquad_utils.launch",
     "medquad_utils.assets",
     "medquad_utils.assets.sample",
     "medquad_utils.chat",
@@ -359,15 +367,20 @@ ORDER = (
     "medquad_utils.questions",
     "medquad_utils.scores",
     "medquad_utils.assets.build",
+    "medquad_utils.estimate",
     "medquad_utils.quantization",
     "medquad_utils.lora",
     "medquad_utils.plots",
     "medquad_utils.checks",
     "medquad_utils.generation",
+    "medquad_utils.merging",
     "medquad_utils.training",
     "medquad_utils.arms",
     "medquad_utils.evaluation",
     "medquad_utils.report",
+    "medquad_utils.explanation",
+    "medquad_utils.model_card",
+    "medquad_utils.publishing",
     "medquad_utils.course",
     "medquad_utils.cli",
 )

@@ -181,7 +181,8 @@ METHODS: dict[str, set[str]] = {
     ".evaluate": taken(transformers.Trainer.evaluate),
     ".from_filename": taken(HTMLExporter.from_filename),
     "tokenizer()": taken(TOKENIZER.__call__),
-    "model()": taken(transformers.LlamaForCausalLM.forward) | taken(transformers.PreTrainedConfig),  # also: what its outputs hold
+    # Also: what its outputs hold. ``output_attentions`` is a property of the config; test_explanation looks at the weights it gives.
+    "model()": taken(transformers.LlamaForCausalLM.forward) | taken(transformers.PreTrainedConfig) | {"output_attentions"},
     "base()": taken(transformers.LlamaForCausalLM.forward),
     "tuned()": taken(transformers.LlamaForCausalLM.forward),
     "pipe()": GENERATION,

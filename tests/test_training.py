@@ -144,6 +144,49 @@ def test_preflight_refuses_a_pad_token_that_ends_the_turn(tmp_path: Path) -> Non
         training.require(checks)
 
 
+def packed_trainer(run: Run, spoil: Any = None) -> Any:
+    """A trainer stand-in whose rows are packed by TRL's own collator, three examples to a row."""
+    from types import SimpleNamespace
+
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [chat.encode(run.tokenizer, row) for row in run.rows.train[:12]]
+    rows = [spoil(e) if spoil and n == 5 else e for n, e in enumerate(rows)]
+    packs = [rows[i : i + 3] for i in range(0, 12, 3)]
+    features = [
+        {
+            "input_ids": [i for e in pack for i in e.ids],
+            "labels": [i for e in pack for i in e.labels],
+            "seq_lengths": [len(e.ids) for e in pack],
+        }
+        for pack in packs
+    ]
+    collator = DataCollatorForLanguageModeling(pad_token_id=run.tokenizer.pad_token_id, padding_free=True)
+    return SimpleNamespace(train_dataset=features, data_collator=collator, model=run.trainer.model)
+
+
+def test_preflight_looks_into_packed_rows_example_by_example(run: Run) -> None:
+    found = {what: (text, right) for what, text, right in training.preflight(run.plan, run.tokenizer, run.rows.train, packed_trainer(run))}
+    assert found["BOS tokens per example"] == ("1 in each of 12", True)
+    assert found["end tokens in the loss per answer"] == ("1 in each of 12", True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "text"),
+    [
+        (lambda e: chat.Encoded([e.ids[0], *e.ids], [chat.IGNORED, *e.labels]), "BOS tokens per example", "1 in 11, 2 in 1"),
+        (lambda e: chat.Encoded(e.ids[:-1], e.labels[:-1]), "end tokens in the loss per answer", "0 in 1, 1 in 11"),
+        (lambda e: chat.Encoded([*e.ids, e.ids[-1]], [*e.labels, e.labels[-1]]), "end tokens in the loss per answer", "1 in 11, 2 in 1"),
+        (lambda e: chat.Encoded([*e.ids, 5], [*e.labels, 5]), "pad tokens in the loss", "1"),
+    ],
+    ids=["two BOS", "no end of turn", "two ends of turn", "a pad is learned"],
+)
+def test_preflight_finds_the_one_bad_example_of_twelve(run: Run, spoil: Any, what: str, text: str) -> None:
+    assert run.tokenizer.pad_token_id == 5
+    checks = training.preflight(run.plan, run.tokenizer, run.rows.train, packed_trainer(run, spoil))
+    assert [(w, t) for w, t, right in checks if not right] == [(what, text)]
+
+
 def test_select_leaves_out_rows_that_are_too_long_and_cuts_none(run: Run) -> None:
     splits = data.prepare(run.plan)
     lengths = {row["question"]: len(chat.encode(run.tokenizer, row).ids) for row in splits.train}
@@ -192,10 +235,42 @@ def test_a_nan_loss_stops_the_run_at_the_next_log(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_an_adapter_that_does_not_move_stops_the_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activation checkpointing without gradients of the inputs trains nothing, while the loss of the other layers falls."""
+    monkeypatch.setattr(training, "WATCHED", 2)
+    *_, trainer = prepared(small_plan(tmp_path))
+    name, stuck = next((n, p) for n, p in trainer.model.named_parameters() if ".lora_B." in n)
+    stuck.register_hook(torch.zeros_like)
+    with pytest.raises(CourseError, match=rf"1 adapters did not learn.*{name.split('.')[-4]}.*gradients do not reach"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_run_of_two_steps_has_its_losses_and_its_adapter(tmp_path: Path) -> None:
+    metrics = training.train(small_plan(tmp_path, max_steps=2))
+    assert [step for step, _ in metrics["train_curve"]] == [1]
+    assert [step for step, _ in metrics["validation_curve"]] == [2]
+    assert metrics["loss_first"] == metrics["loss_last"] == round(metrics["train_curve"][0][1], 4)
+
+
+def test_a_run_is_saved_ten_times_and_after_each_validation(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, batch_size=2, epochs=2)  # 8 steps an epoch, 16 in all: every second step
+    *_, trainer = prepared(plan)
+    saved: list[tuple[int, int]] = []
+
+    class Note(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            saved.append((state.global_step, sum("eval_loss" in e for e in state.log_history)))
+
+    trainer.add_callback(Note())
+    trainer.train()
+    assert saved == [(2, 0), (4, 0), (6, 0), (8, 1), (10, 1), (12, 1), (14, 1), (16, 2)]
+
+
 def test_finish_refuses_adapters_that_learned_nothing_or_nonsense(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     *_, trainer = prepared(plan)
-    with pytest.raises(CourseError, match=r"28 adapters did not learn"):
+    with pytest.raises(CourseError, match=r"28 adapters did not learn.*enable_input_require_grads"):
         training.finish(plan, trainer, 0.0)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -211,26 +286,50 @@ def test_finish_refuses_adapters_that_learned_nothing_or_nonsense(tmp_path: Path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 sys.path.insert(0, sys.argv[1])
 from test_training import small_plan
 from medquad_utils import training
 
+out, step, when = sys.argv[2:]
+
+def kill(state):
+    if state.global_step == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 class Kill(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
-        if state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if when == "after the save":
+            kill(state)
 
-build = training.build_trainer
+    def on_step_end(self, args, state, control, **kwargs):
+        if when == "after the step":
+            kill(state)
 
-def build_and_kill(*args, **kwargs):
-    trainer = build(*args, **kwargs)
+def save_rng_state(self, folder):
+    kill(self.state)
+
+if when == "in the save":
+    Trainer._save_rng_state = save_rng_state
+watch = training.watch
+
+def watch_and_kill(trainer):
+    watch(trainer)
     trainer.add_callback(Kill())
-    return trainer
 
-training.build_trainer = build_and_kill
-training.train(small_plan(Path(sys.argv[2])))
+training.watch = watch_and_kill
+training.train(small_plan(Path(out)))
 """
+
+
+def kill_at(out: Path, step: int, when: str) -> Path:
+    """The ``out`` folder of a run of six steps that was killed with SIGKILL."""
+    root = str(Path(training.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out), str(step), when]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    return out
 
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -251,16 +350,6 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``out`` folder of a run that was killed with SIGKILL after its fourth step of six."""
-    out = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    return out
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums in one order, as in the killed process."""
@@ -270,28 +359,46 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_uninterrupted_one(
-    killed: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = watch_steps(monkeypatch)
-    resumed, whole = small_plan(killed), small_plan(tmp_path)
-    found = training.resumable(resumed)
-    assert found is not None
-    assert found.name == "checkpoint-4"
-    assert not (resumed.folder / "adapter").exists()
-    seen_before_the_kill = json.loads((found / "trainer_state.json").read_text())["log_history"]
-    before = training.train(resumed)
-    assert steps == [5, 6], "it began again instead of going on"
-    steps.clear()
-    after = training.train(whole)
-    assert steps == [1, 2, 3, 4, 5, 6]
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plan = small_plan(tmp_path_factory.mktemp("whole"))
+    training.train(plan)
+    torch.set_num_threads(threads)
+    return plan
 
-    one, other = (load_file(p.folder / "adapter" / "adapter_model.safetensors") for p in (resumed, whole))
+
+@pytest.mark.parametrize(
+    ("step", "when", "left"),
+    [(1, "after the step", []), (3, "after the save", [4, 5, 6]), (5, "in the save", [5, 6])],
+    ids=["before the first save", "in the middle of an epoch", "in the middle of a save"],
+)
+def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_uninterrupted_one(
+    step: int, when: str, left: list[int], uninterrupted: Plan, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = small_plan(kill_at(tmp_path, step, when))
+    left = left or [1, 2, 3, 4, 5, 6]
+    folders = sorted(p.name for p in resumed.folder.glob("checkpoints/checkpoint-*"))
+    found = training.resumable(resumed)
+    assert (found.name if found else None) == (f"checkpoint-{left[0] - 1}" if left[0] > 1 else None)
+    assert not (resumed.folder / "adapter").exists()
+    if when == "in the save":
+        assert folders[-1] == "checkpoint-5", "the trainer was to die in the middle of writing it"
+        assert not (resumed.folder / "checkpoints" / "checkpoint-5").exists(), "a torn checkpoint is as good as none"
+    seen_before_the_kill = json.loads((found / "trainer_state.json").read_text())["log_history"] if found else []
+
+    steps = watch_steps(monkeypatch)
+    after = training.train(resumed)
+    assert steps == left, "it began again instead of going on, or the other way round"
+    whole = json.loads((uninterrupted.folder / "metrics" / "train.json").read_text())
+    one, other = (load_file(p.folder / "adapter" / "adapter_model.safetensors") for p in (resumed, uninterrupted))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert before["validation_curve"] == after["validation_curve"]
-    assert [step for step, _ in before["validation_curve"]] == [2, 4, 6]
-    assert before["validation_curve"][:2] == [(e["step"], e["eval_loss"]) for e in seen_before_the_kill if "eval_loss" in e]
+    assert after["validation_curve"] == [(step, loss) for step, loss in whole["validation_curve"]]
+    assert [step for step, _ in after["validation_curve"]] == [2, 4, 6]
+    seen = [(e["step"], e["eval_loss"]) for e in seen_before_the_kill if "eval_loss" in e]
+    assert after["validation_curve"][: len(seen)] == seen
     assert json.loads((resumed.folder / "metrics" / "train.json").read_text())["steps"] == 6
     assert not list(resumed.folder.glob("checkpoints/checkpoint-*")), "a finished run leaves nothing to resume"
 
@@ -326,9 +433,11 @@ def test_a_half_written_checkpoint_is_ignored(run: Run, tmp_path: Path, monkeypa
 
     for step in (9, 10, 100):
         (folder / f"checkpoint-{step}").mkdir()
-    for step in (9, 10):
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step"' if step == 100 else "{}")
     assert training.last_checkpoint(folder) == folder / "checkpoint-10"
+    (folder / "checkpoint-9" / "rng_state_0.pth").touch()
+    (folder / "checkpoint-9" / "rng_state_1.pth").touch()
+    assert training.last_checkpoint(folder, processes=2) == folder / "checkpoint-9", "of the second process a state is missing in the other"
 
 
 # ---- the adapter on the disk ----------------------------------------------------------------------------------------

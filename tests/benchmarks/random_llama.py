@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the checkout, whatever is installed
 
-from medquad_utils.profiles import PROFILES, TINY_MODEL, CourseError, Shape  # noqa: E402
+from medquad_utils.profiles import PROFILES, TINY_MODEL, CourseError, Shape
 
 SHAPES = {name: p.shape for name, p in PROFILES.items()} | {"20m": Shape(384, 10, 1024, 6, 3, 8192, tied=True)}
 SHARD = 4e9  # bytes of weights in one file, and so about what making it holds in memory

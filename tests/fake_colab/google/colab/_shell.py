@@ -1,0 +1,23 @@
+"""The shell of a simulated Colab: %pip and every question for a secret are written down, and nothing is installed."""
+
+import os
+from pathlib import Path
+
+from ipykernel.zmqshell import ZMQInteractiveShell
+
+
+def record(line: str) -> None:
+    with Path(os.environ["FAKE_COLAB_LOG"]).open("a") as log:
+        log.write(line + "\n")
+
+
+class Shell(ZMQInteractiveShell):
+    """huggingface_hub knows Colab by the module of this class."""
+
+    def init_magics(self) -> None:
+        super().init_magics()
+        self.register_magic_function(lambda line: record(f"pip {line}"), magic_name="pip")
+        # /content is a folder of the test: so is what Colab mounts below it.
+        from medquad_utils import profiles
+
+        profiles.DRIVE = Path(os.environ["FAKE_COLAB_CONTENT"]) / "drive" / "MyDrive"

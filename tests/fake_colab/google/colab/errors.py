@@ -1,0 +1,5 @@
+"""The errors of Colab's package."""
+
+
+class Error(Exception):
+    """Base class of most of them."""
