@@ -423,3 +423,20 @@ def test_the_record_of_loading_says_what_it_measured_and_stays_below_colabs_memo
     assert list(at_8b["cpu_parts_gb"].values())[:2] == pytest.approx([6.979 * 4.127 / 8, 2 * 128256 * 4096 * 4 / 1e9], abs=0.005)
     assert sum(at_8b["cpu_parts_gb"].values()) < at_8b["cpu_peak_gb"] < load_memory.GOAL_GB
     assert at_8b["gpu_system_memory_gb"] < load_memory.GOAL_GB
+
+
+def test_colab_md_says_what_the_plans_predict_and_what_was_not_measured() -> None:
+    from medquad_utils import estimate
+
+    page = (REPO / "Colab.md").read_text(encoding="utf-8")
+    assert "No real Colab was reached" in page
+    rows = {c[0].split(",")[0]: c for c in (re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.startswith("| "))}
+    for card, name in {"T4": "T4", "L4": "L4", "A100": "A100-40"}.items():
+        _, profile, numbers, memory, how_long = rows[card]
+        found = estimate.estimate("llama-8b", name)
+        assert profile == "`llama-8b`"
+        assert memory == f"{sum(found.parts.values()):.1f} GB"
+        assert how_long == "not measured yet"
+        assert ("fp16" in numbers) == (name == "T4")
+    record = json.loads((REPO / "tests" / "benchmarks" / "results" / "load_memory_cpu.json").read_text())
+    assert f"{record['llama_8b']['cpu_peak_gb']:.1f} GB there" in " ".join(page.split())

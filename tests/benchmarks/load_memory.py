@@ -11,10 +11,11 @@ when it needs room.
 The arithmetic for another shape: peak of anonymous memory = libraries + packed weights + embeddings, head and norms in the
 compute dtype + one tensor in flight + freed memory that the C library keeps. transformers 5.23 quantises while it loads, one
 tensor after the other (core_model_loading.py: no threads when ``has_on_the_fly_quantization``), so what is in flight is one
-linear layer: its copies in the files' and in the compute dtype and the quantiser's own, 13.2 bytes a weight in all (measured). What the C library keeps grows with the layers (``malloc_trim`` gives it
-back: no second copy of anything). So 8 B is extrapolated from measurements: two slices of its shape, of 2 and of 4 layers with a
-small vocabulary, give what a layer adds; the embeddings are arithmetic. On a GPU the weights end up on the card: what is left
-in system memory is the libraries and one tensor, the largest of all.
+linear layer: its copies in the files' and in the compute dtype and the quantiser's own, 13.2 bytes a weight in all (measured).
+What the C library keeps grows with the layers and varies (``malloc_trim`` gives it back: no second copy of anything). So 8 B is
+extrapolated from measurements: two slices of its shape, of 2 and of 4 layers with a small vocabulary, give what a layer adds;
+the embeddings are arithmetic. On a GPU the weights end up on the card: what is left in system memory is the libraries and one
+tensor, the largest of all.
 """
 
 from __future__ import annotations
