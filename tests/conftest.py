@@ -27,7 +27,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
-LONGEST = ("test_notebooks.py", "test_browser.py")  # they run lessons; the other files take turns beside them
+LONGEST = ("test_notebooks.py", "test_browser.py", "test_colab.py")  # they run lessons; the other files take turns beside them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
