@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,9 +238,7 @@ def test_a_stamped_notebook_carries_fresh_outputs_its_need_and_a_stamp_that_fits
 
 def test_an_installation_without_a_checkout_says_what_is_missing(tmp_path: Path, repo: Path) -> None:
     """A copy of the package alone, as pip installs it, asked from a folder without lessons."""
-    (tmp_path / "medquad_utils").mkdir()
-    for name in ("__init__", "profiles", "data", "course", "cli"):
-        (tmp_path / "medquad_utils" / f"{name}.py").write_text((repo / "medquad_utils" / f"{name}.py").read_text())
+    shutil.copytree(repo / "medquad_utils", tmp_path / "medquad_utils", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "medquad_utils.cli", "run", "--profile", "tiny"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
