@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medquad_utils.data import whole_file, write_json
+from medquad_utils.data import whole_file, write_between, write_json
 from medquad_utils.profiles import CourseError, default_out, resolve, versions
 
 STAMP = "medquad"  # the key of the stamp in a notebook's metadata
@@ -293,10 +293,7 @@ def main() -> int:
             timings[result.lesson[:2]] = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         write_json(record, timings)
         readme = home.parent / "README.md"
-        marked = f"<!-- timings -->\n{timings_table(timings)}\n<!-- /timings -->"
-        text = re.sub(r"<!-- timings -->.*<!-- /timings -->", marked, readme.read_text(encoding="utf-8"), flags=re.DOTALL)
-        with whole_file(readme) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_between(readme, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
         if (picture := folder / "figures" / "outcome.png").is_file():
             shutil.copyfile(picture, home / "figures" / picture.name)
     except CourseError as error:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import Counter, defaultdict
@@ -58,6 +59,58 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder to be made beside ``folder``, which it replaces at the end: whole or not at all.
+
+    Whatever goes wrong is raised as it is, and leaves an older ``folder`` as it was.
+    """
+    fresh, older = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        shutil.rmtree(older, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)
+        fresh.rename(folder)
+    except BaseException:
+        if older.exists() and not folder.exists():
+            older.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def between(text: str, marks: tuple[str, str]) -> str:
+    """What stands in ``text`` between its two ``marks``, without the white space around it.
+
+    Raises:
+        CourseError: ``text`` lacks one of them.
+    """
+    return _parted(text, marks)[1].strip()
+
+
+def write_between(path: Path, marks: tuple[str, str], made: str) -> None:
+    """Put ``made`` between the two ``marks`` of a text file; all else in it stays.
+
+    Raises:
+        CourseError: the file lacks one of them, or cannot be written.
+    """
+    head, _, tail = _parted(path.read_text(encoding="utf-8"), marks, path.name)
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{head}{marks[0]}\n{made}\n{marks[1]}{tail}", encoding="utf-8")
+
+
+def _parted(text: str, marks: tuple[str, str], name: str = "the text") -> tuple[str, str, str]:
+    head, first, rest = text.partition(marks[0])
+    made, second, tail = rest.partition(marks[1])
+    if not (first and second):
+        raise CourseError(f"{name} holds no {marks[0]} ... {marks[1]}: put them where the table shall stand.")
+    return head, made, tail
 
 
 def write_json(path: Path, value: Any) -> None:

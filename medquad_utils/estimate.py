@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medquad_utils.data import whole_file
+from medquad_utils.data import write_between
 from medquad_utils.memory import (
     BASE_GB,
-    NF4_CODE_BITS,
-    NF4_SCALE_BITS,
     Micro,
     Shape,
     adapter_parameters,
+    bits_per_parameter,
     grouped,
     training_memory,
     weights_gb,
@@ -116,7 +115,7 @@ def dequantisation_seconds(shape: Shape, card: Card, recomputed: float = 0.0) ->
     taxes that are reported: about 315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
     """
     unpacked = 2 if card.capability else 4
-    moved = shape.block_parameters * ((NF4_CODE_BITS + NF4_SCALE_BITS) / 8 + 2 * unpacked)
+    moved = shape.block_parameters * (bits_per_parameter(double_quant=True) / 8 + 2 * unpacked)
     return (2 + recomputed) * moved / card.bandwidth / 1e9
 
 
@@ -419,23 +418,13 @@ def cost_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def between(text: str) -> str:
-    """What stands between the marks of README.md."""
-    return text.split(MARKS[0], 1)[1].split(MARKS[1], 1)[0].strip()
-
-
 def write_readme(readme: Path = HOME / "README.md", folder: Path = RESULTS) -> None:
     """Put ``cost_table`` between the marks of README.md.
 
     Raises:
         CourseError: the file has no marks.
     """
-    text = readme.read_text(encoding="utf-8")
-    if not all(mark in text for mark in MARKS):
-        raise CourseError(f"{readme.name} holds no {MARKS[0]} ... {MARKS[1]}: put them where the table shall stand.")
-    head, tail = text.split(MARKS[0], 1)[0], text.split(MARKS[1], 1)[1]
-    with whole_file(readme) as temporary:
-        temporary.write_text(f"{head}{MARKS[0]}\n{cost_table(folder)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    write_between(readme, MARKS, cost_table(folder))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import CourseError, Plan
 from medquad_utils.questions import CONTROL, PASSAGE_WORDS
-from medquad_utils.report import EMBEDDED, document
+from medquad_utils.report import EMBEDDED, document, html_table
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, words
 from medquad_utils.safety import red_flag
 from medquad_utils.scores import Interval
@@ -621,8 +621,7 @@ def explain(plan: Plan, question: str) -> Explanation:
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(plan)
-    revision = None if plan.model_path or plan.model_id == "embedded" else plan.revision
-    context = int(AutoConfig.from_pretrained(plan.model_source, revision=revision).max_position_embeddings)
+    context = int(AutoConfig.from_pretrained(plan.model_source, revision=plan.hub_revision).max_position_embeddings)
     text = check_question(question, tokenizer, context, plan.max_new_tokens)
     model = load_tuned(plan)
     train, validation, test = (training_rows(plan, plan.folder / "adapter", part=part) for part in ("train", "validation", "test"))
@@ -672,7 +671,7 @@ def _parts(found: Explanation) -> list[str]:
         "<h2>Support for each sentence</h2>",
         f"<p>Score: the share of a sentence's words, rare ones counting more, that one sentence of the passage holds. It compares words, "
         f"not meaning. Under {SUPPORT:.2f}: no close source.</p>",
-        _table(
+        html_table(
             ["sentence", "score", "best passage", "its sentence"],
             [[s.sentence, f"{s.score:.2f}", s.hit.title if s.hit else "no close source", s.evidence or "–"] for s in found.supports],
         ),
@@ -694,13 +693,6 @@ def _passages(found: Explanation) -> str:
     )
     about = "<p>Pull: how much less likely the answer gets, in nats, without this passage in a prompt that holds them all.</p>"
     return f"{about}<ol>{items}</ol>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    name = html.escape(f"table: {', '.join(header)}")
-    return f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def word_map(units: Sequence[str], values: Sequence[float] | numpy.ndarray) -> str:

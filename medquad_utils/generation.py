@@ -34,7 +34,7 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _Explained(plan):
-        tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=_revision(plan))
+        tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=plan.hub_revision)
     try:
         set_pad_token(tokenizer)
     except ValueError as error:
@@ -54,7 +54,7 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
     with _Explained(plan):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             plan.model_source,
-            revision=_revision(plan),
+            revision=plan.hub_revision,
             dtype=getattr(torch, plan.compute_dtype),
             quantization_config=nf4_config(plan) if quantized else None,
             attn_implementation=plan.attention,
@@ -119,10 +119,6 @@ def base_id(plan: Plan) -> str:
     return digest.hexdigest()[:16]
 
 
-def _revision(plan: Plan) -> str | None:
-    return None if plan.model_path or plan.model_id == "embedded" else plan.revision
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -144,7 +140,7 @@ class _Explained:
 def explain_load_error(error: Exception, plan: Plan) -> str:
     """What went wrong in loading the plan's model, and what to click or set."""
     model = plan.model_source if plan.model_path else plan.model_id
-    local = bool(plan.model_path) or plan.model_id == "embedded"
+    local = not plan.on_hub
     cause = error.__cause__
     text = f"{type(error).__name__} {error} {type(cause).__name__} {cause or ''}"
     if not local and re.search(r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text):

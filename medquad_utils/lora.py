@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medquad_utils.profiles import Plan, Shape
+from medquad_utils.memory import ALL_LINEAR
+from medquad_utils.memory import adapter_parameters as adapter_parameters  # part of this module's face
+from medquad_utils.profiles import Plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-# All seven linear layers of a block: the QLoRA paper (section 4) finds that this matters more than the rank.
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def lora_config(plan: Plan) -> LoraConfig:
@@ -30,11 +29,6 @@ def lora_config(plan: Plan) -> LoraConfig:
         lora_dropout=plan.lora_dropout,
         target_modules=list(ALL_LINEAR),
     )
-
-
-def adapter_parameters(shape: Shape, rank: int, modules: tuple[str, ...] = ALL_LINEAR) -> int:
-    """Trainable parameters in closed form: a layer with i inputs and o outputs gets rank x (i + o)."""
-    return shape.layers * sum(rank * (i + o) for name, (i, o) in shape.linears().items() if name in modules)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

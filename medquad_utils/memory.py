@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NF4_CODE_BITS = 4.0
-NF4_SCALE_BITS = 8 / 64 + 32 / (64 * 256)  # double quantisation: QLoRA, arXiv 2305.14314, section 3
+BLOCK = 64  # weights that share one scale
+SUPER_BLOCK = 256  # scales that share one scale of scales
+NF4_CODE_BITS = 4
 LOSS_ROWS, LOSS_COLUMNS = 4096, 32768  # tokens and vocabulary of one tile of logits: trl 1.16, kernels/chunked_logprob.py
 BASE_GB = 0.8  # CUDA context and cuBLAS workspaces, or Python and its libraries on a CPU; an assumption
 
@@ -68,6 +69,14 @@ class Shape:
         return self.block_parameters + self.embedding_parameters + self.hidden * (2 * self.layers + 1)
 
 
+def bits_per_parameter(double_quant: bool, block: int = BLOCK, super_block: int = SUPER_BLOCK) -> float:
+    """Stored bits a quantised weight costs: 4 for the code, the rest for the scales (8-bit ones with ``double_quant``).
+
+    QLoRA, arXiv 2305.14314, section 3.
+    """
+    return NF4_CODE_BITS + (8 / block + 32 / (block * super_block) if double_quant else 32 / block)
+
+
 @dataclass(frozen=True)
 class Micro:
     """One micro-batch and the numbers that it is computed in.
@@ -91,9 +100,13 @@ class Micro:
         return self.rows * self.length
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Trainable parameters of LoRA on all seven linear layers: rank x (inputs + outputs) each."""
-    return shape.layers * sum(rank * (i + o) for i, o in shape.linears().values())
+# All seven linear layers of a block: the QLoRA paper (section 4) finds that this matters more than the rank.
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapter_parameters(shape: Shape, rank: int, modules: tuple[str, ...] = ALL_LINEAR) -> int:
+    """Trainable parameters in closed form: a layer with i inputs and o outputs gets rank x (i + o)."""
+    return shape.layers * sum(rank * (i + o) for name, (i, o) in shape.linears().items() if name in modules)
 
 
 def block_bytes(shape: Shape, micro: Micro) -> float:
@@ -154,7 +167,7 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     loss, backward = loss_bytes(shape, micro), backward_bytes(shape, micro)
     parts = {
         "4-bit weights": shape.block_parameters * NF4_CODE_BITS / 8,
-        "quantisation constants": shape.block_parameters * NF4_SCALE_BITS / 8,
+        "quantisation constants": shape.block_parameters * (bits_per_parameter(double_quant=True) - NF4_CODE_BITS) / 8,
         "embeddings and head": (shape.embedding_parameters + norms) * micro.compute_bytes,
         "adapters": adapters * micro.adapter_bytes,
         "gradients": adapters * micro.adapter_bytes,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils.chat import encode, end_ids
-from medquad_utils.data import Row
+from medquad_utils.data import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
+from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import CourseError, Plan
-from medquad_utils.quantization import BLOCK, measured_memory
+from medquad_utils.quantization import measured_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +157,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """
     from safetensors import SafetensorError
 
-    fresh, older = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     if folder.exists():
         strange = [p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)] if folder.is_dir() else [folder.name]
         if strange:
@@ -166,25 +165,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     config.eos_token_id, config.pad_token_id = end_ids(tokenizer), tokenizer.pad_token_id  # type: ignore[union-attr]
     try:
         tokenizer.padding_side = "left"
-        shutil.rmtree(fresh, ignore_errors=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # a file at a time
-            model.save_pretrained(fresh, max_shard_size="2GB")
-        tokenizer.save_pretrained(fresh)
-        (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
+        with whole_folder(folder) as fresh:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # a file at a time
+                model.save_pretrained(fresh, max_shard_size="2GB")
+            tokenizer.save_pretrained(fresh)
+            (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
     except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
-        if older.exists() and not folder.exists():
-            older.rename(folder)
         reason = getattr(error, "strerror", None) or error
         raise CourseError(f"cannot save {folder.name}/: {reason}. Nothing was changed; free some space or choose another disk.") from error
     finally:
         tokenizer.padding_side = side
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(older, ignore_errors=True)
     return folder
 
 

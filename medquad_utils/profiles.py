@@ -216,6 +216,16 @@ class Plan:
         return self.pack_length > 0
 
     @property
+    def on_hub(self) -> bool:
+        """Whether the base comes from the Hub: neither from a folder of this machine nor with the package."""
+        return not self.model_path and self.model_id != "embedded"
+
+    @property
+    def hub_revision(self) -> str | None:
+        """What ``from_pretrained`` takes beside ``model_source``: the pinned commit of a model on the Hub."""
+        return self.revision if self.on_hub else None
+
+    @property
     def model_source(self) -> str:
         """What ``from_pretrained`` takes: a folder or a Hub id."""
         if self.model_path:

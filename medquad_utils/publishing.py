@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medquad_utils.data import whole_folder
 from medquad_utils.model_card import DOI, LICENCES, TAG, Licence, attribution, card, licence_of, read_metrics
 from medquad_utils.profiles import CourseError, Plan, hub_token
 
@@ -68,35 +69,21 @@ def build(plan: Plan, repo: str, folder: Path, merged: bool = False, adapter: Pa
         strange = [p.name for p in folder.iterdir() if not FILES.fullmatch(p.name)] if folder.is_dir() else [folder.name]
         if strange:
             raise CourseError(f"{folder.name}/ is in use: it holds {min(strange)}. Choose another folder with --out.")
-    merged = merged or not on_hub(plan)
-    revision = base_revision(plan) if on_hub(plan) else ""
+    merged = merged or not plan.on_hub
+    revision = base_revision(plan) if plan.on_hub else ""
     text = agreement(plan, revision, licence)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, older = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.before")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        tokenizer = load_tokenizer(plan)
-        _write_model(plan, tokenizer, source, fresh) if merged else _write_adapter(plan, tokenizer, source, fresh, revision)
-        metrics = read_metrics(plan, source)
-        (fresh / "README.md").write_text(card(repo, plan, metrics, merged, revision), encoding="utf-8")
-        (fresh / "LICENSE").write_text(text, encoding="utf-8")
-        (fresh / "NOTICE").write_text(notice(plan, metrics.plan.get("source", plan.source)), encoding="utf-8")
-        check(fresh, repo)
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
+        with whole_folder(folder) as fresh:
+            tokenizer = load_tokenizer(plan)
+            _write_model(plan, tokenizer, source, fresh) if merged else _write_adapter(plan, tokenizer, source, fresh, revision)
+            metrics = read_metrics(plan, source)
+            (fresh / "README.md").write_text(card(repo, plan, metrics, merged, revision), encoding="utf-8")
+            (fresh / "LICENSE").write_text(text, encoding="utf-8")
+            (fresh / "NOTICE").write_text(notice(plan, metrics.plan.get("source", plan.source)), encoding="utf-8")
+            check(fresh, repo)
     except OSError as error:
         raise CourseError(f"cannot write {folder.name}/: {error.strerror or error}. Nothing was changed; free some space.") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(older, ignore_errors=True)
     return folder
-
-
-def on_hub(plan: Plan) -> bool:
-    """Whether others can download the plan's base, so that an adapter alone is of use to them."""
-    return not plan.model_path and plan.model_id != "embedded"
 
 
 def base_revision(plan: Plan) -> str:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medquad_utils.memory import BLOCK
+from medquad_utils.memory import bits_per_parameter as bits_per_parameter  # part of this module's face
 from medquad_utils.profiles import Plan, Shape
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-BLOCK = 64  # weights that share one scale
-SUPER_BLOCK = 256  # scales that share one scale of scales
 
 # FP4 as bitsandbytes stores it (sign, two exponent bits, one mantissa bit, with 0 and a subnormal), over its largest value 12.
 FP4_LEVELS = torch.tensor([-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12
@@ -72,11 +71,6 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """bitsandbytes' packed bytes (two codes a byte, the first in the high half) as int64 codes in reading order."""
     flat = packed.flatten().to(torch.int64)
     return torch.stack([flat >> 4, flat & 15], dim=1).flatten()
-
-
-def bits_per_parameter(double_quant: bool, block: int = BLOCK, super_block: int = SUPER_BLOCK) -> float:
-    """Stored bits a quantised weight costs: 4 for the code, the rest for the scales (8-bit ones with ``double_quant``)."""
-    return 4 + (8 / block + 32 / (block * super_block) if double_quant else 32 / block)
 
 
 def model_memory_gb(shape: Shape, bits: float, other_bits: float = 16) -> dict[str, float]:

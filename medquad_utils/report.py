@@ -58,6 +58,14 @@ def document(title: str, parts: Sequence[str], style: str = "") -> str:
     return "\n".join([head, *parts, "</main></body></html>\n"])
 
 
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of escaped texts; where a screen is narrower, it scrolls by itself."""
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    name = html.escape(f"table: {', '.join(header)}")
+    return f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+
+
 class Page:
     """The report as it grows, in HTML and in Markdown at once; what is added is plain text and gets escaped."""
 
@@ -82,11 +90,8 @@ class Page:
         self.markdown.append("\n".join(f"- {escaped(text)}" for text in texts))
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; where a screen is narrower, it scrolls by itself."""
-        head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-        name = html.escape(f"table: {', '.join(header)}")
-        self.html.append(f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table><tr>{head}</tr>{body}</table></div>')
+        """A table (see ``html_table``)."""
+        self.html.append(html_table(header, rows))
         lines = [header, ["---"] * len(header), *([escaped(text) for text in row] for row in rows)]
         self.markdown.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
 

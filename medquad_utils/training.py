@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from medquad_utils import launch
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
-from medquad_utils.data import Row, Splits, draw, prepare, write_json
+from medquad_utils.data import Row, Splits, draw, prepare, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.lora import adapter_parameters, cast_adapters, dtype_census, lora_b_norms, lora_config, trainable_parameters
 from medquad_utils.profiles import PROFILES, CourseError, Plan, Shape, resolve
@@ -263,7 +263,6 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     launch.wait()
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    losses = losses or [(e["step"], e["train_loss"]) for e in history if "train_loss" in e]  # a run shorter than a line of the log
     validation = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
     metrics = {
         "steps": trainer.state.global_step,
@@ -290,22 +289,14 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, weights: dict[str, torch.Tenso
     ``weights`` are the adapter's where the model itself holds only a part of them (FSDP).
     """
     folder = plan.folder / "adapter"
-    fresh, older = folder.with_name(".adapter.part"), folder.with_name(".adapter.old")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        trainer.model.save_pretrained(fresh, state_dict=weights)
-        trainer.processing_class.save_pretrained(fresh)
-        write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)})
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
+        with whole_folder(folder) as fresh:
+            trainer.model.save_pretrained(fresh, state_dict=weights)
+            trainer.processing_class.save_pretrained(fresh)
+            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)})
     except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
         reason = getattr(error, "strerror", None) or error
         raise CourseError(f"cannot save the adapter: {reason}. The older one is untouched; free some space.") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(older, ignore_errors=True)
     return folder
 
 

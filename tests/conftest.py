@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import os
 import tarfile
@@ -28,6 +29,22 @@ hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
 LONGEST = ("test_notebooks.py", "test_browser.py", "test_colab.py")  # they run lessons; the other files take turns beside them
+
+
+class Markup(html.parser.HTMLParser):
+    """The tags of a piece of HTML, and its text."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(markup)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import itertools
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import NASTY
+from conftest import NASTY, Markup
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -336,19 +335,10 @@ def test_few_sentences_about_other_diseases_find_a_source(index: retrieval.Index
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-class _Page(html.parser.HTMLParser):
-    def __init__(self, markup: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: set[str] = set()
-        self.text = ""
-        self.feed(markup)
-
+class _Page(Markup):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
+        super().handle_starttag(tag, attrs)
         assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs), "nothing to load, nothing to run"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_shows_any_text_as_text(index: retrieval.Index, tmp_path: Path) -> None:

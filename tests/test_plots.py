@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import inspect
 import itertools
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy
 import pytest
+from conftest import Markup
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -182,27 +182,13 @@ def test_text_is_dark_enough_on_paper() -> None:
 # ---- tables and cards -----------------------------------------------------------------------------------------------
 
 
-class _Reader(html.parser.HTMLParser):
-    def __init__(self, markup: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: set[str] = set()
-        self.text = ""
-        self.feed(markup)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 markup = st.text(st.sampled_from("<>&\"'/ab =é#;"), min_size=1, max_size=15)
 
 
 @given(st.lists(st.lists(markup, min_size=2, max_size=2), min_size=1, max_size=3), st.lists(markup, min_size=2, max_size=2))
 def test_a_table_shows_any_text_as_text(rows: list[list[str]], header: list[str]) -> None:
     table = plots.Table(rows, header)
-    read = _Reader(table._repr_html_())
+    read = Markup(table._repr_html_())
     assert read.tags == {"table", "tr", "th", "td"}
     assert read.text == "".join("".join(line) for line in [header, *rows])
     assert len(repr(table).splitlines()) == len(rows) + 1
@@ -211,7 +197,7 @@ def test_a_table_shows_any_text_as_text(rows: list[list[str]], header: list[str]
 @given(markup, markup)
 def test_a_card_shows_any_text_as_text(key: str, value: str) -> None:
     cards = plots.Cards([{key: value, "nothing": None, "empty": ""}])
-    read = _Reader(cards._repr_html_())
+    read = Markup(cards._repr_html_())
     assert read.tags == {"div", "b"}
     assert read.text == f"{key}: {value}" == repr(cards)
 

@@ -530,15 +530,12 @@ MARKS = "<!-- figures: written by data_speed.py from results/data_speed.json -->
 
 def between(text: str) -> str:
     """What stands between the two marks of README.md."""
-    return text.split(MARKS[0], 1)[1].split(MARKS[1], 1)[0].strip()
+    return data.between(text, MARKS)
 
 
 def write_readme(results: dict[str, Any], file: Path) -> None:
     """Put ``tables`` between the marks of README.md."""
-    text = file.read_text(encoding="utf-8")
-    head, tail = text.split(MARKS[0], 1)[0], text.split(MARKS[1], 1)[1]
-    with data.whole_file(file) as temporary:
-        temporary.write_text(f"{head}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    data.write_between(file, MARKS, tables(results))
 
 
 def measure(folder: Path, repeat: int, number: int | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the checkout, whatever is installed
 
+from medquad_utils.data import whole_folder
 from medquad_utils.profiles import PROFILES, TINY_MODEL, CourseError, Shape
 
 SHAPES = {name: p.shape for name, p in PROFILES.items()} | {"20m": Shape(384, 10, 1024, 6, 3, 8192, tied=True)}
@@ -68,39 +69,38 @@ def write(shape: Shape, folder: Path, seed: int = 0, size: float = SHARD) -> Pat
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     if folder.exists() or len(tokenizer) > shape.vocab:
         raise CourseError(f"{folder.name}: expected a folder that does not exist yet, and a vocabulary of at least {len(tokenizer)}.")
-    fresh = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    ends = json.loads((TINY_MODEL / "generation_config.json").read_text())
-    config = LlamaConfig(
-        hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim or shape.hidden // shape.heads,
-        vocab_size=shape.vocab, tie_word_embeddings=shape.tied, max_position_embeddings=131072 if shape.head_dim else 8192,
-        rms_norm_eps=1e-5, rope_parameters=ROPE_1B if shape.head_dim else {"rope_type": "default", "rope_theta": 500000.0},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends["eos_token_id"], pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    shutil.copy(TINY_MODEL / "generation_config.json", fresh)
-    files = shards(shape, size)
-    index: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(seed)
-    for number, tensors in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        made = {
-            name: torch.ones(sizes, dtype=torch.bfloat16)
-            if len(sizes) == 1
-            else torch.empty(sizes, dtype=torch.bfloat16).normal_(0, INIT, generator=generator)
-            for name, sizes in tensors
-        }
-        save_file(made, fresh / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(made, file)
-        del made
-    if len(files) > 1:
-        total = 2 * sum(math.prod(sizes) for _, sizes in weights(shape))
-        (fresh / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        fresh.mkdir()
+        ends = json.loads((TINY_MODEL / "generation_config.json").read_text())
+        config = LlamaConfig(
+            hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim or shape.hidden // shape.heads,
+            vocab_size=shape.vocab, tie_word_embeddings=shape.tied, max_position_embeddings=131072 if shape.head_dim else 8192,
+            rms_norm_eps=1e-5, rope_parameters=ROPE_1B if shape.head_dim else {"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=ends["eos_token_id"], pad_token_id=tokenizer.pad_token_id,
+            dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        )  # fmt: skip
+        config.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        shutil.copy(TINY_MODEL / "generation_config.json", fresh)
+        files = shards(shape, size)
+        index: dict[str, str] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for number, tensors in enumerate(files, start=1):
+            file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            made = {
+                name: torch.ones(sizes, dtype=torch.bfloat16)
+                if len(sizes) == 1
+                else torch.empty(sizes, dtype=torch.bfloat16).normal_(0, INIT, generator=generator)
+                for name, sizes in tensors
+            }
+            save_file(made, fresh / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(made, file)
+            del made
+        if len(files) > 1:
+            total = 2 * sum(math.prod(sizes) for _, sizes in weights(shape))
+            record = {"metadata": {"total_size": total}, "weight_map": index}
+            (fresh / "model.safetensors.index.json").write_text(json.dumps(record, indent=1))
     return folder
 
 

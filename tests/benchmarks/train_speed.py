@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]  # the checkout, whatever is
 
 import random_llama  # noqa: E402
 import torch  # noqa: E402
-from data_speed import peak_mib  # noqa: E402
+from data_speed import load, peak_mib  # noqa: E402
 
 from medquad_utils import chat, data, training  # noqa: E402
 from medquad_utils.estimate import flops_per_token  # noqa: E402
@@ -573,11 +573,6 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load() -> float:
-    """Processes that wanted a core, averaged over the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 MARKS = "<!-- figures: written by train_speed.py from results/train_speed_*.json -->", "<!-- end of the training figures -->"
@@ -692,15 +687,12 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def between(text: str) -> str:
     """What stands between the two marks of README.md."""
-    return text.split(MARKS[0], 1)[1].split(MARKS[1], 1)[0].strip()
+    return data.between(text, MARKS)
 
 
 def write_readme(devices: dict[str, dict[str, Any]], file: Path) -> None:
     """Put ``tables`` between the marks of README.md."""
-    text = file.read_text(encoding="utf-8")
-    head, tail = text.split(MARKS[0], 1)[0], text.split(MARKS[1], 1)[1]
-    with data.whole_file(file) as temporary:
-        temporary.write_text(f"{head}{MARKS[0]}\n{tables(devices)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    data.write_between(file, MARKS, tables(devices))
 
 
 def save(run: dict[str, Any], profile: str, folder: Path) -> Path:
