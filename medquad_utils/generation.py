@@ -7,7 +7,9 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -155,6 +157,44 @@ def explain_load_error(error: Exception, plan: Plan) -> str:
     return f"cannot load {model} from the Hub ({_first_line(error)}). Check the network; profile 'tiny' needs none."
 
 
+@contextmanager
+def unpacked(model: torch.nn.Module) -> Iterator[None]:
+    """Within it a model on a CPU dequantises its 4-bit weights once, not at every token; what it computes is the same to the bit.
+
+    On a CPU, bitsandbytes makes the whole matrix out of its 4 bits at each call of a layer, then multiplies by it
+    (``backends/default/ops.py``, ``_gemm_4bit_default_impl``). Here the matrices are made at the start and dropped at the end.
+    They take 2 or 4 bytes a weight: where that is more than half of the free RAM, nothing changes. Nor does it on a GPU, whose
+    kernels multiply by the packed weights. The parameters stay as they are, and so do adapters, switched on or off.
+    """
+    import psutil
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit) and _unpackable(layer)]
+    need = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    if need > psutil.virtual_memory().available / 2:
+        layers = []
+    try:
+        for layer in layers:
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            layer.forward = partial(_linear, weight=weight, bias=layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _unpackable(layer: Any) -> bool:
+    """Whether a 4-bit layer is on the CPU, in plain layout, computes in the dtype of its matrix, and has not been unpacked yet."""
+    state = layer.weight.quant_state
+    plain = layer.weight.device.type == "cpu" and state is not None and not getattr(state, "packing_format_for_cpu", False)
+    return plain and state.dtype == layer.compute_dtype and "forward" not in vars(layer)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Answer:
     """One generated answer: its text, how many tokens it took, and whether it ended on an end token by itself."""
@@ -194,27 +234,27 @@ def generate_batches(
     """Yield the answers batch by batch, each a dict from a conversation's number to its answer: for a caller who saves as it goes.
 
     Prompts are padded on the left, so that every answer begins where its prompt ends; batches hold prompts of alike
-    length, the shortest first.
+    length, the shortest first. ``sampling`` goes to ``model.generate``; its ``eos_token_id`` replaces the tokenizer's ends.
+
+    Not transformers' continuous batching (``generate_batch``): it answers alike, but on a CPU more slowly than these batches,
+    drops settings that it does not know (``min_new_tokens``, ``sequence_bias``) with a warning, and logs a failure instead of
+    raising it. Figures: tests/benchmarks/README.md.
     """
     from tqdm.auto import tqdm
 
     prompts = [prompt_ids(tokenizer, c) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, disable=not progress):
-        chosen = order[start : start + batch_size]
-        batch = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
-        settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling
-        with torch.inference_mode():
-            output = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=end_ids(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                **settings,
-            )
-        rows = output[:, batch["input_ids"].shape[1] :].tolist()
-        yield {i: _read(tokenizer, ids) for i, ids in zip(chosen, rows, strict=True)}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id}
+    settings = greedy | {"eos_token_id": end_ids(tokenizer)} | sampling
+    with unpacked(model):
+        for start in tqdm(starts, desc=progress, disable=not progress):
+            chosen = order[start : start + batch_size]
+            batch = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+            with torch.inference_mode():
+                output = model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+            rows = output[:, batch["input_ids"].shape[1] :].tolist()
+            yield {i: _read(tokenizer, ids, settings["eos_token_id"]) for i, ids in zip(chosen, rows, strict=True)}
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -224,8 +264,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Answer:
-    ends = set(end_ids(tokenizer))
+def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> Answer:
     length = next((n for n, i in enumerate(ids) if i in ends), None)
     kept = list(ids if length is None else ids[:length])
     return Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None)
@@ -258,7 +297,8 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
 
     def work() -> None:
         try:
-            model.generate(**settings)
+            with unpacked(model):
+                model.generate(**settings)
         except Exception as error:  # say so to the reader below, which would wait for the next piece for ever
             failure.append(error)
             streamer.end()

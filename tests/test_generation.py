@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,99 @@ def test_next_token_probabilities_are_a_distribution_that_greedy_decoding_follow
     later = generation.next_token_probabilities(model, tokenizer, messages, start="The")
     assert float(later.sum()) == pytest.approx(1, abs=1e-5)
     assert not torch.allclose(later, probabilities)
+
+
+def test_an_end_of_the_callers_replaces_the_tokenizers(model: Any, tokenizer: Any) -> None:
+    free = generation.ask(model, tokenizer, [QUESTIONS[0]], 24, eos_token_id=[-1])[0]
+    assert (free.tokens, free.stopped) == (24, False)
+    ids = tokenizer.encode(free.text, add_special_tokens=False)
+    end = ids[6]
+    ended = generation.ask(model, tokenizer, [QUESTIONS[0]], 24, eos_token_id=[end])[0]
+    assert (ended.tokens, ended.stopped) == (ids.index(end), True)
+    assert free.text.startswith(ended.text)
+
+
+# ---- dequantised once -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(plan: Plan, adapter: Path) -> Any:
+    return generation.load_tuned(plan, adapter)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one at each product with packed weights."""
+    import bitsandbytes
+
+    made: list[int] = []
+    real = bitsandbytes.matmul_4bit
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(1)
+        product: torch.Tensor = real(*args, **kwargs)
+        return product
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", counted)
+    return made
+
+
+def test_unpacked_weights_give_the_same_logits_to_the_bit_with_the_adapter_and_without(
+    tuned: Any, tokenizer: Any, products: list[int]
+) -> None:
+    ids = torch.tensor([chat.prompt_ids(tokenizer, chat.prompt_messages(QUESTIONS[0]))])
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = tuned(input_ids=ids).logits
+        return found
+
+    with tuned.disable_adapter():
+        base = logits()
+    with_adapter, stored = logits(), {name: p.clone() for name, p in tuned.named_parameters()}
+    layers = 7 * tuned.config.num_hidden_layers
+    assert len(products) == 2 * layers
+    with generation.unpacked(tuned):
+        assert torch.equal(logits(), with_adapter)
+        with tuned.disable_adapter():
+            assert torch.equal(logits(), base)
+        assert not torch.equal(base, with_adapter)
+        assert len(products) == 2 * layers, "a packed weight was multiplied by"
+        with generation.unpacked(tuned):
+            logits()
+        logits()
+        assert len(products) == 2 * layers, "the inner context has ended the outer one"
+        assert all(torch.equal(p, stored[name]) for name, p in tuned.named_parameters())
+    assert torch.equal(logits(), with_adapter)
+    assert len(products) == 3 * layers
+
+
+def test_answers_are_generated_from_unpacked_weights_and_the_model_is_left_as_it_was(
+    tuned: Any, tokenizer: Any, products: list[int]
+) -> None:
+    generation.ask(tuned, tokenizer, QUESTIONS[:2], 3)
+    "".join(generation.stream(tuned, tokenizer, QUESTIONS[0], 3))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generation.ask(tuned, tokenizer, QUESTIONS[:1], -1)
+    for _ in generation.generate_batches(tuned, tokenizer, [chat.prompt_messages(q) for q in QUESTIONS], 2, batch_size=2):
+        break  # a caller who reads one batch and no more
+    assert products == []
+    generation.next_token_probabilities(tuned, tokenizer, chat.prompt_messages(QUESTIONS[0]))
+    assert len(products) == 7 * tuned.config.num_hidden_layers
+
+
+def test_without_the_memory_for_it_weights_stay_packed(
+    tuned: Any, tokenizer: Any, products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    shape = profiles.PROFILES["tiny"].shape
+    need = 4 * shape.block_parameters  # fp32
+    expected = generation.ask(tuned, tokenizer, QUESTIONS[:1], 2)
+    for free, packed in ((2 * need, False), (2 * need - 2, True)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: types.SimpleNamespace(available=free))
+        assert generation.ask(tuned, tokenizer, QUESTIONS[:1], 2) == expected
+        assert bool(products) == packed
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -229,8 +231,12 @@ def test_figures_by_hand(speed: ModuleType) -> None:
         "pads": 0.25, "mfu_4n": 30 * 800 / 1e5, "mfu_executed": 40 * 1120 / 1e5,
     }  # fmt: skip
     assert speed.figures({"error": "no"}, shape, 1e5) == {}
-    arms = {arm: {"figures": {"tokens_per_s": rate, "seconds_per_row": 1 / rate}} for arm, rate in (("a", 2.0), ("c", 8.0))}
-    assert speed.ratios(arms | {"b": {"error": "x", "figures": {}}}) == {"tokens_per_s c/a": 4, "seconds_per_row a/c": 4}
+    other = {"figures": {"tokens_per_s": 2.0, "seconds_per_row": 5.0}, "against": 8.0, "rows": 3, "row_tokens": 30}
+    ours = {"figures": {"tokens_per_s": 99.0}}  # the middle of all runs of ours: a ratio is taken against its neighbours
+    assert speed.ratios({"a": other, "b": {"error": "x", "figures": {}}, "c": ours}) == {"tokens_per_s c/a": 4, "seconds_per_row a/c": 4}
+    runs = [{"figures": {"tokens_per_s": rate}} for rate in (5, 9, 1, 7)]
+    assert speed.median_run([*runs, {"figures": {}}])["figures"]["tokens_per_s"] == 5
+    assert speed.median_run([{"figures": {}, "error": "no"}])["error"] == "no"
 
 
 def test_an_error_is_shown_by_its_first_line_without_paths(speed: ModuleType) -> None:
@@ -297,12 +303,12 @@ def test_figures_and_ratios_follow_from_the_steps(speed: ModuleType, devices: di
     for runs in devices.values():
         for run in runs.values():
             shape = Shape(**run["shape"])
-            for made in [
-                *run["arms"].values(),
-                *(entry for entry in run["levers"] if not entry.get("ours")),
-                *([run["again"]] if run["again"] else []),
-            ]:
+            for made in [*run["arms"].values(), *(entry for entry in run["levers"] if not entry.get("ours"))]:
                 assert made["figures"] == speed.figures(made, shape, run["rate"]["flops"])
+            others = [made for arm, made in run["arms"].items() if arm != "c" and made["figures"]]
+            others += [entry for entry in run["levers"] if not entry.get("ours") and entry["figures"]]
+            pairs = [statistics.mean(pair) for pair in itertools.pairwise(run["ours"])]
+            assert [made["against"] for made in others] == pytest.approx(pairs, abs=0.02), "each beside ours before and after it"
             assert run["ratios"] == speed.ratios(run["arms"])
             assert run["flops_per_token"] == speed.flops_per_token(shape)
             assert set(run["machine"]) == {"device", "cpus", "threads", "memory_gib", "system", "python", "cuda", "packages"}, "no names"

@@ -45,6 +45,7 @@ PACKAGES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transfor
 T4 = ("T4", (7, 5))  # what --cap-gb plays
 H200 = Hardware("cuda", "H200", 141, (9, 0), gpus=1)
 UNMEASURED = "not measured yet"
+LEVER_LIMIT = 120  # seconds that a lever may take on a CPU
 FASTER = 1.15  # from here on a lever is faster than ours by more than figures waver on a shared machine
 ARMS = {
     "a": "upstream: one row x 4, rank 8 on q, k, v, dropout 0.2; the rest as TRL sets it",
@@ -513,14 +514,21 @@ def figures(made: dict[str, Any], shape: Shape, rate: float) -> dict[str, Any]:
 
 
 def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Ours over the others in real tokens a second, and their seconds a row over ours, where both were measured."""
-    ours = arms.get("c", {}).get("figures")
+    """Ours over the other arms in real tokens a second, and their seconds a row over ours: against ours just before and after them."""
     made = {}
     for arm in "abd":
-        if ours and (other := arms.get(arm, {}).get("figures")):
-            made[f"tokens_per_s c/{arm}"] = round(ours["tokens_per_s"] / other["tokens_per_s"], 2)
-            made[f"seconds_per_row {arm}/c"] = round(other["seconds_per_row"] / ours["seconds_per_row"], 2)
+        other = arms.get(arm, {})
+        if ours := other.get("against"):
+            mean = other["row_tokens"] / other["rows"]
+            made[f"tokens_per_s c/{arm}"] = round(ours / other["figures"]["tokens_per_s"], 2)
+            made[f"seconds_per_row {arm}/c"] = round(other["figures"]["seconds_per_row"] * ours / mean, 2)
     return made
+
+
+def median_run(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run of the middle speed (of an even number the slower of the two), or the first if none ran."""
+    ran = sorted((run for run in runs if run["figures"]), key=lambda run: float(run["figures"]["tokens_per_s"]))
+    return ran[(len(ran) - 1) // 2] if ran else runs[0]
 
 
 def measure(options: argparse.Namespace, lengths: Path) -> dict[str, Any]:
@@ -538,24 +546,36 @@ def measure(options: argparse.Namespace, lengths: Path) -> dict[str, Any]:
         rate = spawn(job | {"arm": "rate"}, limit)
 
         def run(arm: str, lever: int | None = None) -> dict[str, Any]:
-            made = spawn(job | {"arm": arm, "lever": lever}, limit)
+            made = spawn(job | {"arm": arm, "lever": lever}, limit if lever is None or cuda else min(limit, LEVER_LIMIT))
             made["figures"] = figures(made, shape, rate["flops"])
             said = f"{made['figures']['tokens_per_s']:,.1f} tokens/s, {made['peak_gb']:.2f} GB" if made["figures"] else made["error"]
             print(f"{profile} {arm if lever is None else LEVERS[lever].group + ': ' + LEVERS[lever].setting}: {said}", flush=True)
             return made
 
-        measured = {arm: run(arm) for arm in options.arms.split(",")}
+        ours = [run("c")] if "c" in options.arms else []
+
+        def beside(arm: str, lever: int | None = None) -> dict[str, Any]:
+            """Run it, then ours once more: a shared machine drifts, and only neighbours compare."""
+            made = run(arm, lever)
+            if ours and made["figures"]:
+                ours.append(run("c"))
+                if near := [one["figures"]["tokens_per_s"] for one in ours[-2:] if one["figures"]]:
+                    made["against"] = round(statistics.mean(near), 2)
+            return made
+
+        measured = {arm: beside(arm) for arm in options.arms.split(",") if arm != "c"}
         moved: list[dict[str, Any]] = []
-        if options.levers:
-            for number, lever in enumerate(LEVERS):
-                entry: dict[str, Any] = {"group": lever.group, "setting": lever.setting}
-                moved.append(entry | ({"ours": True} if lever.ours(plan) else run("c", number)))
-        again = run("c") if options.levers else {}
+        for number, lever in enumerate(LEVERS if options.levers else ()):
+            entry: dict[str, Any] = {"group": lever.group, "setting": lever.setting}
+            moved.append(entry | ({"ours": True} if lever.ours(plan) else beside("c", number)))
+        if ours:
+            measured["c"] = median_run(ours)
     return {
         "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": [before, load()],
         "steps": steps, "cap_gb": cap_gb, "max_length": most,
         "shape": dataclasses.asdict(shape), "flops_per_token": flops_per_token(shape), "rate": rate,
-        "plan": plan.as_dict() | {"out": ""}, "arms": measured, "ratios": ratios(measured), "again": again, "levers": moved,
+        "plan": plan.as_dict() | {"out": ""}, "arms": dict(sorted(measured.items())), "ratios": ratios(measured), "levers": moved,
+        "ours": [one["figures"].get("tokens_per_s", 0) for one in ours],
     }  # fmt: skip
 
 
@@ -629,13 +649,7 @@ def verdict(run: dict[str, Any], entry: dict[str, Any]) -> tuple[str, str]:
         return "1 (ours)", "0"
     if not entry["figures"]:
         return entry["error"], ""
-    return f"{entry['figures']['tokens_per_s'] / baseline(run):.2f}", f"{entry['peak_gb'] - ours['peak_gb']:+.2f}"
-
-
-def baseline(run: dict[str, Any]) -> float:
-    """Real tokens/s of ours: the mean of the runs before and after the levers."""
-    found = [made["figures"]["tokens_per_s"] for made in (run["arms"]["c"], run["again"]) if made]
-    return float(statistics.mean(found))
+    return f"{entry['figures']['tokens_per_s'] / entry['against']:.2f}", f"{entry['peak_gb'] - ours['peak_gb']:+.2f}"
 
 
 def lever_table(devices: dict[str, dict[str, Any]]) -> list[str]:
@@ -673,9 +687,12 @@ def tables(devices: dict[str, dict[str, Any]]) -> str:
             ]
             if run["ratios"]:
                 lines += ["", "; ".join(f"{what}: {value:.2f}" for what, value in run["ratios"].items()) + "."]
-            if run["again"]:
-                twice = [made["figures"]["tokens_per_s"] for made in (run["arms"]["c"], run["again"])]
-                lines += ["", f"Ours before and after the levers: {twice[0]:,.0f} and {twice[1]:,.0f} tokens/s; so much does it waver."]
+            if len(run["ours"]) > 1:
+                low, high = min(run["ours"]), max(run["ours"])
+                lines += [
+                    "",
+                    f"Ours ran {len(run['ours'])} times, before and after each of the others: {low:,.0f} to {high:,.0f} tokens/s.",
+                ]
     return "\n".join([*lines, "", *lever_table(devices)])
 
 
