@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--length", type=int, default=0, metavar="N", help="tokens of a row (default: the plan's)")
     cost.add_argument("--rank", type=int, default=0, metavar="R", help="of the adapters (default: the profile's)")
     cost.add_argument(
-        "--packing", action=argparse.BooleanOptionalAction, default=None, help="short rows share a long one (default: on a GPU)"
+        "--packing", action=argparse.BooleanOptionalAction, default=True, help="short rows share a long one (default: they do)"
     )
     cost.add_argument("--checkpointing", default="", metavar="C", help="off, full, or N for every N-th block (default: the plan's)")
     cost.add_argument("--price", type=float, default=0.0, metavar="X", help="of the card for an hour (default: no price is shown)")

@@ -195,8 +195,7 @@ class Estimate:
     micro: Micro
     packed: bool
     tokens: int  # real tokens of an epoch
-    computed: float  # tokens of the mean micro-batch, pads included; ``micro`` is the largest, for memory
-    real: float  # the same without pads
+    row: float  # tokens of the mean micro-batch; ``micro`` is the longest, for memory
     price: float  # of an hour, in any currency; 0 = not asked for
     run: Run | None  # the same run, if it was measured
 
@@ -223,10 +222,9 @@ class Estimate:
     @property
     def predicted_tokens_per_second(self) -> float:
         """Real tokens a second by arithmetic: products at the card's assumed efficiency, then the tax of unpacking."""
-        row = self.computed / self.micro.rows
-        flops = flops_per_token(self.shape, self.recomputed, row, self.micro.rank) * self.computed
+        flops = flops_per_token(self.shape, self.recomputed, self.row, self.micro.rank) * self.row
         seconds = flops / (self.card.tflops * 1e12 * self.card.efficiency) + dequantisation_seconds(self.shape, self.card, self.recomputed)
-        return self.real / max(seconds, LAUNCH_SECONDS * self.shape.layers)
+        return self.row / max(seconds, LAUNCH_SECONDS * self.shape.layers)
 
     @property
     def tokens_per_second(self) -> float:
@@ -303,7 +301,7 @@ def estimate(
     *,
     length: int = 0,
     rank: int = 0,
-    packing: bool | None = None,
+    packing: bool = True,
     checkpointing: int | None = None,
     price: float = 0.0,
     tokens: int = 0,
@@ -316,7 +314,7 @@ def estimate(
         profile: the recipe: lengths, rank, tokens a step.
         gpu: one of ``CARDS``, in any case.
         length: tokens of a packed row, or of the longest row without packing.
-        packing: whether short rows share a row of ``length`` tokens; without it a micro-batch on a GPU is one row.
+        packing: whether short rows share a row of ``length`` tokens; without it a micro-batch is one row.
         checkpointing: 0 off, 1 every block, n every n-th block.
         price: of the card for an hour, in the currency you think in.
         tokens: real tokens of an epoch (default: the training part of MedQuAD, see ``TRAINING_PART``).
@@ -338,19 +336,16 @@ def estimate(
     try:
         fit = fit_step(replace(recipe, shape=shape), shape, card.hardware, rank)
     except CourseError:  # nothing fits: show by how much
-        fit = Fit(1, 1, recipe.max_length // 4, recipe.max_length // 4 if card.capability else 0, bool(card.capability), math.inf)
-    packed = bool(fit.pack) if packing is None else packing
-    row = length or (fit.pack or fit.length if packed else fit.length)
-    rows = 1 if packed or card.capability else fit.batch
+        fit = Fit(1, recipe.max_length // 4, recipe.max_length // 4, True, math.inf)
+    row = length or (fit.pack if packing else fit.length)
     checkpoint = int(fit.checkpointing) if checkpointing is None else checkpointing
-    micro = micro_batch(profile, card.hardware, rank, rows, row, checkpoint)
-    count, found = next(sizes for most, sizes in TRAINING_PART.items() if most >= (fit.length if packed else row))
-    mean = row if packed else min(row, found / count)
-    computed = rows * (mean if rows == 1 else row)  # a row alone has no pads; several are taken to be padded to the longest
+    micro = micro_batch(profile, card.hardware, rank, 1, row, checkpoint)
+    count, found = next(sizes for most, sizes in TRAINING_PART.items() if most >= (fit.length if packing else row))
+    mean = row if packing else min(row, found / count)  # of real tokens; a row alone has no pads
     known = read_runs() if runs is None else runs
     same = [run for run in known if (run.profile, run.card, run.shape, run.micro) == (profile, card, shape, micro)]
     name = _folder_name(config) if config else profile
-    return Estimate(name, shape, card, micro, packed, tokens or found, computed, rows * mean, price, same[-1] if same else None)
+    return Estimate(name, shape, card, micro, packing, tokens or found, mean, price, same[-1] if same else None)
 
 
 def _folder_name(config: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -53,7 +54,7 @@ PROFILES: dict[str, Profile] = {
     for p in (
         Profile(
             "tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample", False,
-            rows=0, eval_rows=150, max_length=256, tokens_per_step=1200,
+            rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
             lora_r=16, learning_rate=2e-3, epochs=3, max_new_tokens=64,
         ),
         Profile(
@@ -77,9 +78,10 @@ PROFILES: dict[str, Profile] = {
 }  # fmt: skip
 
 
-# Tokens of a packed row at most. Longer ones dilute the fixed cost of a micro-batch further, but with SDPA every token is
-# compared with the whole row and then masked: at 4,096 tokens that is a seventh of an 8 B model's forward pass.
-MAX_PACK = 4096
+# Tokens of a packed row at most, by device. Longer ones dilute the fixed cost of a micro-batch further, but with SDPA every
+# token is compared with the whole row and then masked: at 4,096 tokens that is a seventh of an 8 B model's forward pass. A
+# CPU's caches hold a short row only: tiny trains 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
+MAX_PACK = {"cuda": 4096, "cpu": 512}
 
 
 def sized(profile: Profile, source: str) -> Profile:
@@ -240,8 +242,7 @@ class Plan:
         """
         if self.processes > 1 or self.gpus < 2:
             return ""
-        whole, least = (self.accumulation * self.pack_length, self.max_length) if self.packing else (self.batch_size * self.accumulation, 1)
-        count = max(n for n in _shares(whole, least) if n <= self.gpus)
+        count = max(n for n in _shares(self.accumulation * self.pack_length, self.max_length) if n <= self.gpus)
         return f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}" if count > 1 else ""
 
     def table(self) -> list[tuple[str, str]]:
@@ -445,7 +446,7 @@ def resolve(
         source=source, data_path=data_path, device="cuda" if cuda else "cpu",
         hardware=f"{hardware.name}, {hardware.memory_gb:.0f} GB" if cuda else f"CPU, {hardware.cores} cores, {hardware.memory_gb:.0f} GB",
         compute_dtype=dtype, adapter_dtype=adapter_dtype(dtype),
-        batch_size=fit.batch, accumulation=fit.accumulation, max_length=fit.length,
+        batch_size=1, accumulation=fit.accumulation, max_length=fit.length,
         pack_length=fit.pack, checkpointing=fit.checkpointing, attention="sdpa",
         # FSDP2 hands the optimizer tensors that are cut, and bitsandbytes 0.50 refuses those ("mixed torch.Tensor and DTensor").
         optimizer="paged_adamw_8bit" if cuda and not sharded else "adamw_torch",
@@ -464,9 +465,8 @@ def adapter_dtype(compute: str) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one step is cut so that the memory holds it."""
+    """How one step is cut so that the memory holds it: ``accumulation`` packed rows of ``pack`` tokens, one after the other."""
 
-    batch: int
     accumulation: int
     length: int
     pack: int
@@ -477,44 +477,36 @@ class Fit:
 def fit_step(profile: Profile, shape: Shape, hardware: Hardware, rank: int, processes: int = 1) -> Fit:
     """The fastest step that the memory holds.
 
-    Longest rows come first: what is too long is left out of the data. On a GPU follow rows that are packed as long as
-    possible without activation checkpointing, which computes the forward pass a second time, and only then with it. A
-    packed row is one micro-batch: every micro-batch pays once for dequantising all weights.
+    Longest rows come first: what is too long is left out of the data. Then follow rows that are packed as long as possible
+    without activation checkpointing, which computes the forward pass a second time, and only then with it. A packed row is
+    one micro-batch: every micro-batch pays once for dequantising all weights.
     """
-    cuda = hardware.device == "cuda"
-
-    def need(rows: int, length: int, checkpoint: int) -> float:
-        return sum(training_memory(shape, micro_batch(profile.name, hardware, rank, rows, length, checkpoint)).values())
-
-    # On a CPU rows are padded; the mean example fills about a third of max_length.
-    rows = 1 << (max(1, profile.tokens_per_step // 75).bit_length() - 1)
-    whole, least, unit = (profile.tokens_per_step, profile.max_length, "tokens") if cuda else (rows, 1, "rows")
-    if processes not in (counts := _shares(whole, least)):
+    if processes not in (counts := _shares(profile.tokens_per_step, profile.max_length)):
         raise CourseError(
-            f"{processes} processes cannot share a step of {whole:,} {unit} evenly, and the size of a step is part of the recipe: "
-            f"launch {', '.join(map(str, counts))}."
+            f"{processes} processes cannot share a step of {profile.tokens_per_step:,} tokens evenly, and the size of a step is part "
+            f"of the recipe: launch {', '.join(map(str, counts))}."
         )
-    share, rows = profile.tokens_per_step // processes, rows // processes
+
+    def need(tokens: int, checkpoint: int) -> float:
+        return sum(training_memory(shape, micro_batch(profile.name, hardware, rank, 1, tokens, checkpoint)).values())
+
+    share, most = profile.tokens_per_step // processes, MAX_PACK["cuda" if hardware.device == "cuda" else "cpu"]
     for length in (profile.max_length, profile.max_length // 2, profile.max_length // 4):
-        packs = _halved(min(MAX_PACK, share), length)
-        cuts = [(1, tokens, checkpoint) for checkpoint in (0, 1) for tokens in packs] if cuda else []
-        for batch, tokens, checkpoint in cuts or [(batch, length, 0) for batch in _halved(rows, 1)]:
-            memory = need(batch, tokens, checkpoint)
-            if memory > 0.92 * hardware.memory_gb:
-                continue
-            if cuda:
-                return Fit(1, max(1, share // tokens), length, tokens, bool(checkpoint), memory)
-            return Fit(batch, rows // batch, length, 0, False, memory)
-    least_gb = need(1, profile.max_length // 4, int(cuda))
+        packs = _halved(min(most, share), length)
+        for checkpoint, tokens in itertools.product((0, 1), packs):
+            memory = need(tokens, checkpoint)
+            if memory <= 0.92 * hardware.memory_gb:
+                return Fit(max(1, share // tokens), length, tokens, bool(checkpoint), memory)
+    least_gb = need(profile.max_length // 4, 1)
     smaller = [p for p in PROFILES if PROFILES[p].shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {least_gb:.1f} GB even at batch 1, but this machine offers "
+        f"profile {profile.name} needs about {least_gb:.1f} GB even for its shortest rows, but this machine offers "
         f"{hardware.memory_gb:.1f} GB. Choose a smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )
 
 
 def _shares(whole: int, least: int) -> list[int]:
-    """Into how many equal parts of at least ``least`` a step of ``whole`` rows or tokens can be cut; 1 always counts."""
+    """Into how many equal parts of at least ``least`` a step of ``whole`` tokens can be cut; 1 always counts."""
     return [n for n in range(1, max(1, whole // least) + 1) if whole % n == 0]
 
 

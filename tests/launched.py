@@ -26,9 +26,9 @@ _settings = training.sft_config
 
 
 def small(out: Path, processes: int) -> Plan:
-    """16 rows in steps of 8, each in two micro-batches: four steps in two epochs, the same rows for any number of processes."""
-    plan = profiles.resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out), rows=16, max_steps=STEPS)
-    return dataclasses.replace(plan, eval_rows=4, epochs=2, batch_size=4 // processes, accumulation=2)
+    """25 rows in eight packed ones, four a step: four steps in two epochs, the same rows for any number of processes."""
+    plan = profiles.resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out), rows=25, max_steps=STEPS)
+    return dataclasses.replace(plan, eval_rows=4, epochs=2, pack_length=256, accumulation=4 // processes)
 
 
 def every_step(plan: Plan, folder: Path | None = None) -> Any:

@@ -304,14 +304,14 @@ def test_what_is_not_given_is_what_resolve_chooses(profile: str) -> None:
             continue
         found = estimate.estimate(profile, card.name, runs=[])
         assert found.memory_gb == plan.memory_gb
-        assert (found.packed, found.micro.length) == (plan.packing, plan.pack_length or plan.max_length)
+        assert (found.packed, found.micro.length) == (plan.packing, plan.pack_length)
 
 
 def test_without_packing_the_tax_falls_on_fewer_tokens() -> None:
     alone, packed = (estimate.estimate("llama-8b", "T4", length=1024, packing=p, checkpointing=1, runs=[]) for p in (False, True))
     assert alone.memory_gb == packed.memory_gb
     rows, tokens = TRAINING_PART[1024]
-    assert (alone.computed, packed.computed) == (tokens / rows, 1024)
+    assert (alone.row, packed.row) == (tokens / rows, 1024)
     assert alone.tokens_per_second < packed.tokens_per_second
 
 
@@ -505,6 +505,6 @@ def test_the_help_names_every_card() -> None:
 
 def test_the_plan_holds_the_predicted_memory() -> None:
     plan: Plan = profiles.resolve("tiny", hardware=Hardware("cpu", "a CPU", 8.0))
-    micro = profiles.micro_batch("tiny", Hardware("cpu", "a CPU", 8.0), plan.lora_r, plan.batch_size, plan.max_length)
+    micro = profiles.micro_batch("tiny", Hardware("cpu", "a CPU", 8.0), plan.lora_r, 1, plan.pack_length)
     assert plan.memory_gb == sum(training_memory(PROFILES["tiny"].shape, micro).values())
     assert training_memory(PROFILES["tiny"].shape, micro)["Python and libraries"] == memory.BASE_GB

@@ -226,8 +226,8 @@ def test_the_command_has_an_option_for_each_parameter_of_the_notebook(repo: Path
 
 
 def step(plan: profiles.Plan) -> int:
-    """Tokens (packed) or rows of one optimizer step over all processes."""
-    return plan.processes * plan.accumulation * (plan.pack_length or plan.batch_size)
+    """Tokens of one optimizer step over all processes."""
+    return plan.processes * plan.accumulation * plan.pack_length
 
 
 def under(processes: int, patch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def under(processes: int, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("WORLD_SIZE", str(processes))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_global_step_stays_as_processes_grow(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {name: profiles.resolve(name, hardware=hardware) for name, hardware in (("tiny", CPU), ("llama-8b", H100))}
     under(processes, monkeypatch)
@@ -247,7 +247,7 @@ def test_the_global_step_stays_as_processes_grow(processes: int, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("name", "hardware", "processes", "counts"), [("tiny", CPU, 3, "1, 2, 4, 8, 16"), ("llama-8b", H100, 16, "1, 2, 4, 8")]
+    ("name", "hardware", "processes", "counts"), [("tiny", CPU, 3, "1, 2, 4"), ("llama-8b", H100, 16, "1, 2, 4, 8")]
 )
 def test_a_step_that_cannot_be_shared_evenly_is_refused(
     name: str, hardware: Hardware, processes: int, counts: str, monkeypatch: pytest.MonkeyPatch

@@ -83,8 +83,8 @@ def test_a_plan_fits_its_machine_or_names_a_smaller_profile(profile: str, hardwa
     assert plan.memory_gb > weights
     chosen = PROFILES[profile]
     assert 0 < plan.max_length <= chosen.max_length
-    assert min(plan.batch_size, plan.accumulation) >= 1
-    assert plan.batch_size * plan.accumulation & (plan.batch_size * plan.accumulation - 1) == 0
+    assert plan.accumulation >= 1
+    assert plan.accumulation & (plan.accumulation - 1) == 0
     assert plan.checkpointing <= (hardware.device == "cuda"), "checkpointing buys memory that a CPU has, with time that it has not"
 
 
@@ -96,12 +96,12 @@ def test_a_larger_card_never_gets_a_smaller_plan(profile: str, hardware: Hardwar
         assume(False)
     large = resolve(profile, hardware=dataclasses.replace(hardware, memory_gb=hardware.memory_gb + more))
     for plan in (large, small):
-        assert plan.packing == (plan.device == "cuda")
-        assert plan.pack_length == 0 or (plan.batch_size == 1 and plan.max_length <= plan.pack_length <= profiles.MAX_PACK)
+        assert plan.batch_size == 1
+        assert plan.max_length <= plan.pack_length <= max(plan.max_length, profiles.MAX_PACK[plan.device])
     # first rows that are not too long, then no second forward pass, then as much as possible for each dequantisation
-    order = [(plan.max_length, not plan.checkpointing, plan.batch_size, plan.pack_length) for plan in (large, small)]
+    order = [(plan.max_length, not plan.checkpointing, plan.pack_length) for plan in (large, small)]
     assert order[0] >= order[1]
-    tokens = [plan.accumulation * (plan.pack_length or plan.batch_size) for plan in (large, small)]
+    tokens = [plan.accumulation * plan.pack_length for plan in (large, small)]
     assert tokens[0] == tokens[1], "the step is the same, however it is cut"
 
 

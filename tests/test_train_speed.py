@@ -177,19 +177,18 @@ def test_each_lever_moves_one_thing_and_each_group_has_ours_at_most_once(speed: 
             changes = lever.plan(plan)
             moved = dataclasses.replace(plan, **changes)
             assert lever.why
-            if lever.ours(plan) and "micro" not in lever.setting and lever.group != "rows":
+            if lever.ours(plan):
                 assert moved == plan, f"{lever.setting} is said to be ours"
-            if changes and not lever.ours(plan) and lever.setting not in ("padding-free", "padded, in 4 micro-batches"):
+            if changes and not lever.ours(plan) and lever.setting not in ("padding-free", "one at a time"):
                 assert lever.ours(moved), f"{lever.setting} is not what it sets"
         counts = [
             sum(lever.ours(plan) for lever in speed.LEVERS if lever.group == group) for group in {lever.group for lever in speed.LEVERS}
         ]
         assert max(counts) == 1
-    packed = next(lever for lever in speed.LEVERS if lever.setting.startswith("packed"))
-    padded = speed.plan_for("tiny", hardware=CPU)
-    padded = dataclasses.replace(padded, pack_length=0, batch_size=16, accumulation=1)
-    moved = dataclasses.replace(padded, **packed.plan(padded))
-    assert speed.rows_per_step(moved, 256) == speed.rows_per_step(padded, 256), "as many rows a step, at half of max_length a row"
+    h200 = speed.plan_for("llama-8b", hardware=speed.H200)
+    for padded in (lever.plan(h200) for lever in speed.LEVERS if lever.setting in ("padded", "one at a time")):
+        moved = dataclasses.replace(h200, **padded)
+        assert speed.rows_per_step(moved, 256) == speed.rows_per_step(h200, 256), "as many rows a step, at half of max_length a row"
 
 
 def test_a_cap_without_a_gpu_and_unsloth_without_unsloth_say_why(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
