@@ -246,9 +246,7 @@ def test_the_global_step_stays_as_processes_grow(processes: int, monkeypatch: py
         assert (shared.max_length, shared.learning_rate, shared.rows) == (plan.max_length, plan.learning_rate, plan.rows)
 
 
-@pytest.mark.parametrize(
-    ("name", "hardware", "processes", "counts"), [("tiny", CPU, 3, "1, 2, 4"), ("llama-8b", H100, 16, "1, 2, 4, 8")]
-)
+@pytest.mark.parametrize(("name", "hardware", "processes", "counts"), [("tiny", CPU, 3, "1, 2, 4"), ("llama-8b", H100, 16, "1, 2, 4, 8")])
 def test_a_step_that_cannot_be_shared_evenly_is_refused(
     name: str, hardware: Hardware, processes: int, counts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
