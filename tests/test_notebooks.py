@@ -120,7 +120,7 @@ def test_solutions_solve_and_stubs_do_not(name: str, tmp_path: Path, course_run:
 
 
 def test_all_lessons_run_on_the_real_xml(medquad_xml: Path, tmp_path: Path) -> None:
-    done = _medquad("run", "--profile", "tiny", "-p", "source=xml", "-p", f"data_path={medquad_xml}", out=tmp_path)
+    done = _medquad("run", "--profile", "tiny", "-p", "source=xml", "-p", f"data_path={medquad_xml}", "-p", "max_steps=40", out=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert _metrics(tmp_path / "tiny", "explore.json")["rows_loaded"] == 16407
     assert _metrics(tmp_path / "tiny", "train.json")["plan"]["source"] == "xml"
