@@ -479,3 +479,109 @@ def ex_06_3(answer: Any) -> str:
     )
     _need(not told("quite unlike all of these", references, 0), "An answer that is like none of them is no hit: a tie is not nearer.")
     return _well_done("Right: a score says how near; only the other references say whether that is nearer than style alone would bring it.")
+
+
+# ---- lesson 07 ------------------------------------------------------------------------------------------------------
+
+
+def ex_07_1(answer: Any) -> str:
+    """``answer(sentence, passage, weight)``: the share of the sentence's different words, by weight, that the passage holds."""
+    function = _function(answer, "Write a function of sentence, passage and weight that returns a share.")
+    weights = {"gout": 3.0, "needs": 0.5, "is": 0.0, "rest": 2.0, "and": 0.5, "ice": 5.0}
+
+    def supported(sentence: str, passage: str) -> float:
+        found = _try(function, sentence, passage, lambda word: weights.get(word, 1.0), hint="weight(word) gives the weight of one word.")
+        return _number(found, "The function returns the share as a number.")
+
+    def near(found: float, other: float) -> bool:
+        return abs(found - other) < 1e-6
+
+    sentence, passage = "gout needs rest and rest", "gout needs ice and ice and ice"
+    found = supported(sentence, passage)
+    _need(not near(found, 3 / 4), "Every word counts alike there. A rare word weighs more: weight(word).")
+    _need(not near(found, 4.0), "That is the weight that was found. Divide it by the weight that was looked for.")
+    _need(not near(found, 4 / 8), 'A word that the sentence repeats ("rest") counts once.')
+    _need(not near(found, 4 / 9) and not near(found, 4 / 19.5), "Divide by the weight of the sentence's words, not the passage's.")
+    _need(not near(found, 4 / 11), "Divide by the sentence's words alone: what else the passage says takes nothing away.")
+    _need(not near(found, 2 / 6), "That is the share that is missing.")
+    _need(near(found, 4 / 6), f"For {sentence!r} and {passage!r} your function says {found:.3g}. Which words do both hold, and what do they weigh?")
+    _need(near(supported("rest", "resting and arrest"), 0), 'Whole words: "rest" does not stand in "arrest".')
+    _need(near(supported("gout", "gout and more"), 1), "A sentence whose words all stand in the passage has support 1.")
+    empty = "A sentence that weighs nothing has support 0."
+    _need(near(supported("is", "is"), 0) and near(supported("", "gout"), 0), empty)
+    return _well_done("Right: this is the score under every cited sentence, and it sees neither order nor a not.")
+
+
+def ex_07_2(answer: Any) -> str:
+    """``answer(words, worth)``: word -> Shapley value, over all orders; ``worth`` takes a frozenset."""
+    from itertools import combinations, permutations
+
+    function = _function(answer, "Write a function of words and worth that returns a dictionary.")
+
+    def worth(kept: frozenset[str]) -> float:  # a base, the word "a" by itself, "b" and "c" only together, a clash of all three
+        together = 4.0 if {"b", "c"} <= kept else 0.0
+        return -7.0 + 2.0 * ("a" in kept) + together - 1.5 * (len(kept) == len(words)) + 3.0 * ("b" in kept) * ("d" in kept)
+
+    words = ("a", "b", "c", "d")
+    found = _try(function, words, lambda kept: worth(frozenset(kept)), hint="worth(frozenset(...)) gives log p with these words only.")
+    _need(isinstance(found, dict), f"Return a dictionary, word -> value, not {type(found).__name__}.")
+    _need(set(found) == set(words), "Every word needs a value, and nothing else.")
+    values = [_number(found[word], "Each value is a number.") for word in words]
+
+    def same(other: Callable[[str], float]) -> bool:
+        return all(abs(value - other(word)) < 1e-6 for value, word in zip(values, words, strict=True))
+
+    def joined(word: str) -> list[float]:
+        before = [frozenset(order[: order.index(word)]) for order in permutations(words)]
+        return [worth(some | {word}) - worth(some) for some in before]
+
+    def unordered(word: str) -> float:
+        rest = [w for w in words if w != word]
+        some = [frozenset(c) for size in range(len(words)) for c in combinations(rest, size)]
+        return sum(worth(s | {word}) - worth(s) for s in some) / len(some)
+
+    everything = frozenset(words)
+    _need(not same(lambda w: worth(everything) - worth(everything - {w})), "That is leave-one-out: each word as the last to come in.")
+    _need(not same(lambda w: worth(frozenset(w)) - worth(frozenset())), "That is each word alone: as the first to come in.")
+    _need(not same(lambda w: worth(frozenset(w))), "That is log p with the word alone. What did the word add to it?")
+    _need(not same(lambda w: sum(joined(w))), "That is the sum over all orders. Take the mean.")
+    _need(not same(lambda w: -sum(joined(w)) / 24), "The sign is turned: a word that raises log p has a value above 0.")
+    _need(not same(unordered), "Every set of words counts alike there. Over orders, small and large sets come up more often than middling ones.")
+    _need(not same(lambda w: joined(w)[0]), "That is one order only. Every order counts.")
+    total = worth(everything) - worth(frozenset())
+    _need(abs(sum(values) - total) < 1e-6, f"The values must add up to worth(all) - worth(none), {total:g}; yours add up to {sum(values):g}.")
+    _need(same(lambda w: sum(joined(w)) / 24), "They add up, but are not shared out by orders. What does a word add when it comes in?")
+    return _well_done("Right: the shares add up, and two words that do the same get the same.")
+
+
+def ex_07_3(answer: Any) -> str:
+    """``answer(words, values, log_p, k)``: the fall of ``log_p`` when the ``k`` words of the largest values are deleted."""
+    function = _function(answer, "Write a function of words, values, log_p and k that returns nats.")
+    words, values = ["is", "gout", "croup or", "is", "a"], [0.5, 3.0, -4.0, 2.0, 1.0]
+    asked: list[tuple[str, ...]] = []
+
+    def log_p(kept: Any) -> float:
+        _need(isinstance(kept, list | tuple), "log_p takes a list of words.")
+        asked.append(tuple(kept))
+        return -20.0 + sum(2.0**place * len(word) for place, word in enumerate(kept))  # the order of the words matters
+
+    def fall(k: int) -> float:
+        found = _try(function, list(words), list(values), log_p, k, hint="log_p(list_of_words) gives log p of the fixed answer.")
+        return _number(found, "The function returns the fall as a number.")
+
+    def without(gone: set[int]) -> float:
+        return log_p(words) - log_p([word for n, word in enumerate(words) if n not in gone])
+
+    found, right = fall(2), without({1, 3})
+    _need(abs(found + right) > 1e-6, "The sign is turned: before minus after.")
+    _need(abs(found - log_p([words[n] for n in (0, 2, 4)])) > 1e-6, "That is log p without the words. How far did it fall?")
+    _need(abs(found - without({0, 2, 4})) > 1e-6, "That keeps the first k words: it is sufficiency. Delete them.")
+    _need(abs(found - without({0, 2})) > 1e-6, "Those are the smallest values. The largest come first.")
+    _need(abs(found - without({1, 2})) > 1e-6, "A large value below 0 speaks against the answer: it is not the first to go.")
+    _need(abs(found - without({0, 1, 3})) > 1e-6, '"is" stands there twice: delete the one with the large value, by its place.')
+    _need(abs(found - without({0, 1})) > 1e-6, '"is" stands there twice, and the wrong one went: delete by place.')
+    _need(abs(found - log_p(words) + log_p([words[n] for n in (4, 0, 2)])) > 1e-6, "The words that stay must keep their order.")
+    _need(abs(found - right) < 1e-6, f"Your function says {found:g} for two words. Compare log_p(words) with log_p of those that stay.")
+    _need(abs(fall(0)) < 1e-6, "With no word deleted, nothing falls.")
+    _need(abs(fall(5) - without(set(range(5)))) < 1e-6, "With all words deleted, an empty list goes to log_p.")
+    return _well_done("Right: deleted, not zeroed, and the answer itself says whether the words mattered.")

@@ -375,6 +375,24 @@ def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt:
     show(fig, alt, save)
 
 
+def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None:
+    """The weights of one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read; darker for more."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    size = 1.9 + 0.3 * len(tokens)
+    fig, ax = figure(size + 0.9, size)
+    drawn = ax.imshow(weights, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE, INK]), vmin=0)
+    names = [token.strip().replace("$", "\\$") or "\u2423" for token in tokens]
+    ax.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
+    ax.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.set(xlabel="is read", ylabel="reads")
+    fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
+    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    show(fig, alt)
+
+
 def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100) -> None:
     """Every token in a box: orange if it is in the loss, grey if it is only read. ``per_line`` is in characters."""
     lines: list[list[tuple[str, bool]]] = [[]]
