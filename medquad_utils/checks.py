@@ -504,7 +504,10 @@ def ex_07_1(answer: Any) -> str:
     _need(not near(found, 4 / 9) and not near(found, 4 / 19.5), "Divide by the weight of the sentence's words, not the passage's.")
     _need(not near(found, 4 / 11), "Divide by the sentence's words alone: what else the passage says takes nothing away.")
     _need(not near(found, 2 / 6), "That is the share that is missing.")
-    _need(near(found, 4 / 6), f"For {sentence!r} and {passage!r} your function says {found:.3g}. Which words do both hold, and what do they weigh?")
+    _need(
+        near(found, 4 / 6),
+        f"For {sentence!r} and {passage!r} your function says {found:.3g}. Which words do both hold, and what do they weigh?",
+    )
     _need(near(supported("rest", "resting and arrest"), 0), 'Whole words: "rest" does not stand in "arrest".')
     _need(near(supported("gout", "gout and more"), 1), "A sentence whose words all stand in the passage has support 1.")
     empty = "A sentence that weighs nothing has support 0."
@@ -546,10 +549,15 @@ def ex_07_2(answer: Any) -> str:
     _need(not same(lambda w: worth(frozenset(w))), "That is log p with the word alone. What did the word add to it?")
     _need(not same(lambda w: sum(joined(w))), "That is the sum over all orders. Take the mean.")
     _need(not same(lambda w: -sum(joined(w)) / 24), "The sign is turned: a word that raises log p has a value above 0.")
-    _need(not same(unordered), "Every set of words counts alike there. Over orders, small and large sets come up more often than middling ones.")
+    _need(
+        not same(unordered),
+        "Every set of words counts alike there. Over orders, small and large sets come up more often than middling ones.",
+    )
     _need(not same(lambda w: joined(w)[0]), "That is one order only. Every order counts.")
     total = worth(everything) - worth(frozenset())
-    _need(abs(sum(values) - total) < 1e-6, f"The values must add up to worth(all) - worth(none), {total:g}; yours add up to {sum(values):g}.")
+    _need(
+        abs(sum(values) - total) < 1e-6, f"The values must add up to worth(all) - worth(none), {total:g}; yours add up to {sum(values):g}."
+    )
     _need(same(lambda w: sum(joined(w)) / 24), "They add up, but are not shared out by orders. What does a word add when it comes in?")
     return _well_done("Right: the shares add up, and two words that do the same get the same.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -136,3 +137,180 @@ def test_any_right_way_to_tell_the_disease_passes(right: Callable[..., Any]) -> 
 def test_each_wrong_way_to_tell_the_disease_has_its_hint(wrong: Any, hint: str) -> None:
     with pytest.raises(checks.NotYet, match=hint):
         checks.ex_06_3(wrong)
+
+
+# ---- lesson 07: support ---------------------------------------------------------------------------------------------
+
+Weight = Callable[[str], float]
+
+
+def by_sets(sentence: str, passage: str, weight: Weight) -> float:
+    said = set(sentence.split())
+    return sum(map(weight, said & set(passage.split()))) / (sum(map(weight, said)) or 1)
+
+
+def one_by_one(sentence: str, passage: str, weight: Weight) -> float:
+    whole = found = 0.0
+    for word in dict.fromkeys(sentence.split()):
+        whole += weight(word)
+        found += weight(word) if word in passage.split() else 0.0
+    return found / whole if whole else 0
+
+
+@pytest.mark.parametrize("right", [by_sets, one_by_one])
+def test_any_right_support_passes(right: Callable[..., Any]) -> None:
+    assert checks.ex_07_1(right).startswith("✓")
+
+
+def total(words: Any, weight: Weight) -> float:
+    return sum(map(weight, words))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda s, p, w: by_sets(s, p, lambda word: 1.0), "Every word counts alike"),
+        (lambda s, p, w: total(set(s.split()) & set(p.split()), w), "Divide it by the weight that was looked for"),
+        (lambda s, p, w: total([x for x in s.split() if x in p.split()], w) / total(s.split(), w), "counts once"),
+        (lambda s, p, w: by_sets(p, s, w), "not the passage's"),
+        (lambda s, p, w: total(set(s.split()) & set(p.split()), w) / total(p.split(), w), "not the passage's"),
+        (lambda s, p, w: total(set(s.split()) & set(p.split()), w) / total(set(f"{s} {p}".split()), w), "what else the passage says"),
+        (lambda s, p, w: 1 - by_sets(s, p, w), "share that is missing"),
+        (lambda s, p, w: total([x for x in set(s.split()) if x in p], w) / (total(set(s.split()), w) or 1), "Whole words"),
+        (lambda s, p, w: total(set(s.split()) & set(p.split()), w) / total(set(s.split()), w), "stopped with ZeroDivisionError"),
+        (lambda s, p, w: 0.5, "Which words do both hold"),
+        (lambda s, p, w: max(by_sets(s, p, w), 0.1), 'does not stand in "arrest"'),
+        (lambda s, p, w: by_sets(s, p, w) if by_sets(s, p, w) or "rest" in s else 1.0, "has support 0"),
+        (0.5, "Expected a function"),
+    ],
+)
+def test_each_wrong_support_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_07_1(wrong)
+
+
+# ---- lesson 07: Shapley values --------------------------------------------------------------------------------------
+
+Worth = Callable[[Any], float]
+
+
+def by_orders(words: Sequence[str], worth: Worth) -> dict[str, float]:
+    found, orders = dict.fromkeys(words, 0.0), list(itertools.permutations(words))
+    for order in orders:
+        for n, word in enumerate(order):
+            found[word] += (worth(order[: n + 1]) - worth(order[:n])) / len(orders)
+    return found
+
+
+def by_sizes(words: Sequence[str], worth: Worth) -> dict[str, float]:
+    """The other formula: the mean over the sizes of the means over the sets of a size."""
+
+    def share(word: str) -> float:
+        rest = [w for w in words if w != word]
+        sets = [list(map(frozenset, itertools.combinations(rest, size))) for size in range(len(words))]
+        return float(numpy.mean([numpy.mean([worth(s | {word}) - worth(s) for s in some]) for some in sets]))
+
+    return {word: share(word) for word in words}
+
+
+@pytest.mark.parametrize("right", [by_orders, by_sizes])
+def test_any_right_shapley_values_pass(right: Callable[..., Any]) -> None:
+    assert checks.ex_07_2(right).startswith("✓")
+
+
+def each(share: Callable[[str, frozenset[str], Worth], float]) -> Callable[..., dict[str, float]]:
+    return lambda words, worth: {word: share(word, frozenset(words), worth) for word in words}
+
+
+def every_set_alike(words: Sequence[str], worth: Worth) -> dict[str, float]:
+    def share(word: str) -> float:
+        rest = [w for w in words if w != word]
+        sets = [frozenset(s) for size in range(len(words)) for s in itertools.combinations(rest, size)]
+        return sum(worth(s | {word}) - worth(s) for s in sets) / len(sets)
+
+    return {word: share(word) for word in words}
+
+
+def in_reading_order(words: Sequence[str], worth: Worth) -> dict[str, float]:
+    return {word: worth(words[: n + 1]) - worth(words[:n]) for n, word in enumerate(words)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (each(lambda word, all_, worth: worth(all_) - worth(all_ - {word})), "leave-one-out"),
+        (each(lambda word, all_, worth: worth({word}) - worth(())), "each word alone"),
+        (each(lambda word, all_, worth: worth({word})), "What did the word add"),
+        (lambda words, worth: {w: 24 * v for w, v in by_orders(words, worth).items()}, "Take the mean"),
+        (lambda words, worth: {w: -v for w, v in by_orders(words, worth).items()}, "sign is turned"),
+        (every_set_alike, "Every set of words counts alike"),
+        (in_reading_order, "one order only"),
+        (each(lambda word, all_, worth: (worth(all_) - worth(())) / len(all_)), "not shared out by orders"),
+        (each(lambda word, all_, worth: 0.0), "must add up"),
+        (lambda words, worth: [1.0, 2.0, 3.0, 4.0], "Return a dictionary"),
+        (lambda words, worth: {"a": 1.0}, "Every word needs a value"),
+        (lambda words, worth: worth.nothing, "stopped with AttributeError"),
+        (7, "Expected a function"),
+    ],
+)
+def test_each_wrong_way_to_share_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_07_2(wrong)
+
+
+# ---- lesson 07: comprehensiveness -----------------------------------------------------------------------------------
+
+LogP = Callable[[list[str]], float]
+
+
+def largest(values: Sequence[float], k: int) -> list[int]:
+    return sorted(range(len(values)), key=lambda n: -values[n])[:k]
+
+
+def fall(words: Sequence[str], gone: Any, log_p: LogP) -> float:
+    return log_p(list(words)) - log_p([word for n, word in enumerate(words) if n not in gone])
+
+
+def by_numpy_places(words: list[str], values: list[float], log_p: LogP, k: int) -> Any:
+    kept = numpy.sort(numpy.argsort(values)[: len(words) - k])
+    return numpy.float64(log_p(words) - log_p([words[n] for n in kept]))
+
+
+@pytest.mark.parametrize("right", [by_numpy_places, lambda w, v, p, k: fall(w, largest(v, k), p)])
+def test_any_right_comprehensiveness_passes(right: Callable[..., Any]) -> None:
+    assert checks.ex_07_3(right).startswith("✓")
+
+
+def by_word(words: list[str], values: list[float], log_p: LogP, k: int) -> float:
+    gone = {words[n] for n in largest(values, k)}
+    return log_p(words) - log_p([word for word in words if word not in gone])
+
+
+def by_first_found(words: list[str], values: list[float], log_p: LogP, k: int) -> float:
+    left = list(words)
+    for n in largest(values, k):
+        left.remove(words[n])
+    return log_p(words) - log_p(left)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda w, v, p, k: -fall(w, largest(v, k), p), "sign is turned"),
+        (lambda w, v, p, k: p(w) - fall(w, largest(v, k), p), "How far did it fall"),
+        (lambda w, v, p, k: fall(w, largest(v, len(v))[k:], p), "it is sufficiency"),
+        (lambda w, v, p, k: fall(w, largest([-x for x in v], k), p), "smallest values"),
+        (lambda w, v, p, k: fall(w, largest([abs(x) for x in v], k), p), "speaks against the answer"),
+        (by_word, "delete the one with the large value"),
+        (by_first_found, "the wrong one went"),
+        (lambda w, v, p, k: p(w) - p([w[n] for n in largest(v, len(v))[k:]]), "keep their order"),
+        (lambda w, v, p, k: p(w) - p(" ".join(w)), "takes a list of words"),
+        (lambda w, v, p, k: fall(w, [1], p), "for two words"),
+        (lambda w, v, p, k: fall(w, largest(v, 2), p), "With no word deleted"),
+        (lambda w, v, p, k: fall(w, largest(v, min(k, 4)), p), "With all words deleted"),
+        ("gout", "Expected a function"),
+    ],
+)
+def test_each_wrong_comprehensiveness_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_07_3(wrong)

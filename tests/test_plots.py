@@ -47,7 +47,9 @@ DRAWN: dict[str, Callable[[], None]] = {
     "word_heat": lambda: plots.word_heat(
         {"ablation": [(token, n / 9 - 4) for n, token in enumerate(AWKWARD)], "$x$": [("one", 0.0)], "none": []}, "t", ALT
     ),
-    "attention": lambda: plots.attention(AWKWARD[:9], [[1 / (row + 1) if column <= row else 0.0 for column in range(9)] for row in range(9)], "t", ALT),
+    "attention": lambda: plots.attention(
+        AWKWARD[:9], [[1 / (row + 1) if column <= row else 0.0 for column in range(9)] for row in range(9)], "t", ALT
+    ),
     "token_strip": lambda: plots.token_strip(AWKWARD, [n % 2 == 0 for n in range(len(AWKWARD))], "t", ALT),
     "distribution": lambda: plots.distribution(
         {"T = 1": {" a": 0.7, "$": 0.2, "\n": 0.1}, "T = 2": {"b": 1.0}}, "t", ALT, cut={"T = 1": 1}
