@@ -487,7 +487,7 @@ def ex_06_3(answer: Any) -> str:
 def ex_07_1(answer: Any) -> str:
     """``answer(sentence, passage, weight)``: the share of the sentence's different words, by weight, that the passage holds."""
     function = _function(answer, "Write a function of sentence, passage and weight that returns a share.")
-    weights = {"gout": 3.0, "needs": 0.5, "is": 0.0, "rest": 2.0, "and": 0.5, "ice": 5.0}
+    weights = {"gout": 3.5, "needs": 0.5, "is": 0.0, "rest": 2.0, "and": 0.5, "ice": 5.0}
 
     def supported(sentence: str, passage: str) -> float:
         found = _try(function, sentence, passage, lambda word: weights.get(word, 1.0), hint="weight(word) gives the weight of one word.")
@@ -499,13 +499,13 @@ def ex_07_1(answer: Any) -> str:
     sentence, passage = "gout needs rest and rest", "gout needs ice and ice and ice"
     found = supported(sentence, passage)
     _need(not near(found, 3 / 4), "Every word counts alike there. A rare word weighs more: weight(word).")
-    _need(not near(found, 4.0), "That is the weight that was found. Divide it by the weight that was looked for.")
-    _need(not near(found, 4 / 8), 'A word that the sentence repeats ("rest") counts once.')
-    _need(not near(found, 4 / 9) and not near(found, 4 / 19.5), "Divide by the weight of the sentence's words, not the passage's.")
-    _need(not near(found, 4 / 11), "Divide by the sentence's words alone: what else the passage says takes nothing away.")
-    _need(not near(found, 2 / 6), "That is the share that is missing.")
+    _need(not near(found, 4.5), "That is the weight that was found. Divide it by the weight that was looked for.")
+    _need(not near(found, 4.5 / 8.5), 'A word that the sentence repeats ("rest") counts once.')
+    _need(not near(found, 4.5 / 9.5) and not near(found, 4.5 / 20), "Divide by the weight of the sentence's words, not the passage's.")
+    _need(not near(found, 4.5 / 11.5), "Divide by the sentence's words alone: what else the passage says takes nothing away.")
+    _need(not near(found, 2 / 6.5), "That is the share that is missing.")
     _need(
-        near(found, 4 / 6),
+        near(found, 4.5 / 6.5),
         f"For {sentence!r} and {passage!r} your function says {found:.3g}. Which words do both hold, and what do they weigh?",
     )
     _need(near(supported("rest", "resting and arrest"), 0), 'Whole words: "rest" does not stand in "arrest".')
@@ -565,7 +565,7 @@ def ex_07_2(answer: Any) -> str:
 def ex_07_3(answer: Any) -> str:
     """``answer(words, values, log_p, k)``: the fall of ``log_p`` when the ``k`` words of the largest values are deleted."""
     function = _function(answer, "Write a function of words, values, log_p and k that returns nats.")
-    words, values = ["is", "gout", "croup or", "is", "a"], [0.5, 3.0, -4.0, 2.0, 1.0]
+    words, values = ["is", "gout", "croup or", "is", "mumps"], [0.5, 3.0, -4.0, 2.0, 1.0]
     asked: list[tuple[str, ...]] = []
 
     def log_p(kept: Any) -> float:
