@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     publish.add_argument("--repo", required=True, metavar="USER/NAME", help="the repository; of a Llama 3 the NAME begins with llama-3")
     publish.add_argument("--profile", default="auto", metavar="P", help=profile)
     publish.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
-    publish.add_argument("--out", default="", metavar="DIR", help="where the folder goes (default: runs/<profile>/publish)")
+    publish.add_argument("--out", default="", metavar="DIR", help="where the folder goes (default: runs/<profile>/published)")
     publish.add_argument("--merged", action="store_true", help="base and adapter as one model (always so for tiny)")
     publish.add_argument("--licence", default="", metavar="FILE", help="a copy of the base's agreement, where its licence asks for one")
     publish.add_argument("--dry-run", action="store_true", help="build and check the folder, send nothing")
@@ -234,7 +234,7 @@ def _publish(options: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(options.out) if options.out else plan.folder / "publish"
+    folder = Path(options.out) if options.out else plan.folder / "published"
     licence = Path(options.licence) if options.licence else None
     publishing.build(plan, options.repo, folder, options.merged, licence=licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
