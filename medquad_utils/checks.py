@@ -593,3 +593,69 @@ def ex_07_3(answer: Any) -> str:
     _need(abs(fall(0)) < 1e-6, "With no word deleted, nothing falls.")
     _need(abs(fall(5) - without(set(range(5)))) < 1e-6, "With all words deleted, an empty list goes to log_p.")
     return _well_done("Right: deleted, not zeroed, and the answer itself says whether the words mattered.")
+# ---- lesson 08 ------------------------------------------------------------------------------------------------------
+
+
+def ex_08_1(answer: Any) -> str:
+    """Which of the names a to f may go out: "b", "c" and "e"; a model tuned from a derived model is derived as well."""
+    hint = 'Give the letters of all that may go out, for example "ad" or {"a", "d"}.'
+    _need(answer is not None and answer is not ..., f"Replace the dots with your answer. {hint}")
+    _need(isinstance(answer, str | list | tuple | set | frozenset), f"Expected letters, got {type(answer).__name__}. {hint}")
+    letters = {c for part in answer for c in str(part).lower() if c.isalpha()}
+    _need(bool(letters) and letters <= set("abcdef"), f"The names are a to f. {hint}")
+    _need("a" not in letters, "a: the licence says where in the name the words have to stand. Where do they stand here?")
+    _need("d" not in letters, "d: look at every character. What may a name on the Hub be made of?")
+    _need("f" not in letters, "f: what is a model derived from, if its base is itself derived from something?")
+    _need("b" in letters, "One of the names made from Llama 3 keeps every rule. Capital letters do not matter.")
+    _need("c" in letters, "Not every base is a Llama 3. What does SmolLM2's licence ask of a name?")
+    _need("e" in letters, "A model that is tuned from a derived model may go out too, if it keeps the same rules.")
+    return _well_done("Right: the name says what a model is derived from, however many steps ago.")
+
+
+def ex_08_2(answer: Any) -> str:
+    """``answer(text, metrics)``: the numbers in a text, as written, that no metric of a nested dict gives when rounded alike."""
+    function = _function(answer, "Write a function of text and metrics that returns a list of numbers as they are written.")
+
+    def told(text: str, metrics: dict[str, Any]) -> list[str]:
+        found = _try(function, text, metrics, hint="It gets a text and a dict, and returns a list; an empty one if all is proven.")
+        _need(isinstance(found, list | tuple), f"Return a list of texts, not {type(found).__name__}.")
+        return [str(number) for number in found]
+
+    metrics = {"rouge": 0.6123, "rows": 1042, "seconds": 98.0, "safety": {"overall": {"passed": 7, "share": 0.0833}}}
+    found = told("ROUGE-L 0.99 after training.", metrics)
+    _need(found != [], "0.99 is in no metric, and your function lets it through.")
+    _need(found != [0.99] and found == ["0.99"], f"Of 'ROUGE-L 0.99 after training.' the answer is ['0.99'], not {found}.")
+    _need(told("ROUGE-L 0.6123", metrics) == [], "A number that stands in the metrics digit for digit is proven.")
+    _need(told("ROUGE-L 0.61, or 0.612", metrics) == [], "0.61 is 0.6123 rounded to two decimals: round the metric as far as the text does.")
+    _need(told("7 prompts passed", metrics) == [], "Metrics lie inside metrics: look into every dict, however deep.")
+    _need(told("a share of 0.08", metrics) == [], "Two dicts deep there is 0.0833, which rounds to 0.08.")
+    _need(told("1,042 rows", metrics) == [], "1,042 is one number: the comma only parts the thousands.")
+    _need(told("98 seconds", metrics) == [], "98 and 98.0 are the same number, written with no decimals.")
+    _need(told("ROUGE-L 0.62", metrics) == ["0.62"], "0.62 is near 0.6123, but it is not that number rounded: nearness is no proof.")
+    _need(told("0.5 of 3 in 0.61", metrics) == ["0.5", "3"], "Give every number without proof, in the order of the text, and no other.")
+    _need(told("no numbers here", metrics) == [], "A text without numbers has nothing to prove.")
+    return _well_done("Right. That is all there is to an honest card: a number is there because a file says so.")
+
+
+def ex_08_3(answer: Any) -> str:
+    """``answer(pieces)``: (text, whole) of a streamed answer; whole only if the model itself ended it."""
+    function = _function(answer, "Write a function of a list of dicts that returns (text, whole).")
+
+    def told(*pieces: tuple[str | None, str | None]) -> tuple[str, bool]:
+        dicts = [{"content": content, "finish_reason": reason} for content, reason in pieces]
+        found = _try(function, dicts, hint="It gets a list of dicts; content and finish_reason may each be None.")
+        _need(isinstance(found, list | tuple) and len(found) == 2, "Return two things: the text, and whether it is whole.")
+        text, whole = found
+        _need(isinstance(text, str), f"The first is the text of the answer, not {type(text).__name__}: put the pieces together.")
+        _need(isinstance(whole, bool), "The second is True or False.")
+        return text, whole
+
+    text, whole = told((None, None), ("Gout", None), (" hurts", None), (".", None), (None, "stop"))
+    _need(text == "Gout hurts.", f"The pieces make 'Gout hurts.', your function makes {text!r}. Put nothing between them, and leave none out.")
+    _need(whole, "The stream ended with the reason 'stop': the model itself ended this answer.")
+    _need(not told(("Gout", None), (" hurts", None))[1], "A stream without any finish_reason broke off: that answer is not whole.")
+    _need(not told(("Gout", None), (None, "length"))[1], "'length' is a finish_reason as well. Who ended the answer there?")
+    text, whole = told(("Gout hurts", None), (".", "stop"))
+    _need(text == "Gout hurts." and whole, "The last piece may bring text and reason together: lose neither.")
+    _need(told() == ("", False), "Of a stream that brought nothing the text is empty, and not whole.")
+    return _well_done("Right: an answer that was cut looks like a short one; only the reason tells them apart.")
