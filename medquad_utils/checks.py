@@ -624,9 +624,11 @@ def ex_08_2(answer: Any) -> str:
     metrics = {"rouge": 0.6123, "rows": 1042, "seconds": 98.0, "safety": {"overall": {"passed": 7, "share": 0.0833}}}
     found = told("ROUGE-L 0.99 after training.", metrics)
     _need(found != [], "0.99 is in no metric, and your function lets it through.")
-    _need(found != [0.99] and found == ["0.99"], f"Of 'ROUGE-L 0.99 after training.' the answer is ['0.99'], not {found}.")
+    _need(found == ["0.99"], f"Of 'ROUGE-L 0.99 after training.' the answer is ['0.99'], not {found}.")
     _need(told("ROUGE-L 0.6123", metrics) == [], "A number that stands in the metrics digit for digit is proven.")
-    _need(told("ROUGE-L 0.61, or 0.612", metrics) == [], "0.61 is 0.6123 rounded to two decimals: round the metric as far as the text does.")
+    _need(
+        told("ROUGE-L 0.61, or 0.612", metrics) == [], "0.61 is 0.6123 rounded to two decimals: round the metric as far as the text does."
+    )
     _need(told("7 prompts passed", metrics) == [], "Metrics lie inside metrics: look into every dict, however deep.")
     _need(told("a share of 0.08", metrics) == [], "Two dicts deep there is 0.0833, which rounds to 0.08.")
     _need(told("1,042 rows", metrics) == [], "1,042 is one number: the comma only parts the thousands.")
@@ -651,7 +653,9 @@ def ex_08_3(answer: Any) -> str:
         return text, whole
 
     text, whole = told((None, None), ("Gout", None), (" hurts", None), (".", None), (None, "stop"))
-    _need(text == "Gout hurts.", f"The pieces make 'Gout hurts.', your function makes {text!r}. Put nothing between them, and leave none out.")
+    _need(
+        text == "Gout hurts.", f"The pieces make 'Gout hurts.', your function makes {text!r}. Put nothing between them, and leave none out."
+    )
     _need(whole, "The stream ended with the reason 'stop': the model itself ended this answer.")
     _need(not told(("Gout", None), (" hurts", None))[1], "A stream without any finish_reason broke off: that answer is not whole.")
     _need(not told(("Gout", None), (None, "length"))[1], "'length' is a finish_reason as well. Who ended the answer there?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -164,6 +165,51 @@ def test_any_right_support_passes(right: Callable[..., Any]) -> None:
 
 def total(words: Any, weight: Weight) -> float:
     return sum(map(weight, words))
+# ---- lesson 08: names, typed numbers, streams -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["bce", "b, c, e", "E C B", {"b", "c", "e"}, ["c", "e", "b"]])
+def test_the_names_that_may_go_out_pass_in_any_form(answer: Any) -> None:
+    assert checks.ex_08_1(answer).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        ("abce", "a: the licence says where"), ("bcde", "d: look at every character"), ("bcef", "f: what is a model derived from"),
+        ("ce", "keeps every rule"), ("be", "SmolLM2"), ("bc", "tuned from a derived model"), ("xb", "names are a to f"),
+        (3, "Expected letters"),
+    ],
+)  # fmt: skip
+def test_each_wrong_choice_of_names_has_its_hint(answer: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_08_1(answer)
+
+
+def flat(metrics: dict[str, Any]) -> list[Any]:
+    return [v for value in metrics.values() for v in (flat(value) if isinstance(value, dict) else [value])]
+
+
+def written(text: str) -> list[str]:
+    return re.findall(r"\d[\d,]*(?:\.\d+)?", text)
+
+
+def decimals(number: str) -> int:
+    return len(number.partition(".")[2])
+
+
+def by_rounding(text: str, metrics: dict[str, Any]) -> list[str]:
+    known = flat(metrics)
+    return [n for n in written(text) if all(round(v, decimals(n)) != float(n.replace(",", "")) for v in known)]
+
+
+def by_writing(text: str, metrics: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(n for n in written(text) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(metrics)})
+
+
+@pytest.mark.parametrize("right", [by_rounding, by_writing])
+def test_every_right_way_to_find_typed_numbers_passes(right: Any) -> None:
+    assert checks.ex_08_2(right).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +279,40 @@ def every_set_alike(words: Sequence[str], worth: Worth) -> dict[str, float]:
 
 def in_reading_order(words: Sequence[str], worth: Worth) -> dict[str, float]:
     return {word: worth(words[: n + 1]) - worth(words[:n]) for n, word in enumerate(words)}
+        (lambda t, m: [], "0.99 is in no metric"),
+        (lambda t, m: "0.99", "Return a list"),
+        (lambda t, m: written(t), "digit for digit"),
+        (lambda t, m: [n for n in written(t) if n not in [str(v) for v in flat(m)]], "rounded to two decimals"),
+        (lambda t, m: by_rounding(t, {k: v for k, v in m.items() if not isinstance(v, dict)}), "Metrics lie inside metrics"),
+        (lambda t, m: by_rounding(t, m | m["safety"]["overall"] | {"share": 0, "safety": {}}), "Two dicts deep"),
+        (lambda t, m: by_rounding(t.replace(",", " "), m), "the comma only parts"),
+        (
+            lambda t, m: [n for n in written(t) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(m) if v != 98}],
+            "written with no decimals",
+        ),
+        (lambda t, m: [n for n in written(t) if min(abs(v - float(n.replace(",", ""))) for v in flat(m)) > 0.01], "nearness is no proof"),
+        (lambda t, m: by_rounding(t, m)[::-1], "in the order of the text"),
+        (lambda t, m: by_rounding(t, m) or ["0"] * ("no" in t), "nothing to prove"),
+        (lambda t, m: t.nothing, "stopped with AttributeError"),
+        ("0.99", "Expected a function"),
+    ],
+)
+def test_each_wrong_way_to_find_typed_numbers_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_08_2(wrong)
+
+
+def put_together(pieces: list[dict[str, Any]]) -> tuple[str, bool]:
+    text, whole = "", False
+    for piece in pieces:
+        text += piece["content"] or ""
+        whole = whole or piece["finish_reason"] == "stop"
+    return text, whole
+
+
+@pytest.mark.parametrize("right", [put_together, lambda pieces: list(put_together(pieces))])
+def test_every_right_way_to_collect_a_stream_passes(right: Any) -> None:
+    assert checks.ex_08_3(right).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -314,3 +394,19 @@ def by_first_found(words: list[str], values: list[float], log_p: LogP, k: int) -
 def test_each_wrong_comprehensiveness_has_its_hint(wrong: Any, hint: str) -> None:
     with pytest.raises(checks.NotYet, match=hint):
         checks.ex_07_3(wrong)
+        (lambda p: ("".join(x["content"] for x in p), True), "stopped with TypeError"),
+        (lambda p: put_together(p)[0], "Return two things"),
+        (lambda p: (p, True), "The first is the text"),
+        (lambda p: (put_together(p)[0], "stop"), "The second is True or False"),
+        (lambda p: (" ".join(x["content"] or "" for x in p), True), "Put nothing between them"),
+        (lambda p: (put_together(p)[0], False), "the model itself ended this answer"),
+        (lambda p: (put_together(p)[0], True), "broke off"),
+        (lambda p: (put_together(p)[0], any(x["finish_reason"] for x in p)), "Who ended the answer there"),
+        (lambda p: ("".join(x["content"] or "" for x in p if not x["finish_reason"]), put_together(p)[1]), "lose neither"),
+        (lambda p: (put_together(p)[0], not p or put_together(p)[1]), "brought nothing"),
+        ("stop", "Expected a function"),
+    ],
+)
+def test_each_wrong_way_to_collect_a_stream_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_08_3(wrong)
