@@ -620,8 +620,9 @@ class Specialty:
 
 SPECIALTIES = {
     "cardiology": Specialty(
-        r"heart(?!burn)|cardi|coronary|angina|arrhythmi|atrial|ventricular|long qt|aort|mitral|valve|hypertension|high blood pressure|"
-        r"stroke|atheroscler|arter(?:y|ial|ies|itis)|vein|venous|thrombo(?:sis|embol)|vasculitis|aneurysm|cholesterol|brugada"
+        r"heart(?!burn)|(?:endo|myo|peri|tachy|brady|dextro)?cardi|coronary|angina|arrhythmi|atrial|ventricular|long qt|aort|mitral|valve|"
+        r"hypertension|high blood pressure|stroke|atheroscler|arter(?:y|ial|ies|itis)|vein|venous|thrombo(?:sis|embol)|vasculitis|aneurysm|"
+        r"cholesterol|brugada"
     ),
     "oncology": Specialty(
         r"cancer|tumou?r|carcinom|leuk(?:a)?emia|lymphoma|melanoma|sarcoma|myeloma|neoplas|blastoma|glioma|metasta", ("T191",)

@@ -142,8 +142,10 @@ def build_trainer(
 ) -> SFTTrainer:
     """An ``SFTTrainer`` for the plan on a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
+    A ``model`` with an adapter goes on from there; any other gets a fresh one. Without validation rows pass eval_strategy="no".
     The adapters are cast after the trainer is built (see ``lora.cast_adapters``).
     """
+    from peft import PeftModel
     from transformers import set_seed
     from trl import SFTTrainer
 
@@ -155,9 +157,9 @@ def build_trainer(
         model=model,
         args=config,
         train_dataset=to_dataset(rows.train),
-        eval_dataset=to_dataset(rows.validation),
+        eval_dataset=to_dataset(rows.validation) if rows.validation else None,
         processing_class=tokenizer,
-        peft_config=lora_config(plan),
+        peft_config=None if isinstance(model, PeftModel) else lora_config(plan),
     )
     cast_adapters(trainer.model, getattr(torch, plan.adapter_dtype))
     watch(trainer)
@@ -225,6 +227,10 @@ def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
+# What a plan says of the machine: it does not decide what is learned.
+OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
+
+
 def resumable(plan: Plan) -> Path | None:
     """The checkpoint that a run of this plan goes on from, or ``None`` for a fresh start; half-written ones are removed.
 
@@ -238,8 +244,7 @@ def resumable(plan: Plan) -> Path | None:
     processes = before.get("processes", 1)  # of the run that wrote them: more leave more behind
     found = last_checkpoint(folder, processes)
     if found and before:
-        ignored = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
-        differs = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if k not in ignored and before.get(k) != now[k]]
+        differs = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if k not in OF_MACHINE and before.get(k) != now[k]]
         if differs:
             raise CourseError(
                 f"the checkpoints in {plan.profile}/checkpoints are of another plan ({'; '.join(differs)}). "
@@ -283,17 +288,19 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     return metrics
 
 
-def save_adapter(plan: Plan, trainer: SFTTrainer, weights: dict[str, torch.Tensor] | None = None) -> Path:
-    """Write ``runs/<profile>/adapter`` (adapter, tokenizer, plan), whole or not at all; returns the folder.
+def save_adapter(
+    plan: Plan, trainer: SFTTrainer, weights: dict[str, torch.Tensor] | None = None, folder: Path | None = None, **more: Any
+) -> Path:
+    """Write ``folder`` (default: ``runs/<profile>/adapter``) with adapter, tokenizer and plan, whole or not at all; returns it.
 
-    ``weights`` are the adapter's where the model itself holds only a part of them (FSDP).
+    ``weights`` are the adapter's where the model itself holds only a part of them (FSDP); ``more`` is recorded beside the plan.
     """
-    folder = plan.folder / "adapter"
+    folder = folder or plan.folder / "adapter"
     try:
         with whole_folder(folder) as fresh:
             trainer.model.save_pretrained(fresh, state_dict=weights)
             trainer.processing_class.save_pretrained(fresh)
-            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)})
+            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | more)
     except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
         reason = getattr(error, "strerror", None) or error
         raise CourseError(f"cannot save the adapter: {reason}. The older one is untouched; free some space.") from error

@@ -379,6 +379,7 @@ ORDER = (
     "medquad_utils.training",
     "medquad_utils.arms",
     "medquad_utils.evaluation",
+    "medquad_utils.specialising",
     "medquad_utils.report",
     "medquad_utils.explanation",
     "medquad_utils.model_card",
