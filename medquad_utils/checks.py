@@ -663,3 +663,88 @@ def ex_08_3(answer: Any) -> str:
     _need(text == "Gout hurts." and whole, "The last piece may bring text and reason together: lose neither.")
     _need(told() == ("", False), "Of a stream that brought nothing the text is empty, and not whole.")
     return _well_done("Right: an answer that was cut looks like a short one; only the reason tells them apart.")
+# ---- lesson 09 ------------------------------------------------------------------------------------------------------
+
+
+def ex_09_1(answer: Any) -> str:
+    """General rows beside 120 own ones, so that a quarter of all is general: 40."""
+    value = _number(answer, "How many general rows, as a whole number?")
+    _need(abs(value - 30) > 0.5, "That is a quarter of the own rows. The quarter is to be one of all rows, own and general together.")
+    _need(abs(value - 160) > 0.5, "That is how many rows there are in all. How many of them are general?")
+    _need(abs(value - 360) > 0.5, "The other way round: that would make a quarter of all rows own ones.")
+    _need(
+        abs(value - 90) > 0.5,
+        "That is three quarters of the own rows. Which share of the whole do the own rows have, and so how large is the whole?",
+    )
+    _need(value > 0, "Some general rows are needed.")
+    side = "more" if value < 40 else "fewer"
+    _need(abs(value - 40) < 1e-6, f"Then {value / (120 + value):.1%} of all rows would be general: {side} are needed.")
+    return _well_done("The own rows are the other three quarters; a share of the whole is not a share of them.")
+
+
+def ex_09_2(answer: Any) -> str:
+    """``mix(own, general, share, seed)``: all own rows, as many different general ones as make up ``share``, shuffled by seed."""
+    function = _function(answer, "mix(own, general, share, seed) takes two lists and two numbers and returns a list.")
+    own, general = [f"own {n}" for n in range(30)], [f"general {n}" for n in range(200)]
+
+    def mix(share: float, seed: int) -> list[Any]:
+        first, second = list(own), list(general)
+        found = _try(function, first, second, share, seed, hint="It returns a list of rows.")
+        _need(isinstance(found, list | tuple), "Return a list of rows.")
+        _need(first == own and second == general, "A list that went in was changed: shuffle or extend a copy.")
+        return list(found)
+
+    half = mix(0.5, 0)
+    _need(set(half) <= {*own, *general}, "Return the rows themselves, as they came in.")
+    mine, others = [row for row in half if row in own], [row for row in half if row not in own]
+    _need(set(mine) == set(own), "All own rows must be in the result.")
+    _need(len(mine) == len(own), "Each own row must be in the result once.")
+    _need(len(others) == len(set(others)), "Some general rows are in it twice: draw without replacement.")
+    _need(len(others) != 100, "Half of the general rows is not half of the result.")
+    _need(len(others) == 30, f"At a share of 0.5 with 30 own rows there must be 30 general ones, not {len(others)}.")
+    few = len(mix(0.2, 0)) - len(own)
+    _need(few != 6, "At a share of 0.2 you drew a fifth of the own rows' number. The share is one of the whole.")
+    _need(abs(few - 7.5) < 0.6, f"At a share of 0.2 with 30 own rows there must be 7 or 8 general ones, not {few}.")
+    _need(set(mix(0.0, 0)) == set(own), "At a share of 0 the result holds the own rows alone.")
+    _need(mix(0.5, 0) == half, "The same seed must give the same list: make a generator of the seed in each call.")
+    _need(set(mix(0.5, 1)) != set(half), "Another seed must draw other general rows.")
+    _need(set(others) != set(general[:30]), "The first general rows are no random draw: what stands first may be alike.")
+    _need(
+        half not in (own + others, others + own),
+        "The rows are not shuffled: one kind comes after the other, and a step would see one kind only.",
+    )
+    return _well_done("All of the field, a fair draw of the rest, and shuffled, so that every step sees both.")
+
+
+def ex_09_3(answer: Any) -> str:
+    """``shippable(adapters, margin)``: names whose lower end inside is above 0 and whose lower end outside is at least -margin."""
+    function = _function(answer, "shippable(adapters, margin) takes a dictionary and a number and returns a list of names.")
+    adapters = {
+        "sure": ((0.02, 0.10), (-0.03, 0.01)),
+        "hopes": ((-0.01, 0.30), (-0.01, 0.02)),
+        "unsure": ((0.05, 0.20), (-0.15, 0.12)),
+        "wrecks": ((0.10, 0.30), (-0.40, -0.20)),
+        "better": ((0.01, 0.05), (0.01, 0.04)),
+    }
+
+    def names(margin: float) -> set[str]:
+        found = _try(function, dict(adapters), margin, hint="It returns a list of names.")
+        listed = hasattr(found, "__iter__") and not isinstance(found, str)
+        _need(listed and set(found) <= set(adapters), "Return the names of the adapters that pass, in a list.")
+        return set(found)
+
+    passed = names(0.05)
+    _need("wrecks" not in passed, "One that surely loses 0.20 outside passed: look at its second interval.")
+    _need(
+        "hopes" not in passed,
+        "One passed whose interval inside holds 0: its mean is high, but a gain is not sure. Which end must be above 0?",
+    )
+    _need(
+        "unsure" not in passed,
+        "One passed whose interval outside reaches down to -0.15: that it holds 0 does not prove that little was lost.",
+    )
+    _need("sure" in passed, "One that surely gains, and surely loses no more than 0.03 outside, did not pass although the margin is 0.05.")
+    _need("better" in passed, "One that gains on both sides did not pass.")
+    _need(names(0.01) == {"better"}, "With a margin of 0.01, a possible loss of 0.03 is too much: does your rule use the margin?")
+    _need(names(0.5) == {"sure", "unsure", "wrecks", "better"}, "With a margin of 0.5 every loss here is allowed; only the gain decides.")
+    return _well_done("A claim that little was lost is carried by the worst end of the interval, not by its holding 0.")

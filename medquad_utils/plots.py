@@ -110,10 +110,12 @@ def intervals(
     alt: str,
     save: Path | None = None,
     width: float = 6.4,
+    zero: bool = False,
 ) -> None:
     """Dots with whiskers: ``table`` maps a series to (mean, low, high) by group; a series may lack a group.
 
-    Groups stand below one another, the first on top; a series has its own colour and its own marker.
+    Groups stand below one another, the first on top; a series has its own colour and its own marker. ``zero`` draws a line at
+    zero, for differences.
     """
     groups = list(dict.fromkeys(group for values in table.values() for group in values))
     fig, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(table)))
@@ -129,6 +131,8 @@ def intervals(
         ax.errorbar(means, places, xerr=whiskers, fmt=marker, color=colour, label=name, capsize=2.5, markersize=5.5, linewidth=1.5)
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
+    if zero:
+        ax.axvline(0, color=INK, linestyle="--", linewidth=1)
     ax.set_yticks(range(len(groups)), [g.replace("$", "\\$") for g in groups])
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.grid(False, axis="y")

@@ -108,7 +108,7 @@ def ensure(plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None
     checkpoint = training.last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     training.require_learning(trainer.model)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     training.save_adapter(plan, trainer, folder=folder, recipe=recipe, steps=trainer.state.global_step, losses=losses)
     shutil.rmtree(work, ignore_errors=True)
     return folder

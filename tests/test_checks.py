@@ -210,6 +210,12 @@ def by_writing(text: str, metrics: dict[str, Any]) -> tuple[str, ...]:
 @pytest.mark.parametrize("right", [by_rounding, by_writing])
 def test_every_right_way_to_find_typed_numbers_passes(right: Any) -> None:
     assert checks.ex_08_2(right).startswith("✓")
+# ---- lesson 09 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right", [40, 40.0, numpy.int64(40)])
+def test_the_number_of_general_rows_passes(right: Any) -> None:
+    assert checks.ex_09_1(right).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -313,6 +319,77 @@ def put_together(pieces: list[dict[str, Any]]) -> tuple[str, bool]:
 @pytest.mark.parametrize("right", [put_together, lambda pieces: list(put_together(pieces))])
 def test_every_right_way_to_collect_a_stream_passes(right: Any) -> None:
     assert checks.ex_08_3(right).startswith("✓")
+        (30, "quarter of the own rows"), (160, "in all"), (360, "other way round"), (90, "three quarters"),
+        (39, "24.5% .*more are needed"), (41, "25.5% .*fewer are needed"), (0, "Some general"), (-3, "Some general"),
+        ("many", "Expected a number"),
+    ],
+)  # fmt: skip
+def test_each_wrong_number_of_general_rows_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_09_1(wrong)
+
+
+Rows = list[str]
+
+
+def mixture(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    rng = random.Random(seed)
+    rows = own + rng.sample(general, round(len(own) * share / (1 - share)))
+    rng.shuffle(rows)
+    return rows
+
+
+def mixture_by_numpy(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    rng = numpy.random.default_rng(seed)
+    count = int(len(own) * share / (1 - share))
+    return [str(row) for row in rng.permutation([*own, *rng.choice(general, count, replace=False)])]
+
+
+@pytest.mark.parametrize("right", [mixture, mixture_by_numpy])
+def test_any_right_mixture_passes(right: Callable[..., Any]) -> None:
+    assert checks.ex_09_2(right).startswith("✓")
+
+
+def in_place(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    own.extend(general[:30])
+    return own
+
+
+def shuffled(rows: Rows, seed: int) -> Rows:
+    return random.Random(seed).sample(rows, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(len(g) * s)), seed), "Half of the general rows"),
+        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(2 * len(o) * s)), seed), "not 12"),
+        (lambda o, g, s, seed: mixture(o, g, s * len(o) / (len(o) + s * len(o)), seed), "not 15"),
+        (lambda o, g, s, seed: mixture(o, g, s, seed) if s == 0.5 else shuffled(o + g[: round(len(o) * s)], seed), "fifth of the own rows"),
+        (lambda o, g, s, seed: o + random.Random(seed).choices(g, k=30), "without replacement"),
+        (lambda o, g, s, seed: shuffled(o + g[: round(len(o) * s / (1 - s))], seed), "Another seed"),
+        (lambda o, g, s, seed: mixture(o, g, s, random.randrange(10**9)), "same seed"),
+        (lambda o, g, s, seed: o + random.Random(seed).sample(g, round(len(o) * s / (1 - s))), "not shuffled"),
+        (lambda o, g, s, seed: mixture(o[1:], g, s, seed), "All own rows"),
+        (in_place, "was changed"),
+        (lambda o, g, s, seed: len(o), "Return a list"),
+        (0.5, "Expected a function"),
+    ],
+)
+def test_each_wrong_mixture_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_09_2(wrong)
+
+
+Spans = dict[str, tuple[tuple[float, float], tuple[float, float]]]
+
+
+def test_the_right_rule_for_shipping_passes_whatever_it_returns_the_names_in() -> None:
+    def rule(adapters: Spans, margin: float) -> Any:
+        return (name for name, (gain, loss) in adapters.items() if gain[0] > 0 and -loss[0] <= margin)
+
+    for kind in (list, tuple, set):
+        assert checks.ex_09_3(lambda adapters, margin, kind=kind: kind(rule(adapters, margin))).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -410,3 +487,18 @@ def test_each_wrong_comprehensiveness_has_its_hint(wrong: Any, hint: str) -> Non
 def test_each_wrong_way_to_collect_a_stream_has_its_hint(wrong: Any, hint: str) -> None:
     with pytest.raises(checks.NotYet, match=hint):
         checks.ex_08_3(wrong)
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0], "surely loses 0.20"),
+        (lambda a, m: [n for n, (i, o) in a.items() if sum(i) > 0 and o[0] >= -m], "a gain is not sure"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and o[1] >= -m], "down to -0.15"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and sum(o) / 2 >= -m], "down to -0.15"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and o[0] > 0], "although the margin is 0.05"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and -m <= o[0] <= 0], "gains on both sides"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and o[0] >= -0.05], "does your rule use the margin"),
+        (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and o[0] >= -min(m, 0.1)], "only the gain decides"),
+        (lambda a, m: True, "Return the names"),
+        ([], "Expected a function"),
+    ],
+)
+def test_each_wrong_rule_for_shipping_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_09_3(wrong)

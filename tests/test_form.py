@@ -18,6 +18,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*_*.ipynb"))
 EVERY = [*LESSONS, *sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))]
 PARAMETERS = {"profile", "source", "data_path", "model_path", "rows", "max_steps", "lora_r", "seed", "out"}
+FURTHER = {"09_specialise": {"specialty", "mixing"}}  # parameters that one lesson alone has, after those of all
 
 
 def _read(path: Path) -> Any:
@@ -43,7 +44,7 @@ every = pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{
 def test_the_six_lessons_are_there_and_each_is_in_notebooks_toml() -> None:
     listed = tomllib.loads((Path(__file__).parent / "notebooks.toml").read_text())
     assert [p.stem for p in LESSONS] == sorted(listed)
-    assert [p.stem[:2] for p in LESSONS] == ["01", "02", "03", "04", "05", "06"]
+    assert [p.stem[:2] for p in LESSONS] == ["01", "02", "03", "04", "05", "06", "09"]
     for name, entry in listed.items():
         assert {"tier", "timeout", "parameters", "expect"} <= set(entry), name
 
@@ -109,7 +110,7 @@ def test_opens_by_the_contract(path: Path) -> None:
     code = _code(notebook)
     assert [c["metadata"].get("tags") for c in code[:2]] == [["install"], ["parameters"]]
     assert "-U" not in _source(code[0]) and "google.colab" in _source(code[0])
-    assert set(course.parameters_of(path)) == PARAMETERS
+    assert set(course.parameters_of(path)) == PARAMETERS | FURTHER.get(path.stem, set())
     assert course.parameters_of(path)["profile"] == '"auto"'
     assert "profiles.resolve(" in _source(code[2])
 
@@ -117,7 +118,10 @@ def test_opens_by_the_contract(path: Path) -> None:
 @lesson
 def test_installs_and_sets_its_parameters_like_every_other_lesson(path: Path) -> None:
     here, first = (_code(_read(p))[:3] for p in (path, LESSONS[0]))
-    assert [_source(c) for c in here] == [_source(c) for c in first]
+    for number, (mine, others) in enumerate(zip(here, first, strict=True)):
+        further = _source(mine).removeprefix(_source(others)).strip().splitlines()
+        assert _source(mine).startswith(_source(others))
+        assert {line.split(" = ")[0] for line in further} == (FURTHER.get(path.stem, set()) if number == 1 else set())
 
 
 @lesson
