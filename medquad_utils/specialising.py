@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def ensure(plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None
 
     Training goes on from the adapter in ``start``, or begins afresh on the base; ``settings`` replace fields of the ``SFTConfig``.
     What is there is used if plan, rows, start and settings are the same. A run that was cut off goes on from its last checkpoint.
+    ``max_steps`` is a limit here: it never makes a run longer than its epochs.
 
     Raises:
         CourseError: an adapter of another base, a pre-flight check that fails, an adapter that does not learn, a full disk.
@@ -105,6 +107,9 @@ def ensure(plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None
     quiet = {"eval_strategy": "no", "save_strategy": "no"}  # ten checkpoints are made all the same, see training.watch
     trainer = training.build_trainer(plan, model, tokenizer, Splits(list(rows), [], []), work, **quiet | settings)
     training.require(training.preflight(plan, tokenizer, rows, trainer))
+    if trainer.args.max_steps > 0:
+        whole = math.ceil(len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs)
+        trainer.args.max_steps = min(whole, trainer.args.max_steps)
     checkpoint = training.last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     training.require_learning(trainer.model)

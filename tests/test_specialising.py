@@ -78,8 +78,8 @@ def test_parts_sort_a_split_and_move_no_row_across_it(plan: Plan, tokenizer: Any
 
 def test_parts_are_as_large_as_the_plan_says_and_fit(plan: Plan, tokenizer: Any, splits: data.Splits, rows: specialising.Parts) -> None:
     assert rows.sizes() == {"own": 14, "general": 14, "inside": 6, "outside": 6}
-    short = dataclasses.replace(plan, max_length=60, rows=0, eval_rows=0)
-    with pytest.raises(CourseError, match=r"'cardiology' leaves too few rows that fit into 60 tokens: .*\d rows inside \(at least 5\)"):
+    short = dataclasses.replace(plan, max_length=58, rows=0, eval_rows=0)
+    with pytest.raises(CourseError, match=r"'cardiology' leaves too few rows that fit into 58 tokens: .*2 rows inside \(at least 5\)"):
         specialising.parts(short, tokenizer, splits, "cardiology")
 
 
@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_the_first_adapter_and_leaves_it_alone(plan: Plan, tr
     before, after = weights(tiny_adapter), weights(trained)
     assert before.keys() == after.keys()
     moved = [float((after[k] - before[k]).norm() / before[k].norm()) for k in before if "lora_B" in k]
-    assert 0 < min(moved), "every adapter learned"
+    assert min(moved) > 0, "every adapter learned"
     assert max(moved) < 0.5, "and is still close to where it started: a fresh lora_B would have lost all of it"
     record = json.loads((trained / "plan.json").read_text())
     assert record["steps"] == 2
@@ -170,11 +170,16 @@ def test_what_is_there_is_used_again_until_rows_start_or_settings_differ(
 
 
 def test_a_run_from_the_base_with_settings_of_its_own(plan: Plan, rows: specialising.Parts) -> None:
-    folder = specialising.ensure(plan, "fresh", rows.own, max_steps=1)
+    folder = specialising.ensure(plan, "fresh", rows.own, learning_rate=1e-4)
     record = json.loads((folder / "plan.json").read_text())
-    assert (record["steps"], record["recipe"]["start"]) == (1, "base")
+    assert (record["steps"], record["recipe"]["start"]) == (2, "base")
     largest = max(float(v.abs().max()) for k, v in weights(folder).items() if "lora_B" in k)
-    assert 0 < largest <= 1.01 * plan.learning_rate, "one step of AdamW away from zero"
+    assert 0 < largest <= 1.01e-4, "the first step of a warm-up has a rate of 0, so this is one step of AdamW away from zero"
+
+
+def test_a_limit_of_steps_never_makes_a_run_longer_than_its_epochs(plan: Plan, rows: specialising.Parts) -> None:
+    folder = specialising.ensure(dataclasses.replace(plan, max_steps=50), "whole", rows.own[:8], num_train_epochs=1)
+    assert 2 <= json.loads((folder / "plan.json").read_text())["steps"] <= 4, "eight rows fill two to four of 256 tokens"
 
 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
@@ -235,7 +240,7 @@ def test_adapters_of_different_bases_are_refused_by_name_before_anything_is_load
         (foreign / "plan.json").write_text(json.dumps(record | change))
         with pytest.raises(CourseError, match=r"different bases .*: 'heart' was trained on embedded .*, 'foreign' on ") as caught:
             generation.load_adapters(plan, {"heart": trained, "foreign": foreign})
-        assert list(change.values())[0] in str(caught.value)
+        assert next(iter(change.values())) in str(caught.value)
         assert "\n" not in str(caught.value)
     (foreign / "plan.json").unlink()
     config = json.loads((foreign / "adapter_config.json").read_text())
