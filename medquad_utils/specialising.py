@@ -42,8 +42,9 @@ class Parts:
 
 
 def parts(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits, specialty: str | Specialty, least: int = 50) -> Parts:
-    """The rows of ``splits`` in and outside of a specialty, as many as the plan says, those that fit into ``max_length``.
+    """The rows of ``splits`` in and outside of a specialty, those that fit into ``max_length``.
 
+    As many as the plan says; of its own rows at most half as many: every one is seen by several runs.
     The split by disease stays: training rows come from the training part. Nothing is chosen by the validation rows here, so they
     are held out as well as the test rows, and a small field has more questions to be judged by.
 
@@ -58,7 +59,7 @@ def parts(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits, specia
     inside = select(held_out, specialty, 0)
     chosen = {id(row) for row in own + inside}
     general, outside = ([row for row in rows if id(row) not in chosen] for rows in (splits.train, held_out))
-    found = Parts(drawn(own, plan.rows), drawn(general, plan.rows), drawn(inside, plan.eval_rows), drawn(outside, plan.eval_rows))
+    found = Parts(drawn(own, -(-plan.rows // 2)), drawn(general, plan.rows), drawn(inside, plan.eval_rows), drawn(outside, plan.eval_rows))
     needed = {"own": 1, "general": 1, "inside": FEW, "outside": FEW}
     if short := [f"{len(getattr(found, part))} rows {part} (at least {n})" for part, n in needed.items() if len(getattr(found, part)) < n]:
         name = specialty if isinstance(specialty, str) else specialty.names
@@ -114,7 +115,8 @@ def ensure(plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     training.require_learning(trainer.model)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    training.save_adapter(plan, trainer, folder=folder, recipe=recipe, steps=trainer.state.global_step, losses=losses)
+    more = {"recipe": recipe, "steps": trainer.state.global_step, "losses": losses}
+    training.save_adapter(plan, trainer, folder=folder, more=more)
     shutil.rmtree(work, ignore_errors=True)
     return folder
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,7 +289,11 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
 
 
 def save_adapter(
-    plan: Plan, trainer: SFTTrainer, weights: dict[str, torch.Tensor] | None = None, folder: Path | None = None, **more: Any
+    plan: Plan,
+    trainer: SFTTrainer,
+    weights: dict[str, torch.Tensor] | None = None,
+    folder: Path | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``folder`` (default: ``runs/<profile>/adapter``) with adapter, tokenizer and plan, whole or not at all; returns it.
 
@@ -300,7 +304,7 @@ def save_adapter(
         with whole_folder(folder) as fresh:
             trainer.model.save_pretrained(fresh, state_dict=weights)
             trainer.processing_class.save_pretrained(fresh)
-            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | more)
+            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | dict(more or {}))
     except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
         reason = getattr(error, "strerror", None) or error
         raise CourseError(f"cannot save the adapter: {reason}. The older one is untouched; free some space.") from error

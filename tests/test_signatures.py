@@ -166,6 +166,7 @@ PASSED_ON: dict[str, set[str]] = {
     "transformers.AutoModel.from_pretrained": MODEL_LOADING,
     "nbconvert.HTMLExporter": set(HTMLExporter.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
+    "medquad_utils.specialising.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.plots.figure": set(inspect.signature(resolve("matplotlib.figure.Figure.subplots")).parameters),
