@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -331,16 +331,18 @@ def ask(
 
 
 def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 128) -> Iterator[str]:
-    """Yield the greedy answer piece by piece while it is being generated."""
-    from transformers import TextIteratorStreamer
+    """Yield the greedy answer piece by piece while it is being generated; closing the iterator ends the generation at its next token."""
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     encoded = tokenizer.apply_chat_template(
         prompt_messages(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
+    left = Event()  # nobody reads any more
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
     settings = {
         **encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "do_sample": False,
         "eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.full(ids.shape[:1], left.is_set(), device=ids.device)]),
     }  # fmt: skip
     failure: list[Exception] = []
 
@@ -354,8 +356,11 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
 
     worker = Thread(target=work, daemon=True)
     worker.start()
-    yield from streamer
-    worker.join()
+    try:
+        yield from streamer
+    finally:
+        left.set()
+        worker.join()
     if failure:
         raise failure[0]
 
