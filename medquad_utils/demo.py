@@ -404,7 +404,7 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", "") or str(error)
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         advice = f"Stop the other program, or take another port: medquad demo --port {port + 1 if 0 < port < 65535 else PORT}"
         raise CourseError(f"port {port} of {host} cannot be had ({why}). {advice}") from error
 

@@ -119,6 +119,17 @@ def test_the_streamed_pieces_joined_are_the_answer(model: Any, tokenizer: Any, q
     assert len(pieces) > 1
 
 
+def test_closing_a_stream_ends_the_generation_at_its_next_token(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    generate, endless = model.generate, {"suppress_tokens": chat.end_ids(tokenizer)}
+    monkeypatch.setattr(model, "generate", lambda **settings: made.append(generate(**settings, **endless).shape[1]))
+    pieces = generation.stream(model, tokenizer, QUESTIONS[0], 200)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    (length,) = made  # it has waited for the end
+    assert length < 200
+
+
 def test_a_stream_that_fails_raises_instead_of_waiting_for_ever(model: Any, tokenizer: Any) -> None:
     caught: list[BaseException] = []
 

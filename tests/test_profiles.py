@@ -385,6 +385,7 @@ ORDER = (
     "medquad_utils.model_card",
     "medquad_utils.publishing",
     "medquad_utils.serving",
+    "medquad_utils.demo",
     "medquad_utils.course",
     "medquad_utils.cli",
 )
