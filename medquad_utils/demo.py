@@ -182,12 +182,12 @@ def _sources(hits: Sequence[Hit], supports: Sequence[Support]) -> str:
     if not hits:
         return f'<p class="sources">{html.escape(NO_SOURCE[0].upper() + NO_SOURCE[1:])}.</p>'
     close = sum(support.hit is not None for support in supports)
-    about = f"Looked up after the answer, which was given without them; {close} of its {len(supports)} sentences stand close to one."
+    about = f"Looked up after the answer, which was given without them. Sentences with a close passage: {close} of {len(supports)}."
     return f'<div class="sources"><strong>Sources</strong><ol>{"".join(map(_source, hits))}</ol><p>{about}</p></div>'
 
 
 def _source(hit: Hit) -> str:
-    title, url = html.escape(hit.title), hit.url or ""
+    title, url = html.escape(f"{hit.title}: {hit.row['qtype']}" if hit.row["qtype"] else hit.title), hit.url or ""
     if url.startswith(("https://", "http://")):
         title = f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{title}</a>'
     return f"<li>{' · '.join([title, *(html.escape(text) for text in (hit.source, url, hit.note) if text)])}</li>"
@@ -205,7 +205,7 @@ class Chat:
         """The conversation as Gradio's chat takes it."""
         found = []
         for turn in self.turns:
-            found.append({"role": "user", "content": html.escape(turn.question)})
+            found.append({"role": "user", "content": f'<p class="question">{html.escape(turn.question)}</p>'})
             if turn.markup:
                 found.append({"role": "assistant", "content": turn.markup})
         return found
@@ -253,18 +253,23 @@ class Chat:
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 STYLE = """
-.gradio-container { max-width: 72rem !important; margin: 0 auto; padding: .75rem !important }
+.gradio-container main { max-width: 72rem !important; padding: .75rem .75rem 5rem !important }
 #head h1 { font-size: 1.35rem; margin: 0 } #head p { margin: .1rem 0 0; color: var(--body-text-color-subdued) }
-#chat { height: calc(100dvh - 17.5rem) !important; min-height: 18rem !important }
-#chat .answer, #chat .user { white-space: pre-wrap } #chat p { margin: 0 0 .4rem; overflow-wrap: anywhere }
-#chat .arm { font-size: .8rem; color: var(--body-text-color-subdued); margin: 0 }
-#chat .flag { border: 2px solid #b3261e; background: #fdecea; color: #410e0b; border-radius: .4rem; padding: .6rem .8rem; margin: 0 }
+#chat { height: calc(100dvh - 16rem) !important; min-height: 16rem !important }
+#chat p { margin: 0; overflow-wrap: anywhere } #chat .answer, #chat .question { white-space: pre-wrap }
+#chat .arm { font-size: .8rem; color: var(--body-text-color-subdued) }
+#chat .flag { border: 2px solid #b3261e; border-radius: .4rem; background: #fdecea; color: #410e0b; padding: .6rem .8rem }
+#chat .flag + p { margin-top: .6rem }
 #chat .problem { border-left: 4px solid #d55e00; padding-left: .6rem }
-#chat .sources { font-size: .85rem; border-top: 1px solid var(--border-color-primary); padding-top: .4rem; overflow-wrap: anywhere }
+#chat .sources { font-size: .85rem; margin-top: .5rem; border-top: 1px solid var(--border-color-primary); overflow-wrap: anywhere }
 #chat .sources ol { margin: .2rem 0 .4rem; padding-left: 1.4rem; list-style: decimal }
-#notice { position: sticky; bottom: 0; z-index: 10; background: var(--body-background-fill); padding: .4rem 0 }
-#notice p { margin: 0; border-left: 4px solid #d55e00; padding-left: .6rem; font-size: .85rem }
+#notice { position: fixed; inset: auto 0 0 0; z-index: 10; background: var(--body-background-fill) }
+#notice p { max-width: 70rem; margin: .5rem auto; padding: 0 .75rem; border-left: 4px solid #d55e00; font-size: .8rem; line-height: 1.35 }
 .dark #chat .flag { background: #5c1a16; color: #ffdad6; border-color: #f2b8b5 }
+@media (max-width: 48rem) {
+  .gradio-container main { padding-bottom: 8rem !important }
+  #chat { height: calc(100dvh - 22rem) !important } #chat .bubble-wrap { padding: .5rem !important }
+}
 """
 # Nothing but this server is asked for anything. Gradio's page runs inline scripts, and compiles its templates.
 POLICY = (
@@ -284,7 +289,7 @@ def page(bot: Bot) -> Blocks:
                 talk = gradio.Chatbot(
                     elem_id="chat", show_label=False, render_markdown=False, sanitize_html=True, allow_tags=False, latex_delimiters=[],
                     buttons=[], feedback_options=None, examples=[{"text": question} for question in THREE_QUESTIONS],
-                    allow_file_downloads=False, layout="bubble",
+                    allow_file_downloads=False, layout="bubble", placeholder="Ask about a disease, or begin with one of these.",
                 )  # fmt: skip
                 box = gradio.Textbox(
                     label="Your question",
@@ -298,10 +303,12 @@ def page(bot: Bot) -> Blocks:
                 arm = gradio.Radio([(ARMS[name], name) for name in bot.arms], value="tuned", label="Who answers")
                 kinds = [(name or "as typed", name) for name in QTYPES]
                 qtype = gradio.Dropdown(
-                    kinds, value="", label="Type of question", info="Makes one of MedQuAD's questions of a disease's name."
+                    kinds, value="", label="Type of question", elem_id="qtype", info="Makes one of MedQuAD's questions of a disease's name."
                 )
                 most = bot.plan.max_new_tokens
-                length = gradio.Slider(SHORTEST, most, value=most, step=8, label="Length", info="Tokens of an answer, at most.")
+                length = gradio.Slider(
+                    SHORTEST, most, value=most, step=8, label="Length", elem_id="length", info="Tokens of an answer, at most."
+                )
         gradio.HTML(_notice(bot.plan), elem_id="notice")
         _wire(gradio, bot, state, talk, box, [qtype, arm, length])
     app.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
@@ -342,13 +349,12 @@ def _wire(gradio: Any, bot: Bot, state: Any, talk: Any, box: Any, controls: Sequ
 
 
 def _head(plan: Plan) -> str:
-    about = f"{plan.model_id} tuned on MedQuAD" if plan.model_id != "embedded" else "The embedded tiny model, tuned on the course's sample"
-    return f"<h1>Ask the tuned model</h1><p>{html.escape(about)}. It answers each question by itself, and does not see earlier ones.</p>"
+    about = EMBEDDED if plan.model_id == "embedded" else f"{plan.model_id}, tuned on MedQuAD."
+    return f"<h1>Ask the tuned model</h1><p>{html.escape(about)} It does not see earlier questions.</p>"
 
 
 def _notice(plan: Plan) -> str:
-    notices = [NOTICE, *([EMBEDDED] if plan.model_id == "embedded" else []), *filter(None, [licence_of(plan.model_id).built])]
-    return f"<p>{html.escape(' '.join(notices))}</p>"
+    return f"<p>{html.escape(' '.join(filter(None, [NOTICE, licence_of(plan.model_id).built])))}</p>"
 
 
 def _gradio() -> Any:
@@ -420,7 +426,11 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     app, gradio = page(bot), _gradio()
     from starlette.middleware import Middleware
 
-    theme = gradio.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gradio.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",  # Gradio's own are too pale to read
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+    )  # fmt: skip
     try:
         app.launch(
             server_name=host, server_port=port, share=False, inbrowser=False, inline=False, quiet=True, prevent_thread_lock=True,

@@ -145,8 +145,8 @@ class Tab:
 
     def __init__(self, browser: Browser, address: str, **settings: Any) -> None:
         self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | settings))
-        self.context.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        self.context.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
         self.page: Page = self.context.new_page()
         self.requests: list[str] = []
         self.said: list[str] = []
@@ -237,10 +237,10 @@ def test_the_switch_takes_the_adapter_off_and_puts_it_on_again(tab: Tab, bot: de
 
 
 def test_type_and_length_shape_the_question_and_the_answer(tab: Tab, bot: demo.Bot) -> None:
-    tab.page.get_by_role("listbox", name="Type of question").click()
+    tab.page.locator("#qtype input").click()
     tab.page.get_by_role("option", name="treatment").click()
-    tab.page.get_by_role("spinbutton").fill("16")
-    tab.page.get_by_role("spinbutton").press("Tab")
+    tab.page.locator("#length input[type=number]").fill("16")
+    tab.page.locator("#length input[type=number]").press("Tab")
     tab.ask("gout")
     expect(tab.page.locator("#chat .sources")).to_be_visible()
     expect(tab.page.locator("#chat .user")).to_contain_text("What are the treatments for gout?")
@@ -274,8 +274,7 @@ def test_what_a_person_or_the_model_writes_is_text(tab: Tab, server: str) -> Non
     expect(tab.page.locator("#chat .answer")).to_have_count(1)
     written = "".join(script.pieces("markup") or ()).strip()
     assert tab.answers() == [written]
-    (bubble,) = tab.page.locator("#chat .user .md, #chat .user.message").all_text_contents()[:1]
-    assert tidy_question(asked) in bubble
+    assert tab.page.locator("#chat .question").all_text_contents() == [tidy_question(asked)]
     assert tab.page.locator("#chat :is(script, svg[onload], b, em, h1, [onerror], .katex)").count() == 0
     assert tab.page.locator("#chat .message img").count() == 0
     assert tab.page.evaluate("typeof hacked") == "undefined"
@@ -520,7 +519,7 @@ def test_sources_are_named_with_their_page_and_age_and_no_text_of_theirs_becomes
         ARCHIVED,
         NASTY,
         "javascript:alert(1)",
-        "1 of its 2 sentences",
+        "a close passage: 1 of 2",
     ):
         assert text in found.text
     nothing = Markup(replace(turn, hits=(), supports=()).markup).text
