@@ -446,7 +446,7 @@ def test_there_is_no_way_around_the_page(server: str) -> None:
     assert user.client.post("gradio_api/queue/join", content=iter([b"x"])).status_code == 413, "a body of unknown length"
     assert user.client.post("gradio_api/upload", files={"files": b"more than a byte"}).status_code == 413
     config = user.client.get("config").json()
-    assert (config["analytics_enabled"], config["is_space"], config["footer_links"]) == (False, False, [])
+    assert (config["analytics_enabled"], config["footer_links"]) == (False, [])
 
 
 def test_the_length_that_a_client_sends_is_bounded(bot: demo.Bot, monkeypatch: pytest.MonkeyPatch) -> None:
