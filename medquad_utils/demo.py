@@ -263,7 +263,8 @@ STYLE = """
 #chat .problem { border-left: 4px solid #d55e00; padding-left: .6rem }
 #chat .sources { font-size: .85rem; margin-top: .5rem; border-top: 1px solid var(--border-color-primary); overflow-wrap: anywhere }
 #chat .sources ol { margin: .2rem 0 .4rem; padding-left: 1.4rem; list-style: decimal }
-#notice { position: fixed; inset: auto 0 0 0; z-index: 10; background: var(--body-background-fill) }
+#notice { position: fixed; inset: auto 0 0 0; z-index: 1000 }
+#notice, #notice > *, #notice p { background: var(--body-background-fill) !important }
 #notice p { max-width: 70rem; margin: .5rem auto; padding: 0 .75rem; border-left: 4px solid #d55e00; font-size: .8rem; line-height: 1.35 }
 .dark #chat .flag { background: #5c1a16; color: #ffdad6; border-color: #f2b8b5 }
 @media (max-width: 48rem) {
