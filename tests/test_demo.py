@@ -474,7 +474,7 @@ def test_the_types_of_question_are_the_ones_that_the_rows_have() -> None:
     [
         ("gout", "", "gout"),
         ("gout ", "causes", "What causes gout?"),
-        ("gout?", "inheritance", "Is gout inherited?"),
+        ("gout?", "inheritance", "gout?"),
         ("Who is at risk for Gout? ?", "causes", "What causes Gout?"),
         ("Does tea help against gout?", "causes", "Does tea help against gout?"),
         ("  ", "causes", "  "),
