@@ -593,6 +593,8 @@ def ex_07_3(answer: Any) -> str:
     _need(abs(fall(0)) < 1e-6, "With no word deleted, nothing falls.")
     _need(abs(fall(5) - without(set(range(5)))) < 1e-6, "With all words deleted, an empty list goes to log_p.")
     return _well_done("Right: deleted, not zeroed, and the answer itself says whether the words mattered.")
+
+
 # ---- lesson 08 ------------------------------------------------------------------------------------------------------
 
 
@@ -663,6 +665,8 @@ def ex_08_3(answer: Any) -> str:
     _need(text == "Gout hurts." and whole, "The last piece may bring text and reason together: lose neither.")
     _need(told() == ("", False), "Of a stream that brought nothing the text is empty, and not whole.")
     return _well_done("Right: an answer that was cut looks like a short one; only the reason tells them apart.")
+
+
 # ---- lesson 09 ------------------------------------------------------------------------------------------------------
 
 

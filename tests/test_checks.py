@@ -165,57 +165,6 @@ def test_any_right_support_passes(right: Callable[..., Any]) -> None:
 
 def total(words: Any, weight: Weight) -> float:
     return sum(map(weight, words))
-# ---- lesson 08: names, typed numbers, streams -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("answer", ["bce", "b, c, e", "E C B", {"b", "c", "e"}, ["c", "e", "b"]])
-def test_the_names_that_may_go_out_pass_in_any_form(answer: Any) -> None:
-    assert checks.ex_08_1(answer).startswith("✓")
-
-
-@pytest.mark.parametrize(
-    ("answer", "hint"),
-    [
-        ("abce", "a: the licence says where"), ("bcde", "d: look at every character"), ("bcef", "f: what is a model derived from"),
-        ("ce", "keeps every rule"), ("be", "SmolLM2"), ("bc", "tuned from a derived model"), ("xb", "names are a to f"),
-        (3, "Expected letters"),
-    ],
-)  # fmt: skip
-def test_each_wrong_choice_of_names_has_its_hint(answer: Any, hint: str) -> None:
-    with pytest.raises(checks.NotYet, match=hint):
-        checks.ex_08_1(answer)
-
-
-def flat(metrics: dict[str, Any]) -> list[Any]:
-    return [v for value in metrics.values() for v in (flat(value) if isinstance(value, dict) else [value])]
-
-
-def written(text: str) -> list[str]:
-    return re.findall(r"\d[\d,]*(?:\.\d+)?", text)
-
-
-def decimals(number: str) -> int:
-    return len(number.partition(".")[2])
-
-
-def by_rounding(text: str, metrics: dict[str, Any]) -> list[str]:
-    known = flat(metrics)
-    return [n for n in written(text) if all(round(v, decimals(n)) != float(n.replace(",", "")) for v in known)]
-
-
-def by_writing(text: str, metrics: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(n for n in written(text) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(metrics)})
-
-
-@pytest.mark.parametrize("right", [by_rounding, by_writing])
-def test_every_right_way_to_find_typed_numbers_passes(right: Any) -> None:
-    assert checks.ex_08_2(right).startswith("✓")
-# ---- lesson 09 ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("right", [40, 40.0, numpy.int64(40)])
-def test_the_number_of_general_rows_passes(right: Any) -> None:
-    assert checks.ex_09_1(right).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -285,111 +234,6 @@ def every_set_alike(words: Sequence[str], worth: Worth) -> dict[str, float]:
 
 def in_reading_order(words: Sequence[str], worth: Worth) -> dict[str, float]:
     return {word: worth(words[: n + 1]) - worth(words[:n]) for n, word in enumerate(words)}
-        (lambda t, m: [], "0.99 is in no metric"),
-        (lambda t, m: "0.99", "Return a list"),
-        (lambda t, m: written(t), "digit for digit"),
-        (lambda t, m: [n for n in written(t) if n not in [str(v) for v in flat(m)]], "rounded to two decimals"),
-        (lambda t, m: by_rounding(t, {k: v for k, v in m.items() if not isinstance(v, dict)}), "Metrics lie inside metrics"),
-        (lambda t, m: by_rounding(t, m | m["safety"]["overall"] | {"share": 0, "safety": {}}), "Two dicts deep"),
-        (lambda t, m: by_rounding(t.replace(",", " "), m), "the comma only parts"),
-        (
-            lambda t, m: [n for n in written(t) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(m) if v != 98}],
-            "written with no decimals",
-        ),
-        (lambda t, m: [n for n in written(t) if min(abs(v - float(n.replace(",", ""))) for v in flat(m)) > 0.01], "nearness is no proof"),
-        (lambda t, m: by_rounding(t, m)[::-1], "in the order of the text"),
-        (lambda t, m: by_rounding(t, m) or ["0"] * ("no" in t), "nothing to prove"),
-        (lambda t, m: t.nothing, "stopped with AttributeError"),
-        ("0.99", "Expected a function"),
-    ],
-)
-def test_each_wrong_way_to_find_typed_numbers_has_its_hint(wrong: Any, hint: str) -> None:
-    with pytest.raises(checks.NotYet, match=hint):
-        checks.ex_08_2(wrong)
-
-
-def put_together(pieces: list[dict[str, Any]]) -> tuple[str, bool]:
-    text, whole = "", False
-    for piece in pieces:
-        text += piece["content"] or ""
-        whole = whole or piece["finish_reason"] == "stop"
-    return text, whole
-
-
-@pytest.mark.parametrize("right", [put_together, lambda pieces: list(put_together(pieces))])
-def test_every_right_way_to_collect_a_stream_passes(right: Any) -> None:
-    assert checks.ex_08_3(right).startswith("✓")
-        (30, "quarter of the own rows"), (160, "in all"), (360, "other way round"), (90, "three quarters"),
-        (39, "24.5% .*more are needed"), (41, "25.5% .*fewer are needed"), (0, "Some general"), (-3, "Some general"),
-        ("many", "Expected a number"),
-    ],
-)  # fmt: skip
-def test_each_wrong_number_of_general_rows_has_its_hint(wrong: Any, hint: str) -> None:
-    with pytest.raises(checks.NotYet, match=hint):
-        checks.ex_09_1(wrong)
-
-
-Rows = list[str]
-
-
-def mixture(own: Rows, general: Rows, share: float, seed: int) -> Rows:
-    rng = random.Random(seed)
-    rows = own + rng.sample(general, round(len(own) * share / (1 - share)))
-    rng.shuffle(rows)
-    return rows
-
-
-def mixture_by_numpy(own: Rows, general: Rows, share: float, seed: int) -> Rows:
-    rng = numpy.random.default_rng(seed)
-    count = int(len(own) * share / (1 - share))
-    return [str(row) for row in rng.permutation([*own, *rng.choice(general, count, replace=False)])]
-
-
-@pytest.mark.parametrize("right", [mixture, mixture_by_numpy])
-def test_any_right_mixture_passes(right: Callable[..., Any]) -> None:
-    assert checks.ex_09_2(right).startswith("✓")
-
-
-def in_place(own: Rows, general: Rows, share: float, seed: int) -> Rows:
-    own.extend(general[:30])
-    return own
-
-
-def shuffled(rows: Rows, seed: int) -> Rows:
-    return random.Random(seed).sample(rows, len(rows))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "hint"),
-    [
-        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(len(g) * s)), seed), "Half of the general rows"),
-        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(2 * len(o) * s)), seed), "not 12"),
-        (lambda o, g, s, seed: mixture(o, g, s * len(o) / (len(o) + s * len(o)), seed), "not 15"),
-        (lambda o, g, s, seed: mixture(o, g, s, seed) if s == 0.5 else shuffled(o + g[: round(len(o) * s)], seed), "fifth of the own rows"),
-        (lambda o, g, s, seed: o + random.Random(seed).choices(g, k=30), "without replacement"),
-        (lambda o, g, s, seed: shuffled(o + g[: round(len(o) * s / (1 - s))], seed), "Another seed"),
-        (lambda o, g, s, seed: mixture(o, g, s, random.randrange(10**9)), "same seed"),
-        (lambda o, g, s, seed: o + random.Random(seed).sample(g, round(len(o) * s / (1 - s))), "not shuffled"),
-        (lambda o, g, s, seed: mixture(o[1:], g, s, seed), "All own rows"),
-        (in_place, "was changed"),
-        (lambda o, g, s, seed: len(o), "Return a list"),
-        (0.5, "Expected a function"),
-    ],
-)
-def test_each_wrong_mixture_has_its_hint(wrong: Any, hint: str) -> None:
-    with pytest.raises(checks.NotYet, match=hint):
-        checks.ex_09_2(wrong)
-
-
-Spans = dict[str, tuple[tuple[float, float], tuple[float, float]]]
-
-
-def test_the_right_rule_for_shipping_passes_whatever_it_returns_the_names_in() -> None:
-    def rule(adapters: Spans, margin: float) -> Any:
-        return (name for name, (gain, loss) in adapters.items() if gain[0] > 0 and -loss[0] <= margin)
-
-    for kind in (list, tuple, set):
-        assert checks.ex_09_3(lambda adapters, margin, kind=kind: kind(rule(adapters, margin))).startswith("✓")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +315,97 @@ def by_first_found(words: list[str], values: list[float], log_p: LogP, k: int) -
 def test_each_wrong_comprehensiveness_has_its_hint(wrong: Any, hint: str) -> None:
     with pytest.raises(checks.NotYet, match=hint):
         checks.ex_07_3(wrong)
+
+
+# ---- lesson 08: names, typed numbers, streams -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["bce", "b, c, e", "E C B", {"b", "c", "e"}, ["c", "e", "b"]])
+def test_the_names_that_may_go_out_pass_in_any_form(answer: Any) -> None:
+    assert checks.ex_08_1(answer).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        ("abce", "a: the licence says where"), ("bcde", "d: look at every character"), ("bcef", "f: what is a model derived from"),
+        ("ce", "keeps every rule"), ("be", "SmolLM2"), ("bc", "tuned from a derived model"), ("xb", "names are a to f"),
+        (3, "Expected letters"),
+    ],
+)  # fmt: skip
+def test_each_wrong_choice_of_names_has_its_hint(answer: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_08_1(answer)
+
+
+def flat(metrics: dict[str, Any]) -> list[Any]:
+    return [v for value in metrics.values() for v in (flat(value) if isinstance(value, dict) else [value])]
+
+
+def written(text: str) -> list[str]:
+    return re.findall(r"\d[\d,]*(?:\.\d+)?", text)
+
+
+def decimals(number: str) -> int:
+    return len(number.partition(".")[2])
+
+
+def by_rounding(text: str, metrics: dict[str, Any]) -> list[str]:
+    known = flat(metrics)
+    return [n for n in written(text) if all(round(v, decimals(n)) != float(n.replace(",", "")) for v in known)]
+
+
+def by_writing(text: str, metrics: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(n for n in written(text) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(metrics)})
+
+
+@pytest.mark.parametrize("right", [by_rounding, by_writing])
+def test_every_right_way_to_find_typed_numbers_passes(right: Any) -> None:
+    assert checks.ex_08_2(right).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda t, m: [], "0.99 is in no metric"),
+        (lambda t, m: "0.99", "Return a list"),
+        (lambda t, m: written(t), "digit for digit"),
+        (lambda t, m: [n for n in written(t) if n not in [str(v) for v in flat(m)]], "rounded to two decimals"),
+        (lambda t, m: by_rounding(t, {k: v for k, v in m.items() if not isinstance(v, dict)}), "Metrics lie inside metrics"),
+        (lambda t, m: by_rounding(t, m | m["safety"]["overall"] | {"share": 0, "safety": {}}), "Two dicts deep"),
+        (lambda t, m: by_rounding(t.replace(",", " "), m), "the comma only parts"),
+        (
+            lambda t, m: [n for n in written(t) if n not in {f"{v:,.{decimals(n)}f}" for v in flat(m) if v != 98}],
+            "written with no decimals",
+        ),
+        (lambda t, m: [n for n in written(t) if min(abs(v - float(n.replace(",", ""))) for v in flat(m)) > 0.01], "nearness is no proof"),
+        (lambda t, m: by_rounding(t, m)[::-1], "in the order of the text"),
+        (lambda t, m: by_rounding(t, m) or ["0"] * ("no" in t), "nothing to prove"),
+        (lambda t, m: t.nothing, "stopped with AttributeError"),
+        ("0.99", "Expected a function"),
+    ],
+)
+def test_each_wrong_way_to_find_typed_numbers_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_08_2(wrong)
+
+
+def put_together(pieces: list[dict[str, Any]]) -> tuple[str, bool]:
+    text, whole = "", False
+    for piece in pieces:
+        text += piece["content"] or ""
+        whole = whole or piece["finish_reason"] == "stop"
+    return text, whole
+
+
+@pytest.mark.parametrize("right", [put_together, lambda pieces: list(put_together(pieces))])
+def test_every_right_way_to_collect_a_stream_passes(right: Any) -> None:
+    assert checks.ex_08_3(right).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
         (lambda p: ("".join(x["content"] for x in p), True), "stopped with TypeError"),
         (lambda p: put_together(p)[0], "Return two things"),
         (lambda p: (p, True), "The first is the text"),
@@ -487,6 +422,95 @@ def test_each_wrong_comprehensiveness_has_its_hint(wrong: Any, hint: str) -> Non
 def test_each_wrong_way_to_collect_a_stream_has_its_hint(wrong: Any, hint: str) -> None:
     with pytest.raises(checks.NotYet, match=hint):
         checks.ex_08_3(wrong)
+
+
+# ---- lesson 09 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right", [40, 40.0, numpy.int64(40)])
+def test_the_number_of_general_rows_passes(right: Any) -> None:
+    assert checks.ex_09_1(right).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (30, "quarter of the own rows"), (160, "in all"), (360, "other way round"), (90, "three quarters"),
+        (39, "24.5% .*more are needed"), (41, "25.5% .*fewer are needed"), (0, "Some general"), (-3, "Some general"),
+        ("many", "Expected a number"),
+    ],
+)  # fmt: skip
+def test_each_wrong_number_of_general_rows_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_09_1(wrong)
+
+
+Rows = list[str]
+
+
+def mixture(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    rng = random.Random(seed)
+    rows = own + rng.sample(general, round(len(own) * share / (1 - share)))
+    rng.shuffle(rows)
+    return rows
+
+
+def mixture_by_numpy(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    rng = numpy.random.default_rng(seed)
+    count = int(len(own) * share / (1 - share))
+    return [str(row) for row in rng.permutation([*own, *rng.choice(general, count, replace=False)])]
+
+
+@pytest.mark.parametrize("right", [mixture, mixture_by_numpy])
+def test_any_right_mixture_passes(right: Callable[..., Any]) -> None:
+    assert checks.ex_09_2(right).startswith("✓")
+
+
+def in_place(own: Rows, general: Rows, share: float, seed: int) -> Rows:
+    own.extend(general[:30])
+    return own
+
+
+def shuffled(rows: Rows, seed: int) -> Rows:
+    return random.Random(seed).sample(rows, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(len(g) * s)), seed), "Half of the general rows"),
+        (lambda o, g, s, seed: shuffled(o + random.Random(seed).sample(g, round(2 * len(o) * s)), seed), "not 12"),
+        (lambda o, g, s, seed: mixture(o, g, s * len(o) / (len(o) + s * len(o)), seed), "not 15"),
+        (lambda o, g, s, seed: mixture(o, g, s, seed) if s == 0.5 else shuffled(o + g[: round(len(o) * s)], seed), "fifth of the own rows"),
+        (lambda o, g, s, seed: o + random.Random(seed).choices(g, k=30), "without replacement"),
+        (lambda o, g, s, seed: shuffled(o + g[: round(len(o) * s / (1 - s))], seed), "Another seed"),
+        (lambda o, g, s, seed: mixture(o, g, s, random.randrange(10**9)), "same seed"),
+        (lambda o, g, s, seed: o + random.Random(seed).sample(g, round(len(o) * s / (1 - s))), "not shuffled"),
+        (lambda o, g, s, seed: mixture(o[1:], g, s, seed), "All own rows"),
+        (in_place, "was changed"),
+        (lambda o, g, s, seed: len(o), "Return a list"),
+        (0.5, "Expected a function"),
+    ],
+)
+def test_each_wrong_mixture_has_its_hint(wrong: Any, hint: str) -> None:
+    with pytest.raises(checks.NotYet, match=hint):
+        checks.ex_09_2(wrong)
+
+
+Spans = dict[str, tuple[tuple[float, float], tuple[float, float]]]
+
+
+def test_the_right_rule_for_shipping_passes_whatever_it_returns_the_names_in() -> None:
+    def rule(adapters: Spans, margin: float) -> Any:
+        return (name for name, (gain, loss) in adapters.items() if gain[0] > 0 and -loss[0] <= margin)
+
+    for kind in (list, tuple, set):
+        assert checks.ex_09_3(lambda adapters, margin, kind=kind: kind(rule(adapters, margin))).startswith("✓")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
         (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0], "surely loses 0.20"),
         (lambda a, m: [n for n, (i, o) in a.items() if sum(i) > 0 and o[0] >= -m], "a gain is not sure"),
         (lambda a, m: [n for n, (i, o) in a.items() if i[0] > 0 and o[1] >= -m], "down to -0.15"),
