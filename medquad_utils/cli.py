@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     publish.add_argument("--repo", required=True, metavar="USER/NAME", help="the repository; of a Llama 3 the NAME begins with llama-3")
     publish.add_argument("--profile", default="auto", metavar="P", help=profile)
     publish.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
-    publish.add_argument("--out", default="", metavar="DIR", help="where the folder goes (default: runs/<profile>/publish)")
+    publish.add_argument("--out", default="", metavar="DIR", help="where the folder goes (default: runs/<profile>/published)")
     publish.add_argument("--merged", action="store_true", help="base and adapter as one model (always so for tiny)")
     publish.add_argument("--licence", default="", metavar="FILE", help="a copy of the base's agreement, where its licence asks for one")
     publish.add_argument("--dry-run", action="store_true", help="build and check the folder, send nothing")
@@ -81,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--profile", default="auto", metavar="P", help=profile)
     explain.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
     explain.add_argument("--out", default="", metavar="FILE.html", help="the page (default: runs/<profile>/explain.html)")
+
+    talk = commands.add_parser("demo", help="chat with the tuned model in a browser, on this machine; or the folder of a Space")
+    talk.add_argument("--profile", default="auto", metavar="P", help=profile)
+    talk.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
+    talk.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1, this machine only)")
+    talk.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
+    talk.add_argument("--space", default="", metavar="DIR", help="serve nothing: write the folder of a Hugging Face Space instead")
+    talk.add_argument("--repo", default="", metavar="USER/NAME", help="the published model that the Space shows (with --space)")
     return top
 
 
@@ -100,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ask": _ask,
             "explain": _explain,
             "publish": _publish,
+            "demo": _demo,
         }[options.command](options)
         sys.stdout.flush()  # a closed pipe shows here, not after the last line of Python
         return status
@@ -234,7 +243,7 @@ def _publish(options: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(options.out) if options.out else plan.folder / "publish"
+    folder = Path(options.out) if options.out else plan.folder / "published"
     licence = Path(options.licence) if options.licence else None
     publishing.build(plan, options.repo, folder, options.merged, licence=licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
@@ -290,6 +299,30 @@ def _explain(options: argparse.Namespace) -> int:
     found = explanation.explain(plan, options.question)
     page = explanation.write_page(found, Path(options.out) if options.out else plan.folder / "explain.html")
     print(f"{found}\n\nwritten: {page.name}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from medquad_utils import profiles
+
+    if bool(options.space) != bool(options.repo):
+        raise CourseError("--space DIR and --repo USER/NAME go together: the folder to write, and the published model that it shows.")
+    plan = profiles.resolve(options.profile, out=options.runs)
+    from transformers.utils import logging
+
+    from medquad_utils import demo
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.space:
+        folder = demo.write_space(Path(options.space), options.repo, plan)
+        print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
+        print(f"to make a Space of it: hf upload {options.repo}-demo {folder} --repo-type space")
+        return 0
+    demo.check_port(options.host, options.port)  # before a model is loaded
+    demo.serve(demo.load(plan), options.host, options.port)
     return 0
 
 

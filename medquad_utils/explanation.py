@@ -106,6 +106,16 @@ def cite(index: Index, question: str, answer: str, k: int = PASSAGES, threshold:
     return hits, supports(index, answer, hits, threshold)
 
 
+def whole_archive(plan: Plan, adapter: Path) -> Index:
+    """All rows of the data that ``adapter`` was trained on: citing a row is no leak, training on it was decided before.
+
+    Raises:
+        CourseError: what ``evaluation.training_rows`` raises.
+    """
+    train, validation, test = (training_rows(plan, adapter, part=part) for part in ("train", "validation", "test"))
+    return archive_index(train, [*validation, *test], validation)
+
+
 def calibrate_support(index: Index, texts: Sequence[str], strangers: Sequence[Sequence[Hit]], share: float = 0.05) -> float:
     """The lowest threshold at which at most ``share`` of the sentences of ``texts`` get a source among ``strangers``.
 
@@ -613,8 +623,6 @@ def check_question(question: str, tokenizer: PreTrainedTokenizerBase, context: i
 def explain(plan: Plan, question: str) -> Explanation:
     """Answer ``question`` with the tuned model of the plan, find sources for the answer, and explain it by leaving words out.
 
-    The archive is all rows of the plan's data: citing a row is no leak, training on it was decided before.
-
     Raises:
         CourseError: an empty question, one that is too long, or no adapter.
     """
@@ -624,8 +632,7 @@ def explain(plan: Plan, question: str) -> Explanation:
     context = int(AutoConfig.from_pretrained(plan.model_source, revision=plan.hub_revision).max_position_embeddings)
     text = check_question(question, tokenizer, context, plan.max_new_tokens)
     model = load_tuned(plan)
-    train, validation, test = (training_rows(plan, plan.folder / "adapter", part=part) for part in ("train", "validation", "test"))
-    index = archive_index(train, [*validation, *test], validation)
+    index = whole_archive(plan, plan.folder / "adapter")
     prompt = Prompt(text)
     answer = ask(model, tokenizer, [text], plan.max_new_tokens)[0]
     hits, supported = cite(index, text, answer.text)

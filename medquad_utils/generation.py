@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,18 +77,67 @@ def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
     Raises:
         CourseError: no adapter there, one that was trained on another base, or a damaged file.
     """
+    return load_adapters(plan, {"default": adapter or plan.folder / "adapter"})
+
+
+def load_adapters(plan: Plan, adapters: Mapping[str, Path], trainable: bool = False) -> PreTrainedModel:
+    """The 4-bit base once, with several adapters beside its weights; ``model.set_adapter(name)`` says which one answers.
+
+    ``adapters`` maps a name of your choice to a folder; the first one is active. They are frozen unless ``trainable``.
+
+    Raises:
+        CourseError: two adapters of different bases; no adapter there, one of another base, or a damaged file.
+    """
     from peft import PeftModel
 
-    folder = adapter or plan.folder / "adapter"
-    check_adapter(plan, folder)
-    base = load_base(plan)
-    try:
-        return PeftModel.from_pretrained(base, folder).eval()  # type: ignore[return-value]
-    except Exception as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
+    check_same_base(adapters)
+    for folder in adapters.values():
+        check_adapter(plan, folder)
+    model: Any = load_base(plan)
+    for number, (name, folder) in enumerate(adapters.items()):
+        try:
+            if number:
+                model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+        except Exception as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
+            raise CourseError(
+                f"the adapter in {folder.name}/ does not load onto {plan.model_id} ({_first_line(error)}). "
+                "Delete the folder and run lesson 04 again."
+            ) from error
+    tuned: PreTrainedModel = model.eval()
+    return tuned
+
+
+def check_same_base(adapters: Mapping[str, Path]) -> None:
+    """Refuse adapters (name -> folder) that were trained on different bases: they cannot take turns on one.
+
+    An adapter of another origin, without the course's ``plan.json``, is judged by the base that its config names.
+
+    Raises:
+        CourseError: names two of them and their bases.
+    """
+    of_base: dict[str, str] = {}
+    for name, folder in adapters.items():
+        of_base.setdefault(_base_of(folder), name)
+    known = [(name, base) for base, name in of_base.items() if base]
+    if len(known) > 1:
+        (one, first), (other, second) = known[:2]
         raise CourseError(
-            f"the adapter in {folder.name}/ does not load onto {plan.model_id} ({_first_line(error)}). "
-            "Delete the folder and run lesson 04 again."
-        ) from error
+            f"adapters of different bases cannot take turns on one: {one!r} was trained on {first}, {other!r} on {second}. "
+            f"Leave one out, or train {other!r} again on {first}."
+        )
+
+
+def _base_of(folder: Path) -> str:
+    """Which base an adapter's folder says that it was trained on; "" if nothing in it says so."""
+    record, config = folder / "plan.json", folder / "adapter_config.json"
+    if record.is_file():
+        made = json.loads(record.read_text())
+        base = made.get("base", "")
+        return " ".join(filter(None, [made.get("model_id"), f"({base})" if base and "@" not in base else ""]))
+    name = json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+    return "" if name is None or Path(name).is_absolute() else str(name)
 
 
 def check_adapter(plan: Plan, folder: Path) -> None:
@@ -282,16 +331,18 @@ def ask(
 
 
 def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 128) -> Iterator[str]:
-    """Yield the greedy answer piece by piece while it is being generated."""
-    from transformers import TextIteratorStreamer
+    """Yield the greedy answer piece by piece while it is being generated; closing the iterator ends the generation at its next token."""
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     encoded = tokenizer.apply_chat_template(
         prompt_messages(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
+    left = Event()  # nobody reads any more
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
     settings = {
         **encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "do_sample": False,
         "eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.full(ids.shape[:1], left.is_set(), device=ids.device)]),
     }  # fmt: skip
     failure: list[Exception] = []
 
@@ -305,8 +356,11 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
 
     worker = Thread(target=work, daemon=True)
     worker.start()
-    yield from streamer
-    worker.join()
+    try:
+        yield from streamer
+    finally:
+        left.set()
+        worker.join()
     if failure:
         raise failure[0]
 

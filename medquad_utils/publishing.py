@@ -7,6 +7,9 @@ import importlib.metadata
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,6 +282,71 @@ def check(folder: Path, repo: str) -> None:
         if values.get("base_model_name_or_path") != data.get("base_model") or not values.get("revision"):
             raise CourseError("adapter_config.json must name the Hub id and the revision of its base: build the folder again.")
     scan(folder, repo)
+    _check_ends(folder)
+
+
+def _check_ends(folder: Path) -> None:
+    """Refuse a generation config with which answers never stop, or that pads with an end token."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from medquad_utils.chat import end_ids
+
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    missing = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
+    if missing:
+        raise CourseError(f"generation_config.json does not stop at {missing[0]}, so answers would run on: build the folder again.")
+    if config.pad_token_id is None or config.pad_token_id in given:
+        raise CourseError("generation_config.json must pad with a token that ends nothing: build the folder again.")
+
+
+def check_numbers(plan: Plan, repo: str, folder: Path, adapter: Path | None = None) -> None:
+    """Refuse a card in which somebody typed a number: every line with a digit has to be one that the run's metrics make.
+
+    Words may be added and lines taken out; the metrics are those of ``plan.folder``, read anew.
+
+    Raises:
+        CourseError: names the line; or the commit of the base is not known.
+    """
+    merged, metrics = (folder / "config.json").is_file(), read_metrics(plan, adapter or plan.folder / "adapter")
+    made = set(card(repo, plan, metrics, merged, base_revision(plan) if plan.on_hub else "").splitlines())
+    for number, line in enumerate((folder / "README.md").read_text(encoding="utf-8").splitlines(), start=1):
+        if line not in made and re.search(r"\d", line):
+            raise CourseError(
+                f"README.md line {number} holds a number that no metric of the run gives ({line.strip()[:80]}): nobody types a result. "
+                "Measure it, or build the folder again."
+            )
+
+
+def snippet_of(folder: Path) -> str:
+    """The Python code that the folder's card shows.
+
+    Raises:
+        CourseError: the card shows none.
+    """
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    if not (code := re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)):
+        raise CourseError(f"the card in {folder.name}/ shows no Python code: build the folder again.")
+    return code.group(1)
+
+
+def run_snippet(folder: Path, repo: str) -> str:
+    """Run the card's code to the letter in a fresh Python; returns what it printed.
+
+    It runs in an empty folder in which ``repo`` leads to ``folder``, as if it had come from the Hub.
+
+    Raises:
+        CourseError: the code fails; names its last line.
+    """
+    code = snippet_of(folder)
+    with tempfile.TemporaryDirectory() as empty:
+        link = Path(empty) / repo
+        link.parent.mkdir(parents=True)
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise CourseError(f"the snippet of the card in {folder.name}/ fails: {(done.stderr.strip().splitlines() or ['no word'])[-1][:200]}")
+    return done.stdout.strip()
 
 
 # ---- the push -------------------------------------------------------------------------------------------------------

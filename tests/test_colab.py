@@ -50,7 +50,7 @@ COLAB = {
     "sympy": "1.14.0", "pillow": "11.3.0", "gradio": "5.50.0",
 }  # fmt: skip
 # Ours that no lesson imports on Colab: the command line around the notebooks, and Colab has a notebook of its own.
-NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "captum", "gradio"}
+NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "captum", "gradio", "openai", "fastapi", "uvicorn"}
 
 
 def cell(path: Path, tag: str) -> str:

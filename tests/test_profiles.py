@@ -383,6 +383,8 @@ ORDER = (
     "medquad_utils.explanation",
     "medquad_utils.model_card",
     "medquad_utils.publishing",
+    "medquad_utils.serving",
+    "medquad_utils.demo",
     "medquad_utils.course",
     "medquad_utils.cli",
 )

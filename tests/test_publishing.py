@@ -578,3 +578,51 @@ def test_the_command_builds_and_a_dry_run_sends_nothing(
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "nothing"))
     assert cli.main(given) == 1
     assert "no adapter in adapter/: lesson 04 trains one" in capsys.readouterr().err
+
+
+# ---- serving what was published -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": [1]}, r"does not stop at <\|eot_id\|>"),
+        ({"eos_token_id": 4}, r"does not stop at <\|end_of_text\|>"),
+        ({"pad_token_id": 4}, "must pad with a token that ends nothing"),
+        ({"pad_token_id": None}, "must pad with a token that ends nothing"),
+    ],
+)
+def test_a_generation_config_that_never_stops_is_refused(copy: Path, change: dict[str, Any], message: str) -> None:
+    publishing.check(copy, NAME)
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CourseError, match=message):
+        publishing.check(copy, NAME)
+
+
+def test_a_typed_number_in_the_card_is_found_and_words_are_free(plan: Plan, copy: Path) -> None:
+    publishing.check_numbers(plan, NAME, copy)
+    card = copy / "README.md"
+    text = card.read_text()
+    card.write_text(text.replace("## Uses\n", "## Uses\n\nWritten with love.\n") + "\nWe like it.\n")
+    publishing.check_numbers(plan, NAME, copy)
+    for typed in (text.replace("0.432", "0.932"), text + "\nIt is right 99 % of the time.\n", text.replace("| 4,321 |", "| 4,322 |")):
+        assert typed != text
+        card.write_text(typed)
+        with pytest.raises(CourseError, match=r"README\.md line \d+ holds a number that no metric of the run gives"):
+            publishing.check_numbers(plan, NAME, copy)
+
+
+def test_the_snippet_of_a_card_is_read_and_a_broken_one_says_its_last_line(copy: Path) -> None:
+    assert publishing.snippet_of(copy).startswith("from transformers import")
+    card = copy / "README.md"
+    text = card.read_text()
+    seen = "import pathlib\nprint(sorted(p.name for p in pathlib.Path('me').glob('*/config.json')), pathlib.Path('me/x').exists())\n"
+    card.write_text(re.sub(r"```python\n.*?```", lambda _: f"```python\n{seen}```", text, count=1, flags=re.DOTALL))
+    assert publishing.run_snippet(copy, NAME) == "['config.json'] False"
+    card.write_text(re.sub(r"```python\n.*?```", "```python\nraise ValueError('no\\\\nluck')\n```", text, count=1, flags=re.DOTALL))
+    with pytest.raises(CourseError, match=r"the snippet of the card in folder/ fails: luck$"):
+        publishing.run_snippet(copy, NAME)
+    card.write_text("no code")
+    with pytest.raises(CourseError, match="shows no Python code"):
+        publishing.snippet_of(copy)
