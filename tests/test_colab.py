@@ -25,6 +25,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from conftest import benchmark
 from packaging.requirements import Requirement
 
 from medquad_utils import profiles
@@ -383,14 +384,6 @@ def test_the_five_lessons_ran_on_the_simulated_runtime(two_sessions: dict[str, A
 
 
 # ---- system memory at 8 B -------------------------------------------------------------------------------------------
-
-
-def benchmark(name: str) -> Any:
-    """A module of tests/benchmarks; they find each other by their folder."""
-    folder = str(REPO / "tests" / "benchmarks")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
 
 
 def test_loading_in_4_bits_never_holds_two_copies(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import NASTY, Markup
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from conftest import NASTY, Markup, chromium
+from playwright.sync_api import Browser, Page, expect
 
 from medquad_utils import cli, demo, generation
 from medquad_utils.arms import adapted
@@ -38,9 +38,9 @@ from medquad_utils.explanation import Support
 from medquad_utils.profiles import TINY_MODEL, CourseError, Hardware, Plan, resolve
 from medquad_utils.retrieval import ARCHIVED, COURSE_TEXT, NO_SOURCE, Hit
 from medquad_utils.safety import EMERGENCY, red_flag
+from medquad_utils.serving import free_port
 
 REPO = Path(__file__).parent.parent
-GET_CHROMIUM = "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
 ASTHMA = "What are the symptoms of asthma?"
 CHEST = "My father has crushing chest pain and cannot breathe"
 
@@ -108,11 +108,6 @@ def bot(plan: Plan, tiny_adapter: Path) -> demo.Bot:
     return demo.load(plan, tiny_adapter)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(bot: demo.Bot) -> Iterator[str]:
     """The address of a running demo."""
@@ -128,17 +123,8 @@ def server(bot: demo.Bot) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-        found = next(installed, playwright.chromium.executable_path)
-        if not Path(found).is_file():
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
-        quiet = "--disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-        opened = playwright.chromium.launch(
-            executable_path=found, headless=True, args=["--no-sandbox", "--disable-dev-shm-usage", *quiet.split()]
-        )
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 class Tab:
