@@ -82,13 +82,13 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
     explain.add_argument("--out", default="", metavar="FILE.html", help="the page (default: runs/<profile>/explain.html)")
 
-    demo = commands.add_parser("demo", help="chat with the tuned model in a browser, on this machine; or the folder of a Space")
-    demo.add_argument("--profile", default="auto", metavar="P", help=profile)
-    demo.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
-    demo.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1, this machine only)")
-    demo.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
-    demo.add_argument("--space", default="", metavar="DIR", help="serve nothing: write the folder of a Hugging Face Space instead")
-    demo.add_argument("--repo", default="", metavar="USER/NAME", help="the published model that the Space shows (with --space)")
+    talk = commands.add_parser("demo", help="chat with the tuned model in a browser, on this machine; or the folder of a Space")
+    talk.add_argument("--profile", default="auto", metavar="P", help=profile)
+    talk.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
+    talk.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1, this machine only)")
+    talk.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)")
+    talk.add_argument("--space", default="", metavar="DIR", help="serve nothing: write the folder of a Hugging Face Space instead")
+    talk.add_argument("--repo", default="", metavar="USER/NAME", help="the published model that the Space shows (with --space)")
     return top
 
 

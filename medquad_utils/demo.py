@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from threading import Event, Lock, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
@@ -358,6 +359,7 @@ def _notice(plan: Plan) -> str:
     return f"<p>{html.escape(' '.join(filter(None, [NOTICE, licence_of(plan.model_id).built])))}</p>"
 
 
+@cache
 def _gradio() -> Any:
     """Gradio, after it was told to call nobody, and that this machine is not behind the proxy."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_RUN_HISTORY": "False"}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import html.parser
+import importlib
 import json
 import os
+import shutil
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +18,8 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from medquad_utils.cleaning import Effect, Row
     from medquad_utils.profiles import Plan
 
@@ -28,7 +34,35 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
+BENCHMARKS = REPO / "tests" / "benchmarks"
 LONGEST = ("test_notebooks.py", "test_browser.py", "test_colab.py")  # they run lessons; the other files take turns beside them
+
+
+def benchmark(name: str) -> Any:
+    """A module of tests/benchmarks; they find each other by their folder."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+GET_CHROMIUM = "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
+QUIET = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+@contextmanager
+def chromium(*more: str) -> Iterator[Browser]:
+    """A headless Chromium, the system's or Playwright's own, that asks for nothing by itself; ``more`` are further options."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+        found = next(installed, playwright.chromium.executable_path)
+        if not Path(found).is_file():
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
+        args = ["--no-sandbox", "--disable-dev-shm-usage", *QUIET.split(), *more]
+        opened = playwright.chromium.launch(executable_path=found, headless=True, args=args)
+        yield opened
+        opened.close()
 
 
 class Markup(html.parser.HTMLParser):

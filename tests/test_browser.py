@@ -22,7 +22,8 @@ from urllib.parse import quote
 
 import nbformat
 import pytest
-from playwright.sync_api import BrowserContext, Page, sync_playwright
+from conftest import chromium
+from playwright.sync_api import BrowserContext, Page
 
 from medquad_utils import course
 
@@ -30,7 +31,6 @@ HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*_*.ipynb"))
 TABLE = tomllib.loads((HERE / "notebooks.toml").read_text(encoding="utf-8"))
-GET_CHROMIUM = "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
@@ -67,19 +67,11 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[BrowserContext]:
-    with sync_playwright() as playwright:
-        installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-        found = next(installed, playwright.chromium.executable_path)
-        if not Path(found).is_file():
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
-        quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-        alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # a page that needs the network shows it
-        args = ["--no-sandbox", "--disable-dev-shm-usage", *quiet.split(), alone]
-        opened = playwright.chromium.launch(executable_path=found, headless=True, args=args)
+    alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # a page that needs the network shows it
+    with chromium(alone) as opened:
         context = opened.new_context(viewport={"width": 1280, "height": 1500})
         context.set_default_timeout(120_000)  # two busy cores
         yield context
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,8 +27,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import NASTY, Markup
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from conftest import NASTY, Markup, chromium
+from playwright.sync_api import Browser, Page, expect
 
 from medquad_utils import cli, demo, generation
 from medquad_utils.arms import adapted
@@ -37,9 +38,9 @@ from medquad_utils.explanation import Support
 from medquad_utils.profiles import TINY_MODEL, CourseError, Hardware, Plan, resolve
 from medquad_utils.retrieval import ARCHIVED, COURSE_TEXT, NO_SOURCE, Hit
 from medquad_utils.safety import EMERGENCY, red_flag
+from medquad_utils.serving import free_port
 
 REPO = Path(__file__).parent.parent
-GET_CHROMIUM = "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
 ASTHMA = "What are the symptoms of asthma?"
 CHEST = "My father has crushing chest pain and cannot breathe"
 
@@ -107,11 +108,6 @@ def bot(plan: Plan, tiny_adapter: Path) -> demo.Bot:
     return demo.load(plan, tiny_adapter)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(bot: demo.Bot) -> Iterator[str]:
     """The address of a running demo."""
@@ -127,17 +123,8 @@ def server(bot: demo.Bot) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-        found = next(installed, playwright.chromium.executable_path)
-        if not Path(found).is_file():
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
-        quiet = "--disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-        opened = playwright.chromium.launch(
-            executable_path=found, headless=True, args=["--no-sandbox", "--disable-dev-shm-usage", *quiet.split()]
-        )
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 class Tab:
@@ -353,11 +340,11 @@ def test_everything_can_be_done_from_the_keyboard(tab: Tab) -> None:
     tab.page.keyboard.press("Enter")
     expect(tab.page.locator("#chat .sources")).to_have_count(1)
     tab.ready()
-    for _ in range(25):  # the chat can have the focus too, and holds the word "tuned"
-        if tab.page.evaluate("() => document.activeElement.matches('input[type=radio]')"):
+    for _ in range(25):  # in Gradio each choice has a tab stop of its own
+        if tab.page.evaluate("() => document.activeElement.matches('input[type=radio][value=base]')"):
             break
         tab.page.keyboard.press("Tab")
-    tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("Space")
     expect(tab.page.get_by_role("radio", name=demo.ARMS["base"])).to_be_checked()
     reach("Ask about a disease", "Shift+Tab")
     tab.page.keyboard.type("say it slowly")
@@ -491,7 +478,7 @@ def test_a_type_makes_a_question_of_a_name_and_leaves_other_questions_alone(text
 def test_the_eleventh_question_of_a_minute_has_to_wait(bot: demo.Bot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "RATE", (10, 60.0))  # the server of this file allows more
     clock = itertools.count(100.0)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(demo, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))  # the server's threads keep the real one
     chat = demo.Chat()
     for _ in range(10):
         chat = chat.asked(bot, ASTHMA, "", "tuned", 64)

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import BENCHMARKS, benchmark
 
 from medquad_utils import generation
 from medquad_utils.generation import Answer
 from medquad_utils.profiles import PROFILES, CourseError
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def speed() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_speed", BENCHMARKS / "generate_speed.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_speed"] = module  # a dataclass looks its own module up
-    spec.loader.exec_module(module)
+    module: ModuleType = benchmark("generate_speed")
     return module
 
 

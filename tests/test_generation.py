@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_adapter
+from safetensors.torch import load_file, save_file
 
 from medquad_utils import chat, generation, profiles
 from medquad_utils.profiles import TINY_MODEL, CourseError, Hardware, Plan
@@ -169,6 +170,47 @@ def test_an_end_of_the_callers_replaces_the_tokenizers(model: Any, tokenizer: An
     ended = generation.ask(model, tokenizer, [QUESTIONS[0]], 24, eos_token_id=[end])[0]
     assert (ended.tokens, ended.stopped) == (ids.index(end), True)
     assert free.text.startswith(ended.text)
+
+
+# ---- several adapters on one base -----------------------------------------------------------------------------------
+
+
+def test_adapters_take_turns_on_one_base_and_each_answers_as_alone(plan: Plan, tokenizer: Any, adapter: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: weight.flip(0) for name, weight in weights.items()}, other / "adapter_model.safetensors")
+    both: Any = generation.load_adapters(plan, {"general": adapter, "heart": other})
+    ids = torch.tensor([tokenizer("What causes stroke?")["input_ids"]])
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = model(ids).logits
+        return found
+
+    alone = {name: logits(generation.load_tuned(plan, folder)) for name, folder in (("general", adapter), ("heart", other))}
+    assert torch.equal(logits(both), alone["general"]), "the first one is active"
+    for name in ("heart", "general", "heart"):
+        both.set_adapter(name, inference_mode=True)
+        assert torch.equal(logits(both), alone[name])
+    assert not torch.equal(alone["heart"], alone["general"])
+    with both.disable_adapter():
+        assert torch.equal(logits(both), logits(generation.load_base(plan)))
+
+
+def test_adapters_of_different_bases_are_refused_by_name_before_anything_is_loaded(
+    plan: Plan, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = Path(shutil.copytree(adapter, tmp_path / "foreign"))
+    mine = plan.as_dict() | {"base": generation.base_id(plan)}
+    shutil.copytree(adapter, tmp_path / "heart")
+    (tmp_path / "heart" / "plan.json").write_text(json.dumps(mine))
+    monkeypatch.setattr(generation, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    for change in ({"model_id": "some/llama", "base": "some/llama@main"}, {"base": "0123456789abcdef"}):
+        (foreign / "plan.json").write_text(json.dumps(mine | change))
+        with pytest.raises(CourseError, match=r"different bases .*: 'heart' was trained on embedded .*, 'foreign' on ") as caught:
+            generation.load_adapters(plan, {"heart": tmp_path / "heart", "foreign": foreign})
+        assert next(iter(change.values())) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 # ---- dequantised once -----------------------------------------------------------------------------------------------

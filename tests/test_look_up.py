@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import benchmark
 
 from medquad_utils import arms, evaluation
 from medquad_utils.cleaning import Row, is_boilerplate
@@ -22,11 +21,7 @@ KNOWN = {
 
 @pytest.fixture(scope="module")
 def look_up() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("look_up", Path(__file__).parent / "benchmarks" / "look_up.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: ModuleType = benchmark("look_up")
     return module
 
 

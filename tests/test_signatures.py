@@ -169,6 +169,8 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.specialising.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
+    # Of the Space's own settings (hf.co/docs/hub/spaces-config-reference); the class keeps whatever it does not know.
+    "huggingface_hub.SpaceCardData": {"emoji", "colorFrom", "colorTo", "suggested_hardware", "pinned"},
     "medquad_utils.plots.figure": set(inspect.signature(resolve("matplotlib.figure.Figure.subplots")).parameters),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import statistics
@@ -14,22 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BENCHMARKS, benchmark
 
 from medquad_utils.profiles import PROFILES, CourseError, Hardware, Plan, Shape
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
 CPU = Hardware("cpu", "CPU", 24, cores=2)
 T4 = Hardware("cuda", "T4", 15, (7, 5), gpus=1)
 
 
 @pytest.fixture(scope="module")
 def speed() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_speed", BENCHMARKS / "train_speed.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_speed"] = module  # a dataclass looks its own module up
-    spec.loader.exec_module(module)
+    module: ModuleType = benchmark("train_speed")
     return module
 
 

@@ -39,15 +39,6 @@ def prepared(plan: Plan) -> tuple[Any, data.Splits, Any]:
     return tokenizer, rows, training.build_trainer(plan, generation.load_base(plan), tokenizer, rows)
 
 
-def documents(trainer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of each example in the packed training rows, as the collator hands them on."""
-    for feature in trainer.train_dataset:
-        batch = trainer.data_collator([feature])
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-        yield from zip(ids.tensor_split(starts[1:]), labels.tensor_split(starts[1:]), strict=True)
-
-
 def frozen_bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every frozen weight, with the scales of the 4-bit ones."""
     bits = {}
@@ -127,7 +118,7 @@ def test_adapters_start_as_no_change_at_all(run: Run) -> None:
 
 def test_trls_own_labels_equal_those_that_the_lesson_shows(run: Run) -> None:
     shown = sorted((list(e.ids), list(e.labels)) for e in chat.encode_all(run.tokenizer, run.rows.train))
-    assert sorted((ids.tolist(), labels.tolist()) for ids, labels in documents(run.trainer)) == shown
+    assert sorted((ids.tolist(), labels.tolist()) for ids, labels in training._documents(run.trainer, len(run.rows.train))) == shown
 
 
 def test_preflight_is_all_right_on_the_sample(run: Run) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -17,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -26,6 +25,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]  # the checkout, whatever is
 
 import random_llama  # noqa: E402
 import torch  # noqa: E402
+import train_speed  # noqa: E402
 from train_speed import RESULTS, UNMEASURED, first_line, load, machine, synchronize  # noqa: E402
 
 from medquad_utils import data, generation, merging  # noqa: E402
@@ -346,32 +346,18 @@ def tables(devices: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines).strip()
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Device -> profile -> run, of every ``generate_speed_*.json`` in ``folder``."""
-    files = sorted(folder.glob("generate_speed_*.json"))
-    return {file.stem.removeprefix("generate_speed_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+read_results = partial(train_speed.read_results, script="generate_speed")
+save = partial(train_speed.save, script="generate_speed")
 
 
 def between(text: str) -> str:
     """What stands between the two marks of README.md."""
-    return text.split(MARKS[0], 1)[1].split(MARKS[1], 1)[0].strip()
+    return data.between(text, MARKS)
 
 
 def write_readme(devices: dict[str, dict[str, Any]], file: Path) -> None:
     """Put ``tables`` between the marks of README.md."""
-    text = file.read_text(encoding="utf-8")
-    head, tail = text.split(MARKS[0], 1)[0], text.split(MARKS[1], 1)[1]
-    with data.whole_file(file) as temporary:
-        temporary.write_text(f"{head}{MARKS[0]}\n{tables(devices)}\n{MARKS[1]}{tail}", encoding="utf-8")
-
-
-def save(run: dict[str, Any], profile: str, folder: Path) -> Path:
-    """Put the run into its device's JSON, beside the runs of other profiles there; returns the file."""
-    device = re.sub(r"\W+", "_", run["machine"]["device"].lower())
-    file = folder / f"generate_speed_{device}.json"
-    runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    data.write_json(file, runs | {profile: run})
-    return file
+    data.write_between(file, MARKS, tables(devices))
 
 
 def main() -> int:

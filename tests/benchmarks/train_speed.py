@@ -690,10 +690,10 @@ def tables(devices: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *lever_table(devices)])
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Device -> profile -> run, of every ``train_speed_*.json`` in ``folder``."""
-    files = sorted(folder.glob("train_speed_*.json"))
-    return {file.stem.removeprefix("train_speed_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+def read_results(folder: Path, script: str = "train_speed") -> dict[str, dict[str, Any]]:
+    """Device -> profile -> run, of every JSON file of a ``script`` in ``folder``."""
+    files = sorted(folder.glob(f"{script}_*.json"))
+    return {file.stem.removeprefix(f"{script}_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def between(text: str) -> str:
@@ -706,12 +706,12 @@ def write_readme(devices: dict[str, dict[str, Any]], file: Path) -> None:
     data.write_between(file, MARKS, tables(devices))
 
 
-def save(run: dict[str, Any], profile: str, folder: Path) -> Path:
-    """Put the run into its device's JSON, beside the runs of other profiles there; returns the file."""
+def save(run: dict[str, Any], profile: str, folder: Path, script: str = "train_speed") -> Path:
+    """Put the run into its device's JSON file, beside the runs of other profiles there; returns the file."""
     device = re.sub(r"\W+", "_", run["machine"]["device"].lower())
-    file = folder / f"train_speed_{device}.json"
+    file = folder / f"{script}_{device}.json"
     runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    name = profile + (f", {run['cap_gb']:g} GB" if run["cap_gb"] else "")
+    name = profile + (f", {run['cap_gb']:g} GB" if run.get("cap_gb") else "")
     data.write_json(file, runs | {name: run})
     return file
 
