@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import openai
 import papermill
 import peft
 import pytest
@@ -169,6 +170,7 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.specialising.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
+    "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
     # Of the Space's own settings (hf.co/docs/hub/spaces-config-reference); the class keeps whatever it does not know.
     "huggingface_hub.SpaceCardData": {"emoji", "colorFrom", "colorTo", "suggested_hardware", "pinned"},
     "medquad_utils.plots.figure": set(inspect.signature(resolve("matplotlib.figure.Figure.subplots")).parameters),
