@@ -28,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter, for example -p source=xml")
     run.add_argument("--out", default="", metavar="DIR", help="where results go (default: runs)")
 
+    class_ = commands.add_parser("course", help="run all lessons on tiny, as make course does; --check: is this machine ready for a class?")
+    class_.add_argument("--check", action="store_true", help="run nothing: look at packages, model, lessons, memory, disk and ports")
+
     prepare = commands.add_parser("data", help="load, clean and split MedQuAD, and count what leaks")
     prepare.add_argument("--source", default="sample", metavar="S", help="sample, hub, xml, csv, jsonl or parquet")
     prepare.add_argument("--path", default="", metavar="PATH", help="the folder or file of an xml, csv, jsonl or parquet source")
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = {
             "doctor": _doctor,
             "run": _run,
+            "course": _course,
             "data": _data,
             "evaluate": _evaluate,
             "estimate": _estimate,
@@ -159,6 +163,19 @@ def _run(options: argparse.Namespace) -> int:
     only = [number for number in options.only.split(",") if number]
     course.run(options.profile, only, dict(pair.split("=", 1) for pair in options.p), options.out)
     return 0
+
+
+def _course(options: argparse.Namespace) -> int:
+    if not options.check:
+        from medquad_utils import course
+
+        course.run("tiny")
+        return 0
+    from medquad_utils import readiness
+
+    found = readiness.check()
+    print(readiness.table(found))
+    return int(any(finding.state == readiness.PROBLEM for finding in found))
 
 
 def _data(options: argparse.Namespace) -> int:

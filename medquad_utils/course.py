@@ -279,8 +279,17 @@ def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(["| lesson | min:s | peak RAM |", "|---|---|---|", *lines, f"| all | {total} | |"])
 
 
+def verified(having: Mapping[str, str]) -> str:
+    """The line of README that says when all lessons last ran, and with what; local builds (+cpu) aside."""
+    said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in having.items())
+    return f"Last verified {time.strftime('%Y-%m-%d')}, all lessons on `tiny` in one run: {said}."
+
+
 def main() -> int:
-    """``python -m medquad_utils.course [02,04]``: run on ``tiny``, then stamp notebooks, timings, README and its picture."""
+    """``python -m medquad_utils.course [02,04]``: run on ``tiny``, then stamp notebooks, timings, README and its picture.
+
+    All lessons at once also renew README's line of when the course was last verified.
+    """
     only = sys.argv[1].split(",") if len(sys.argv) > 1 else []
     try:
         results = run("tiny", only)
@@ -293,7 +302,10 @@ def main() -> int:
             timings[result.lesson[:2]] = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         write_json(record, timings)
         readme = home.parent / "README.md"
-        write_between(readme, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
+        for page in (readme, home / "TEACHING.md"):
+            write_between(page, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
+        if not only:
+            write_between(readme, ("<!-- verified -->", "<!-- /verified -->"), verified(versions()))
         if (picture := folder / "figures" / "outcome.png").is_file():
             shutil.copyfile(picture, home / "figures" / picture.name)
     except CourseError as error:

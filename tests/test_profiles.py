@@ -387,6 +387,7 @@ ORDER = (
     "medquad_utils.serving",
     "medquad_utils.demo",
     "medquad_utils.course",
+    "medquad_utils.readiness",
     "medquad_utils.cli",
 )
 
