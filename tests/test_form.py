@@ -247,8 +247,11 @@ def stubs(notebook: Any, path: Path) -> list[str]:
 
 
 def solutions(notebook: Any, path: Path) -> list[str]:
+    """Every exercise is solved in the notebook of the same name, and the lesson links to it; test_notebooks.py runs it."""
     solved = "\n".join(_source(cell) for cell in _code(_read(path.parent / "solutions" / path.name)))
-    return [f"{name} has no solution" for name in _checkers(notebook) if f"print(checks.{name}(" not in solved]
+    found = [f"{name} has no solution" for name in _checkers(notebook) if f"print(checks.{name}(" not in solved]
+    linked = f"](solutions/{path.name})" in _read_aloud(notebook)
+    return found if linked else [*found, "no link to the solutions"]
 
 
 def hints(notebook: Any, path: Path) -> list[str]:
@@ -389,7 +392,7 @@ def _mend_nothing(notebook: Any) -> None:
         (predictions, _edit_tagged("predict", "(?i)change me", "as you like"), "change me"),
         (predictions, _edit_tagged("predict", "my_guess = .*?#", 'my_guess = input("GB?")  #'), "my_guess = "),
         (predictions, _edit_tagged("predict", r"checks\.predict\(my_guess", "checks.predict(2.5"), "not scored"),
-        (predictions, _edit_tagged("predict", r"(because = f?|, f?)\"[^\"]*\"(\)\)$|$)", r'\1"So."\2'), "no reason"),
+        (predictions, _edit_tagged("predict", r'"[^"\n]{25,}"', '"So."'), "no reason"),
         (predictions, _say("predict", "You said 4 GB; it is 5 GB. Close."), "no reason"),
         (exercises, _keep_one("exercise"), "should be by"),
         (exercises, _edit_tagged("exercise", r"ex_0(\d)_1", r"ex_0\1_7"), "ex_0._7 is not there"),
@@ -399,6 +402,7 @@ def _mend_nothing(notebook: Any) -> None:
         (stubs, _edit_tagged("exercise", r"checks\.attempt\(.*", 'print("✓")'), "no stub"),
         (stubs, _say("exercise", "Not yet. Think."), "something else"),
         (solutions, _edit_tagged("exercise", r"ex_0(\d)_1", r"ex_0\1_7"), "ex_0._7 has no solution"),
+        (solutions, _edit_all(r"\(solutions/", "(elsewhere/"), "no link to the solutions"),
         (hints, _edit_tagged("exercise", r"ex_0(\d)_1", r"ex_0\1_7"), "ex_0._7 has 0 hints"),
         (broken_and_mended, _edit_all("(?i)break it", "Look at it"), "Break it"),
         (broken_and_mended, _silence, "Break it"),
