@@ -21,6 +21,13 @@ from medquad_utils import data
 
 RIGHT: dict[str, list[Any]] = {}
 WRONG: dict[str, list[tuple[Any, str]]] = {}
+ABOUT_FORM = ("Expected", "stopped with", "Replace the dots")  # how such hints begin here: any exercise may give them
+
+
+def with_own_hints(name: str) -> list[tuple[Any, str]]:
+    """The wrong answers whose hints are about the exercise, not about the form of an answer."""
+    return [(answer, hint) for answer, hint in WRONG.get(name, ()) if not hint.startswith(ABOUT_FORM)]
+
 
 Score = Callable[[str, str], float]
 Row = dict[str, Any]

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import io
+import itertools
 import json
 import re
 import tomllib
@@ -15,7 +16,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from answers import WRONG
+from answers import WRONG, with_own_hints
 
 from medquad_utils import checks, course
 from medquad_utils.profiles import versions
@@ -159,7 +160,6 @@ def test_has_exact_cells_for_nbval(path: Path) -> None:
 
 Rule = Callable[[Any, Path], list[str]]
 FAILURE = r"(?im)^> .*\b(broken|caught|refused|nothing was learned)\b.*: \S"  # the lessons' words for a mistake that shows
-ABOUT_FORM = ("Expected", "stopped with", "Replace the dots")  # hints that any exercise may give
 
 
 def _printed(cell: Any) -> str:
@@ -196,6 +196,8 @@ def predictions(notebook: Any, path: Path) -> list[str]:
     """Two or more, each a number to change, a score and a reason; a run without a reader takes the number as it is."""
     cells = _tagged(notebook, "predict")
     found = [] if len(cells) >= 2 else [f"{len(cells)} predictions, and there should be two"]
+    before = [_source(earlier) for earlier, cell in itertools.pairwise(notebook["cells"]) if any(cell is c for c in cells)]
+    found += [f"no question right before a prediction: {text[:40]}" for text in before if "**Predict, then run" not in text]
     for cell in cells:
         source = _source(cell)
         if not re.search(r"(?im)^my_guess = [\d.]+  # \S.*: change me|^my_guess = [\d.]+  # \S.*\? change me", source):
@@ -256,7 +258,7 @@ def solutions(notebook: Any, path: Path) -> list[str]:
 
 def hints(notebook: Any, path: Path) -> list[str]:
     """Three wrong answers or more have hints of their own; test_checks.py sees that they get them."""
-    own = {name: {hint for _, hint in WRONG.get(name, ()) if not hint.startswith(ABOUT_FORM)} for name in _checkers(notebook)}
+    own = {name: {hint for _, hint in with_own_hints(name)} for name in _checkers(notebook)}
     return [f"{name} has {len(told)} hints for wrong answers, and should have three" for name, told in own.items() if len(told) < 3]
 
 
@@ -389,6 +391,7 @@ def _mend_nothing(notebook: Any) -> None:
         (described_images, _link("![boxes in a row, one for each lesson](figures/none.svg)"), "none.svg is not there"),
         (described_images, _link('<img src="figures/none.svg">'), "<img>"),
         (predictions, _keep_one("predict"), "1 predictions"),
+        (predictions, _edit_all(r"\*\*Predict, then run", "**Run"), "no question right before"),
         (predictions, _edit_tagged("predict", "(?i)change me", "as you like"), "change me"),
         (predictions, _edit_tagged("predict", "my_guess = .*?#", 'my_guess = input("GB?")  #'), "my_guess = "),
         (predictions, _edit_tagged("predict", r"checks\.predict\(my_guess", "checks.predict(2.5"), "not scored"),
