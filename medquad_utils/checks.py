@@ -240,10 +240,7 @@ def ex_02_1(answer: Any) -> str:
     _need(abs(bits - 4) > near, "That is the code alone. The scales are stored too.")
     _need(abs(bits - 0.0635) > near, "That is what the scales cost. Add the code itself.")
     _need(abs(bits - 4.5) > near, "That is blocks of 64 with scales of 32 bits. Here the blocks are larger, and a scale takes 8 bits.")
-    _need(
-        not 3e-4 < abs(bits - 4.063477) < 5e-3,
-        "Near, but rounded too far to tell whether all was counted: give four digits.",
-    )
+    _need(not 3e-4 < abs(bits - 4.063477) < 5e-3, "Near, but rounded too far to tell whether all was counted: give four digits.")
     _need(abs(bits - 4.063477) < 3e-4, hint)
     return _well_done("Right: larger blocks are cheaper by a hair, and they round worse.")
 
