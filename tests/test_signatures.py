@@ -38,6 +38,20 @@ FILES = [
 ]
 
 
+def unnamed_outages(source: str) -> list[str]:
+    """Tests whose docstring does not begin with the outage that they prevent, and name the lesson that it would stop."""
+    tests = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    said = re.compile(r"Outage: .*?\b(lessons? 0\d|any lesson)\b", re.DOTALL)
+    return [n.name for n in tests if not said.match(ast.get_docstring(n) or "")]
+
+
+def test_every_test_here_names_the_outage_that_it_prevents() -> None:
+    """Outage: lesson 04 stops, the weekly run says that a signature test failed, and nobody knows what that means for a learner."""
+    assert unnamed_outages(Path(__file__).read_text(encoding="utf-8")) == []
+    wrong = 'def test_a(): ...\ndef test_b():\n    """Outage: something."""\ndef test_c():\n    """Outage: lesson 04 stops."""\n'
+    assert unnamed_outages(wrong) == ["test_a", "test_b"]
+
+
 # ---- what the code asks for -----------------------------------------------------------------------------------------
 
 
@@ -203,7 +217,7 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_imported_name_is_there(path: Path) -> None:
-    """Outage: ``ImportError`` in the middle of a lesson, because a class moved to another module or was removed."""
+    """Outage: any lesson stops with an ``ImportError`` in the middle, because a class moved to another module or was removed."""
     missing = []
     for dotted in imported(path).values():
         try:
@@ -230,12 +244,12 @@ def unknown_keywords(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_keyword_is_one_that_the_installed_library_takes(path: Path) -> None:
-    """Outage: ``TypeError: unexpected keyword`` after the model has been loaded, or a keyword swallowed by ``**kwargs`` and ignored."""
+    """Outage: lesson 04 stops with ``TypeError: unexpected keyword`` when the model is loaded, or any lesson goes on with a keyword ignored."""
     assert unknown_keywords(path) == []
 
 
 def test_the_calls_that_matter_are_among_those_looked_up() -> None:
-    """Outage: the look-up itself goes blind (a renamed import, another way of calling) and the test above passes on nothing."""
+    """Outage: the look-up itself goes blind (a renamed import, another way of calling), and any lesson may stop though the test above passes."""
     keywords: dict[str, set[str]] = {}
     for call in OF_LIBRARIES:
         keywords.setdefault(call.target, set()).update(call.keywords)
@@ -268,7 +282,7 @@ def test_the_calls_that_matter_are_among_those_looked_up() -> None:
 
 
 def test_the_look_up_finds_a_wrong_keyword(tmp_path: Path) -> None:
-    """Outage: a look-up that finds nothing wrong in anything."""
+    """Outage: a look-up that finds nothing wrong in anything, and so any lesson may stop with a ``TypeError``."""
     file = tmp_path / "lesson.py"
     file.write_text(
         "from trl import SFTConfig\nimport transformers as t\nsizes = {'max_seq_length': 8}\n"
@@ -300,20 +314,20 @@ def test_the_look_up_finds_a_wrong_keyword(tmp_path: Path) -> None:
     ],
 )
 def test_an_old_setting_of_the_trainer_is_gone(old: str, new: str | None, tmp_path: Path) -> None:
-    """Outage: the tutorials' ``SFTConfig`` of last year stops with a ``TypeError``; the lesson names the new setting."""
+    """Outage: lesson 04 says of last year's ``SFTConfig`` what is no longer so, or names a new setting that stops with a ``TypeError``."""
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{old}'"):
         trl.SFTConfig(output_dir=str(tmp_path), **{old: 1})
     assert new is None or new in SFT_FIELDS
 
 
 def test_warmup_steps_below_one_are_a_share_of_the_run(tmp_path: Path) -> None:
-    """Outage: ``warmup_steps=0.03`` read as no warm-up at all, as it was when it had to be a whole number."""
+    """Outage: lesson 04 trains without a warm-up: ``warmup_steps=0.03`` read as none, as it was when it had to be a whole number."""
     config = trl.SFTConfig(output_dir=str(tmp_path), warmup_steps=0.03, use_cpu=True, bf16=False)
     assert config.get_warmup_steps(200) == 6
 
 
 def test_the_trainer_takes_a_processing_class_and_no_tokenizer() -> None:
-    """Outage: ``SFTTrainer(tokenizer=...)`` stops with a ``TypeError``."""
+    """Outage: lesson 04 stops with a ``TypeError`` where it builds the trainer: ``processing_class`` has been renamed once more."""
     names = inspect.signature(trl.SFTTrainer.__init__).parameters
     assert "processing_class" in names
     assert "tokenizer" not in names
@@ -321,7 +335,7 @@ def test_the_trainer_takes_a_processing_class_and_no_tokenizer() -> None:
 
 
 def test_left_alone_the_trainers_config_turns_on_bf16_and_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outage: a T4 crawls in emulated bf16, or a CPU run checkpoints for nothing, because a setting was left out."""
+    """Outage: lesson 04 crawls on a T4 in emulated bf16, or checkpoints on a CPU for nothing, because a setting was left out."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     config = trl.SFTConfig(output_dir=str(tmp_path))
     assert config.bf16
@@ -333,35 +347,35 @@ def test_left_alone_the_trainers_config_turns_on_bf16_and_checkpointing(tmp_path
 
 
 def test_the_old_name_of_activation_checkpointing_is_deprecated(tmp_path: Path) -> None:
-    """Outage: ``gradient_checkpointing`` disappears with transformers 6; the lesson already uses the new name."""
+    """Outage: lesson 04 stops with a ``TypeError`` when ``gradient_checkpointing`` disappears with transformers 6; it uses the new name."""
     help_text = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(transformers.TrainingArguments)}
     assert "Deprecated alias of `activation_checkpointing`" in help_text["gradient_checkpointing"]
     assert [c.line for c in CALLS if "gradient_checkpointing" in c.keywords] == []
 
 
 def test_liger_is_deprecated_for_the_hubs_kernels() -> None:
-    """Outage: ``use_liger_kernel`` disappears with TRL 2."""
+    """Outage: lesson 04 recommends ``use_liger_kernel``, which disappears with TRL 2, and stops whoever follows it."""
     help_text = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(trl.SFTConfig)}
     assert re.search(r"Deprecated.*use_kernels", help_text["use_liger_kernel"])
     assert "use_kernels" in MODEL_LOADING
 
 
 def test_a_model_is_no_longer_quantised_by_a_bare_keyword() -> None:
-    """Outage: ``from_pretrained(load_in_4bit=True)`` stops with a ``TypeError``; ``quantization_config`` is what works."""
+    """Outage: lessons 02 to 09 stop where they load the base: ``quantization_config`` has gone the way of ``load_in_4bit=True``."""
     with pytest.raises(TypeError, match="load_in_4bit"):
         transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL, load_in_4bit=True)
     assert "quantization_config" in MODEL_LOADING
 
 
 def test_dtype_is_what_torch_dtype_was() -> None:
-    """Outage: ``dtype`` ignored (twice the memory), or ``torch_dtype`` in the lessons when it goes."""
+    """Outage: lesson 02 takes twice the memory because ``dtype`` is ignored, or stops when ``torch_dtype`` goes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float16)
     assert model.dtype == torch.float16
     assert [c.line for c in CALLS if "torch_dtype" in c.keywords] == []
 
 
 def test_a_chat_template_gives_a_batch_encoding() -> None:
-    """Outage: code that takes the result for a list of ids feeds the names of its fields to the model."""
+    """Outage: lesson 05 feeds the names of the fields to the model, because it takes a template's result for a list of ids."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_MODEL)
     encoded = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert isinstance(encoded, transformers.BatchEncoding)
@@ -369,7 +383,7 @@ def test_a_chat_template_gives_a_batch_encoding() -> None:
 
 
 def test_generation_refuses_a_setting_that_it_does_not_know() -> None:
-    """Outage: a misspelt or removed generation setting that is ignored without a word."""
+    """Outage: lesson 05 samples other answers than it says, because a removed generation setting is ignored without a word."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     ids = tokenizer("Asthma", return_tensors="pt")
@@ -378,7 +392,7 @@ def test_generation_refuses_a_setting_that_it_does_not_know() -> None:
 
 
 def test_the_quantisation_config_means_what_it_is_asked() -> None:
-    """Outage: ``BitsAndBytesConfig`` swallows a renamed keyword in ``**kwargs`` and quantises to fp4 in float32."""
+    """Outage: lesson 02 quantises to fp4 in float32, because ``BitsAndBytesConfig`` swallows a renamed keyword in ``**kwargs``."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -390,7 +404,7 @@ def test_the_quantisation_config_means_what_it_is_asked() -> None:
 
 
 def test_lora_takes_a_list_of_layers_and_no_unknown_word() -> None:
-    """Outage: a renamed field of ``LoraConfig``, with the adapters on other layers than the lesson says."""
+    """Outage: lesson 03 stops at ``LoraConfig``, or has its adapters on other layers than it says, because a field was renamed."""
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     assert config.target_modules == {"q_proj", "down_proj"}
     with pytest.raises(TypeError, match="rank"):
@@ -398,7 +412,7 @@ def test_lora_takes_a_list_of_layers_and_no_unknown_word() -> None:
 
 
 def test_papermill_takes_our_keywords_itself_and_passes_none_to_the_engine() -> None:
-    """Outage: papermill hands an unknown keyword to its engine, which ignores it: the notebook runs in another folder."""
+    """Outage: any lesson under ``medquad run`` runs in another folder: papermill hands an unknown keyword to its engine, which ignores it."""
     names = {n for n, p in inspect.signature(papermill.execute_notebook).parameters.items() if p.kind is not p.VAR_KEYWORD}
     used = {k for c in CALLS if c.target == "papermill.execute_notebook" for k in c.keywords}
     assert used
@@ -406,7 +420,7 @@ def test_papermill_takes_our_keywords_itself_and_passes_none_to_the_engine() -> 
 
 
 def test_importing_the_packages_names_warns_of_no_deprecation() -> None:
-    """Outage: a name that the course imports is announced to go, and nobody reads the warning."""
+    """Outage: any lesson stops with an ``ImportError`` at the next release, because a name was announced to go and nobody read the warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
