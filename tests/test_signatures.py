@@ -244,12 +244,12 @@ def unknown_keywords(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_every_keyword_is_one_that_the_installed_library_takes(path: Path) -> None:
-    """Outage: lesson 04 stops with ``TypeError: unexpected keyword`` when the model is loaded, or any lesson goes on with a keyword ignored."""
+    """Outage: lesson 04 stops with ``TypeError: unexpected keyword`` at its model, or any lesson goes on with a keyword ignored."""
     assert unknown_keywords(path) == []
 
 
 def test_the_calls_that_matter_are_among_those_looked_up() -> None:
-    """Outage: the look-up itself goes blind (a renamed import, another way of calling), and any lesson may stop though the test above passes."""
+    """Outage: the look-up itself goes blind (a renamed import), and any lesson may stop though the test above passes."""
     keywords: dict[str, set[str]] = {}
     for call in OF_LIBRARIES:
         keywords.setdefault(call.target, set()).update(call.keywords)
@@ -412,7 +412,7 @@ def test_lora_takes_a_list_of_layers_and_no_unknown_word() -> None:
 
 
 def test_papermill_takes_our_keywords_itself_and_passes_none_to_the_engine() -> None:
-    """Outage: any lesson under ``medquad run`` runs in another folder: papermill hands an unknown keyword to its engine, which ignores it."""
+    """Outage: any lesson under ``medquad run`` runs in another folder: papermill's engine ignores a keyword it does not know."""
     names = {n for n, p in inspect.signature(papermill.execute_notebook).parameters.items() if p.kind is not p.VAR_KEYWORD}
     used = {k for c in CALLS if c.target == "papermill.execute_notebook" for k in c.keywords}
     assert used
@@ -420,7 +420,7 @@ def test_papermill_takes_our_keywords_itself_and_passes_none_to_the_engine() -> 
 
 
 def test_importing_the_packages_names_warns_of_no_deprecation() -> None:
-    """Outage: any lesson stops with an ``ImportError`` at the next release, because a name was announced to go and nobody read the warning."""
+    """Outage: any lesson stops with an ``ImportError`` at the next release: a name was announced to go, and nobody read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
