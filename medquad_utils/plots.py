@@ -79,6 +79,7 @@ def bars(
     ax.invert_yaxis()
     ax.grid(False)
     ax.set(xlabel=unit, xscale="log" if log else "linear")
+    _percent(ax.xaxis, form)
     ax.set_title(title)
     ax.margins(x=0.14)
     show(fig, alt)
@@ -93,10 +94,12 @@ def grouped_bars(
     width = 0.8 / len(table)
     for number, (name, values) in enumerate(table.items()):
         places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
-        drawn = ax.bar(places, [values[g] for g in groups], width * 0.94, label=name, color=PALETTE[number])
+        drawn = ax.bar(places, [values[g] for g in groups], width * 0.94, label=name, color=_colour(number, len(table)))
         ax.bar_label(drawn, [form.format(values[g]) for g in groups], padding=2, fontsize=9)
-    ax.set_xticks(range(len(groups)), groups)
+    crowded = len(groups) * max(map(len, groups)) > 62  # characters that fit beside the legend
+    ax.set_xticks(range(len(groups)), groups, **({"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}))
     ax.set(ylabel=unit)
+    _percent(ax.yaxis, form)
     ax.set_title(title)
     ax.margins(y=0.12)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -127,7 +130,7 @@ def intervals(
             [max(0, m - low) for m, low in zip(means, lows, strict=True)],
             [max(0, h - m) for m, h in zip(means, highs, strict=True)],
         ]
-        colour, marker = PALETTE[number % len(PALETTE)], "oDs^vP"[number % 6]
+        colour, marker = _colour(number, len(table)), "oDs^vP"[number % 6]
         ax.errorbar(means, places, xerr=whiskers, fmt=marker, color=colour, label=name, capsize=2.5, markersize=5.5, linewidth=1.5)
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
@@ -137,6 +140,7 @@ def intervals(
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.grid(False, axis="y")
     ax.grid(True, axis="x")
+    ax.locator_params(axis="x", nbins=7)
     ax.set(xlabel=unit)
     ax.set_title(title)
     fig.legend(loc="outside lower center", ncols=min(3, len(table)))
@@ -156,7 +160,7 @@ def dots(
     fig, ax = figure(8, 1.5 + 0.27 * len(groups))
     for number, (name, values) in enumerate(table.items()):
         points = [(value, groups.index(group)) for group, several in values.items() for value in several]
-        colour, marker = (SKY, ORANGE, *PALETTE)[number % 8], "oDs^vP"[number % 6]
+        colour, marker = (SKY, ORANGE, BLUE, GREEN, VERMILION, PURPLE)[_colour_number(number, len(table))], "oDs^vP"[number % 6]
         ax.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=4 + 3 * number, alpha=0.8)
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
@@ -184,7 +188,7 @@ def stacked_bars(
     left = dict.fromkeys(table, 0.0)
     for number, part in enumerate(parts):
         sizes = [table[name].get(part, 0.0) for name in table]
-        ax.barh(list(table), sizes, left=list(left.values()), label=part, color=PALETTE[number % len(PALETTE)], edgecolor=PAPER)
+        ax.barh(list(table), sizes, left=list(left.values()), label=part, color=_colour(number, len(parts)), edgecolor=PAPER)
         left = {name: left[name] + size for name, size in zip(table, sizes, strict=True)}
     for place, total in enumerate(left.values()):
         box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
@@ -211,12 +215,13 @@ def histogram(
     fig, ax = figure(8, 3.4)
     edges = numpy.linspace(0, top or max(max(v) for v in series.values()), bins)
     for number, (name, values) in enumerate(series.items()):
-        ax.hist(values, edges, histtype="stepfilled", alpha=0.35, color=PALETTE[number])
-        ax.hist(values, edges, histtype="step", color=PALETTE[number], linewidth=1.6, label=name)
+        colour = _colour(number, len(series))
+        ax.hist(values, edges, histtype="stepfilled", alpha=0.35, color=colour)
+        ax.hist(values, edges, histtype="step", color=colour, linewidth=1.6, label=name)
     ax.margins(y=0.16 if lines else 0.05)  # room for the labels
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
-        ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=VERMILION, va="top")
+        ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=INK, va="top")
     ax.set(xlabel=unit, ylabel=y)
     ax.set_title(title)
     if len(series) > 1:
@@ -238,7 +243,9 @@ def curves(
     dashes = ("-", "--", "-.", ":")
     for number, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points, strict=True)
-        ax.plot(xs, ys, dashes[number % 4], color=PALETTE[number], label=name, linewidth=2, marker="o" if name in markers else "")
+        ax.plot(
+            xs, ys, dashes[number % 4], color=_colour(number, len(series)), label=name, linewidth=2, marker="o" if name in markers else ""
+        )
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title)
     ax.legend()
@@ -249,7 +256,7 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True
     """Small matrices side by side, blue below zero and orange above, with their numbers written in."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    shades = LinearSegmentedColormap.from_list("course", [BLUE, PAPER, ORANGE])
+    shades = LinearSegmentedColormap.from_list("course", [tint(BLUE), PAPER, tint(ORANGE)])
     widths = [max(1.0, len(m[0])) for m in matrices.values()]
     fig, axes = figure(min(10, 1.2 + 0.62 * sum(widths)), 3.2, len(matrices), width_ratios=widths, squeeze=False)
     most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
@@ -272,10 +279,10 @@ def score_map(table: Mapping[str, Mapping[str, float]], title: str, alt: str, fo
     columns = list(next(iter(table.values())))
     values = [[row[column] for column in columns] for row in table.values()]
     fig, ax = figure(width, 1.25 + 0.36 * len(table))
-    ax.imshow(values, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE]), vmin=0, vmax=1, aspect="auto")
+    ax.imshow(values, cmap=LinearSegmentedColormap.from_list("course", [PAPER, tint(BLUE)]), vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            ax.text(j, i, form.format(value), ha="center", va="center", color=PAPER if value > 0.85 else INK)
+            ax.text(j, i, form.format(value), ha="center", va="center")
     ax.set_xticks(range(len(columns)), [c.replace("$", "\\$").replace(" ", "\n") for c in columns])
     ax.set_yticks(range(len(table)), [name.replace("$", "\\$") for name in table])
     ax.tick_params(length=0)
@@ -293,13 +300,13 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     x = numpy.linspace(-1, 1, 2001)
     left.fill_between(x, numpy.exp(-((x * 2.6) ** 2) / 2), color=SKY, alpha=0.35, label="where normal weights fall")
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
-    left.set(xlabel="weight / largest weight of its block", yticks=[], ylim=(0, 1.25))
+    left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)", yticks=[], ylim=(0, 1.25))
     left.set_title("levels crowd where weights crowd")
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
     right.plot(x, x, color=GREY, linewidth=1, label="exact")
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
-    right.set(xlabel="before", ylabel="after")
+    right.set(xlabel="weight / largest, before", ylabel="after")
     right.set_title("rounding is a staircase")
     right.legend()
     for ax in (left, right):
@@ -326,11 +333,40 @@ def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: s
     if many:
         right = axes[0][1]
         right.hist(new - old, 61, histtype="stepfilled", color=SKY, edgecolor=BLUE)
-        right.set(xlabel="rounded minus exact", yticks=[])
+        right.set(xlabel="rounded minus exact", ylabel="weights (count)")
         right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
         right.locator_params(axis="x", nbins=5)
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
+
+
+def _percent(axis: Any, form: str) -> None:
+    """An axis under labels that are percentages counts in per cent too."""
+    from matplotlib.ticker import PercentFormatter
+
+    if form.endswith("%}"):
+        axis.set_major_formatter(PercentFormatter(1))
+
+
+def _colour_number(number: int, of: int) -> int:
+    if of > len(PALETTE):
+        raise ValueError(f"{of} series in one figure, and {len(PALETTE)} colours that are told apart: draw two figures, or fewer series.")
+    return number
+
+
+def _colour(number: int, of: int) -> str:
+    """The colour of series ``number`` out of ``of``.
+
+    Raises:
+        ValueError: more series than colours.
+    """
+    return PALETTE[_colour_number(number, of)]
+
+
+def tint(colour: str, share: float = 0.62) -> str:
+    """``colour`` over paper, "#RRGGBB"; at the usual share ink on it stays readable."""
+    mixed = (round(255 + share * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
 
 
 def shade(value: float, most: float) -> str:
@@ -340,9 +376,7 @@ def shade(value: float, most: float) -> str:
     printed. At its darkest it leaves black text readable.
     """
     share = 0.62 * min(1.0, abs(value) / most) if most else 0.0
-    full = BLUE if value > 0 else VERMILION
-    mixed = (round(255 + share * (int(full[i : i + 2], 16) - 255)) for i in (1, 3, 5))
-    return "#" + "".join(f"{part:02X}" for part in mixed)
+    return tint(BLUE if value > 0 else VERMILION, share)
 
 
 def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt: str, per_line: int = 96, save: Path | None = None) -> None:
@@ -418,7 +452,7 @@ def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt:
             ax.text(at, row, text, family="monospace", fontsize=9.5, va="center", bbox=box)
             at += len(text) + gap
     ax.set_title(title)
-    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, color=VERMILION, va="center")
+    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, color=INK, va="center")
     ax.text(18, -1.05, "grey: only read", fontsize=9.5, color=INK, va="center")
     show(fig, alt)
 

@@ -177,6 +177,48 @@ def test_the_palette_is_told_apart_by_every_eye(eye: str) -> None:
     assert min(distance(colour, plots.PAPER, eye) for colour in plots.PALETTE) > 35
 
 
+def contrast(a: str, b: str) -> float:
+    low, high = sorted(float(numpy.array(XYZ[1]) @ linear(colour)) for colour in (a, b))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_text_stands_out_and_axes_say_what_they_measure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.colors import to_hex
+    from matplotlib.text import Text
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "show", lambda fig, alt, save=None: drawn.append(fig))
+    DRAWN[name]()
+    fig = drawn[0]
+    fig.canvas.draw()
+    for text in fig.findobj(Text):
+        if text.get_text().strip():
+            assert contrast(to_hex(text.get_color()), plots.PAPER) >= 4.5, f"{text.get_text()!r} is too pale"
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+            numbers = ticks and all(map(_is_number, ticks))
+            assert not (ax.axison and numbers) or axis.get_label_text(), f"{name}: an axis of numbers without a label"
+
+
+def _is_number(text: str) -> bool:
+    return not any(c.isalpha() for c in text.replace("mathdefault", ""))
+
+
+@pytest.mark.parametrize("colour", [plots.BLUE, plots.ORANGE])
+def test_ink_is_read_on_the_darkest_cell(colour: str) -> None:
+    assert contrast(plots.tint(colour), plots.INK) >= 4.5 > contrast(plots.VERMILION, plots.PAPER)
+
+
+def test_more_series_than_colours_are_refused_in_words() -> None:
+    seven = {str(n): [(0.0, 1.0), (1.0, n)] for n in range(7)}
+    with pytest.raises(ValueError, match="7 series in one figure, and 6 colours"):
+        plots.curves(seven, "t", "x", "y", ALT)
+    with pytest.raises(ValueError, match="7 series in one figure, and 6 colours"):
+        plots.grouped_bars({name: {"g": 1.0} for name in seven}, "t", "u", ALT)
+
+
 def test_text_is_dark_enough_on_paper() -> None:
     ink, paper = (float(numpy.array(XYZ[1]) @ linear(colour)) for colour in (plots.INK, plots.PAPER))
     assert (paper + 0.05) / (ink + 0.05) > 7, "WCAG 2.2, contrast (enhanced)"
