@@ -160,7 +160,7 @@ def test_continuous_integration_calls_the_readmes_test_command() -> None:
 
 # ---- what a reader sees ---------------------------------------------------------------------------------------------
 
-PAGES = ["README.md", "Colab.md", *(str(p.relative_to(REPO)) for p in NOTEBOOKS)]
+PAGES = ["README.md", "Colab.md", "notebooks/GLOSSARY.md", "notebooks/ERRORS.md", *(str(p.relative_to(REPO)) for p in NOTEBOOKS)]
 
 
 def text_of(page: str) -> str:
