@@ -128,15 +128,15 @@ def test_american_spelling_is_found() -> None:
 EMPHASIS = re.compile(r"\*\*(.+?)\*\*|(?<![\w*])\*([^*\s][^*]*?)\*(?![\w*])", re.DOTALL)
 
 
-def glossary() -> dict[str, tuple[str, str]]:
-    """Term -> the lesson that defines it, and what the glossary says; ``**term**: words [lesson](file)``, one in a line."""
-    entries = {}
+def glossary() -> dict[str, tuple[str, str, str]]:
+    """Term -> the lesson and the section that define it, and what the glossary says: ``- **term**: words [0N, section](file)``."""
+    entries: dict[str, tuple[str, str, str]] = {}
     for line in (REPO / "notebooks" / "GLOSSARY.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("- "):
-            found = re.fullmatch(r"- \*\*(.+?)\*\*: (.+) \[0\d[^\]]*\]\((0\d_\w+)\.ipynb\)", line)
+            found = re.fullmatch(r"- \*\*(.+?)\*\*: (.+) \[0\d, ([^\]]+)\]\((0\d_\w+)\.ipynb\)", line)
             assert found, f"not of the form of an entry: {line}"
             assert found[1] not in entries, f"twice: {found[1]}"
-            entries[found[1]] = (found[3], found[2])
+            entries[found[1]] = (found[4], found[3], found[2])
     return entries
 
 
@@ -171,14 +171,21 @@ def names(term: str) -> list[str]:
     return [plain(name) for name in re.split(r"[,()]", term) if name.strip()]
 
 
+def sections(lesson: str) -> dict[str, str]:
+    """Heading without marks -> what stands under it, code too; what comes before the first is "the opening"."""
+    text = "\n\n".join(source if kind == "markdown" else re.sub(r"(?m)^#", "", source) for kind, source in cells(LESSONS[lesson]))
+    opening, *parts = re.split(r"^##+ (.+)$", text, flags=re.MULTILINE)
+    return {"the opening": opening} | {re.sub("[`*]", "", head): part for head, part in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def test_every_entry_of_the_glossary_names_a_lesson_in_which_the_term_occurs_and_no_earlier_lesson_marks_it() -> None:
     listed = glossary()
     assert len(listed) > 60
     assert list(listed) == sorted(listed, key=str.lower), "in the order of the alphabet"
-    for term, (lesson, meaning) in listed.items():
+    for term, (lesson, section, meaning) in listed.items():
         assert len(meaning.split()) >= 4, term
-        text = plain(text_of(LESSONS[lesson]))
-        assert any(name in text for name in names(term)), f"{lesson} has no word of {term!r}"
+        text = plain(sections(lesson)[section])
+        assert any(name in text for name in names(term)), f"{section!r} of {lesson} has no word of {term!r}"
         for earlier in sorted(LESSONS)[: sorted(LESSONS).index(lesson)]:
             marked = {plain(mark) for mark in emphasised(cells(LESSONS[earlier])) - stressed()}
             assert not marked & set(names(term)), f"{term!r} is defined in {earlier} already"
