@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from spellchecker import SpellChecker
 
-from medquad_utils import estimate, memory, profiles, quantization
+from medquad_utils import data, estimate, memory, profiles, quantization
 
 REPO = Path(__file__).parent.parent
 TESTS = REPO / "tests"
@@ -312,6 +313,17 @@ def test_a_wrong_and_an_uncovered_number_are_found() -> None:
     assert not held("4,711", "in_tests('test_data.py')")
     pages = [("code", "pass")] * 4 + [("markdown", "It took 4,711 steps, not 12."), ("code", "n = 12")]
     assert [text[-30:] for text in loose("09_specialise", pages)] == ["It took 4,711 steps, not 12."]
+
+
+def test_what_lesson_01_says_of_repeats_is_so_in_the_real_medquad(real_rows: list[dict[str, Any]]) -> None:
+    pairs = [(row["question"], row["answer"]) for row in real_rows]
+    answers: dict[str, set[str]] = {}
+    for question, answer in pairs:
+        answers.setdefault(data.normalise(question), set()).add(answer)
+    shared = Counter(answer for _, answer in pairs)
+    assert len(pairs) - len(set(pairs)) == 48
+    assert sum(len(several) > 1 for several in answers.values()) == 1437
+    assert sum(n for n in shared.values() if n > 1) == 674
 
 
 # ---- references -----------------------------------------------------------------------------------------------------
