@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import json
 import re
@@ -31,6 +32,7 @@ ADDRESS = r"https?://\S+|\b[\w-]+(?:\.[\w-]+)+/[\w/.-]+"
 CODE = (r"```.*?```", r"``[^`]*``", r"`[^`]*`", r"\$\$.*?\$\$", r"\$[^$\n]*\$", r"<!--.*?-->", r"<[^<>\n]+>", r"\]\([^)]*\)", ADDRESS)
 
 
+@cache
 def cells(path: Path) -> list[tuple[str, str]]:
     """Kind and source of each cell; a page of markdown is one cell."""
     text = path.read_text(encoding="utf-8")
@@ -172,6 +174,7 @@ def names(term: str) -> list[str]:
     return [plain(name) for name in re.split(r"[,()]", term) if name.strip()]
 
 
+@cache
 def sections(lesson: str) -> dict[str, str]:
     """Heading without marks -> what stands under it, code too; what comes before the first is "the opening"."""
     text = "\n\n".join(source if kind == "markdown" else re.sub(r"(?m)^#", "", source) for kind, source in cells(LESSONS[lesson]))
@@ -183,13 +186,13 @@ def test_every_entry_of_the_glossary_names_a_lesson_in_which_the_term_occurs_and
     listed = glossary()
     assert len(listed) > 60
     assert list(listed) == sorted(listed, key=str.lower), "in the order of the alphabet"
+    marked = {stem: {plain(mark) for mark in emphasised(cells(path)) - stressed()} for stem, path in LESSONS.items()}
     for term, (lesson, section, meaning) in listed.items():
         assert len(meaning.split()) >= 4, term
         text = plain(sections(lesson)[section])
         assert any(name in text for name in names(term)), f"{section!r} of {lesson} has no word of {term!r}"
         for earlier in sorted(LESSONS)[: sorted(LESSONS).index(lesson)]:
-            marked = {plain(mark) for mark in emphasised(cells(LESSONS[earlier])) - stressed()}
-            assert not marked & set(names(term)), f"{term!r} is defined in {earlier} already"
+            assert not marked[earlier] & set(names(term)), f"{term!r} is defined in {earlier} already"
 
 
 def test_every_marked_term_is_in_the_glossary() -> None:
@@ -386,6 +389,25 @@ def test_the_page_of_errors_quotes_messages_that_the_package_says() -> None:
     assert Counter(message for _, message in errors()).most_common(1)[0][1] == 1
     assert {message: missing(message) for message in ours if missing(message)} == {}
     assert missing("no adapter in .../: somebody reworded this") != []
+
+
+LIBRARIES = {
+    "IProgress not found. Please update jupyter and ipywidgets.": "tqdm/notebook.py",
+    "You are trying to access a gated repo.": "transformers/utils/hub.py",
+    "Attempting to unscale FP16 gradients.": "torch/amp/grad_scaler.py",
+    "Your setup doesn't support bf16/gpu.": "transformers/training_args.py",
+    "Asking to pad but the tokenizer does not have a padding token.": "transformers/tokenization_utils_base.py",
+    "not available in CPU-only version of bitsandbytes.": "bitsandbytes/cextension.py",
+}
+
+
+@pytest.mark.parametrize("message", LIBRARIES)
+def test_a_quoted_message_of_a_library_is_in_the_installed_one(message: str) -> None:
+    package, _, file = LIBRARIES[message].partition("/")
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.origin
+    assert message in (Path(spec.origin).parent / file).read_text(encoding="utf-8")
+    assert message in [quoted for who, quoted in errors() if not who.startswith("From the course")]
 
 
 def test_every_error_has_a_cause_and_a_way_out() -> None:
