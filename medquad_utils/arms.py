@@ -176,7 +176,7 @@ class Journal:
             path.replace(path.with_name(f"{path.name}.old"))
             lines = []
         with whole_file(path) as temporary:  # rewritten without a torn line, to which the next one would stick
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in (recipe, *lines[1:])))
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in (recipe, *lines[1:])), encoding="utf-8")
         for line in lines[1:]:
             self.done[line["arm"]] |= {key: Answer(*values) for key, values in line["answers"].items()}
 
@@ -198,7 +198,7 @@ class Journal:
         self.done[arm] |= answers
         line = {"arm": arm, "answers": {key: [a.text, a.tokens, a.stopped] for key, a in answers.items()}}
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -176,7 +176,7 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     write_html(target)
     seconds = time.time() - started
     record = metrics_file(notebook, folder)
-    headline = json.loads(record.read_text())["headline"] if record.is_file() else "no headline"
+    headline = json.loads(record.read_text(encoding="utf-8"))["headline"] if record.is_file() else "no headline"
     return Result(title(notebook), seconds, peak.gb, headline)
 
 
@@ -297,7 +297,7 @@ def main() -> int:
         for notebook, result in zip(lessons(only), results, strict=True):
             stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)
         record = home / "timings.json"
-        timings = json.loads(record.read_text()) if record.is_file() else {}
+        timings = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         for result in results:
             timings[result.lesson[:2]] = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         write_json(record, timings)

@@ -707,7 +707,11 @@ def prepare(plan: Plan) -> Splits:
     """The plan's splits: read from ``runs/<profile>/data``, or, if they are not there, made and written."""
     folder = plan.folder / "data"
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
-    if card.is_file() and all(p.is_file() for p in parts) and (written := json.loads(card.read_text()))["recipe"] == _recipe(plan):
+    if (
+        card.is_file()
+        and all(p.is_file() for p in parts)
+        and (written := json.loads(card.read_text(encoding="utf-8")))["recipe"] == _recipe(plan)
+    ):
         train, validation, test = map(read_rows, parts)
         return Splits(train, validation, test, written["cleaning"], written["notes"])
     return make(plan, folder)[0]

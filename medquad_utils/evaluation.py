@@ -186,7 +186,7 @@ def plan_of(profile: str = "", adapter: str = "") -> tuple[Plan, Path]:
     """
     made: dict[str, Any] = {}
     if adapter and (record := Path(adapter) / "plan.json").is_file():
-        made = json.loads(record.read_text())
+        made = json.loads(record.read_text(encoding="utf-8"))
     plan = resolve(profile or made.get("profile", "auto"), seed=made.get("seed", 0))
     return plan, Path(adapter) if adapter else plan.folder / "adapter"
 
@@ -204,11 +204,11 @@ def training_rows(plan: Plan, adapter: Path, folder: Path | None = None, part: s
     if folder:
         return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
     record, card = adapter / "plan.json", plan.folder / "data" / "data.json"
-    made = json.loads(record.read_text()).get("source", plan.source) if record.is_file() else plan.source
+    made = json.loads(record.read_text(encoding="utf-8")).get("source", plan.source) if record.is_file() else plan.source
     if made == plan.source:
         rows: list[Row] = getattr(prepare(plan), part)
         return rows
-    if card.is_file() and json.loads(card.read_text())["recipe"]["source"] == made:
+    if card.is_file() and json.loads(card.read_text(encoding="utf-8"))["recipe"]["source"] == made:
         return read_rows(card.with_name(f"{part}.parquet"))
     raise CourseError(f"the adapter was trained on {made!r} rows, not on {plan.source!r}: give the folder of their train.parquet (--data).")
 

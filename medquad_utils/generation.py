@@ -133,10 +133,10 @@ def _base_of(folder: Path) -> str:
     """Which base an adapter's folder says that it was trained on; "" if nothing in it says so."""
     record, config = folder / "plan.json", folder / "adapter_config.json"
     if record.is_file():
-        made = json.loads(record.read_text())
+        made = json.loads(record.read_text(encoding="utf-8"))
         base = made.get("base", "")
         return " ".join(filter(None, [made.get("model_id"), f"({base})" if base and "@" not in base else ""]))
-    name = json.loads(config.read_text()).get("base_model_name_or_path") if config.is_file() else None
+    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
     return "" if name is None or Path(name).is_absolute() else str(name)
 
 
@@ -149,7 +149,7 @@ def check_adapter(plan: Plan, folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise CourseError(f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04).")
     record = folder / "plan.json"
-    made = json.loads(record.read_text()) if record.is_file() else {}
+    made = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if made.get("model_id", plan.model_id) != plan.model_id:
         raise CourseError(
             f"the adapter was trained on {made['model_id']}, but the plan loads {plan.model_id}. Use the profile it was trained with."

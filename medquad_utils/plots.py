@@ -512,8 +512,10 @@ class Cards:
 
     def _repr_html_(self) -> str:
         style = f"border:1px solid {GREY};border-radius:6px;padding:8px 12px;margin:8px 0;background:{PAPER};color:{INK}"
-        return "".join(
-            f'<div style="{style}">' + "<br>".join(f"<b>{html.escape(k)}</b>: {html.escape(v)}" for k, v in card.items()) + "</div>"
+        return "".join(  # GitHub drops the style: there, and only there, a blockquote's own bar and margins set the cards apart
+            f'<blockquote style="{style}">'
+            + "<br>".join(f"<b>{html.escape(k)}</b>: {html.escape(v)}" for k, v in card.items())
+            + "</blockquote>"
             for card in self.cards
         )
 

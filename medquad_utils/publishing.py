@@ -101,7 +101,7 @@ def base_revision(plan: Plan) -> str:
         return plan.revision
     record = Path(constants.HF_HUB_CACHE) / f"models--{plan.model_id.replace('/', '--')}" / "refs" / "main"
     if record.is_file():
-        return record.read_text().strip()
+        return record.read_text(encoding="utf-8").strip()
     raise CourseError(
         f"which commit of {plan.model_id} the adapter belongs to is not known: load the base once (medquad ask), then publish."
     )
@@ -342,7 +342,10 @@ def run_snippet(folder: Path, repo: str) -> str:
     with tempfile.TemporaryDirectory() as empty:
         link = Path(empty) / repo
         link.parent.mkdir(parents=True)
-        link.symlink_to(folder.resolve(), target_is_directory=True)
+        try:
+            link.symlink_to(folder.resolve(), target_is_directory=True)
+        except OSError:  # Windows asks for a privilege that few have
+            shutil.copytree(folder, link)
         done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise CourseError(f"the snippet of the card in {folder.name}/ fails: {(done.stderr.strip().splitlines() or ['no word'])[-1][:200]}")

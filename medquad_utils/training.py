@@ -215,7 +215,7 @@ def require_learning(model: torch.nn.Module) -> None:
 def is_whole(checkpoint: Path, processes: int = 1) -> bool:
     """Whether everything that a run goes on from is there. The trainer writes its state last, but only that of the first process."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes))
@@ -240,7 +240,7 @@ def resumable(plan: Plan) -> Path | None:
     folder = plan.folder / "checkpoints"
     record = folder / "plan.json"
     now = plan.as_dict() | {"base": base_id(plan)}
-    before = json.loads(record.read_text()) if record.is_file() else {}
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     processes = before.get("processes", 1)  # of the run that wrote them: more leave more behind
     found = last_checkpoint(folder, processes)
     if found and before:
@@ -332,7 +332,7 @@ def ensure_adapter(plan: Plan) -> Path:
     folder = plan.folder / "adapter"
     record = folder / "plan.json"
     if record.is_file():
-        made = json.loads(record.read_text())
+        made = json.loads(record.read_text(encoding="utf-8"))
         now = plan.as_dict() | {"base": base_id(plan)}
         if all(made.get(k) == now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
             return folder

@@ -168,7 +168,7 @@ def write_manifest(folder: Path, **facts: object) -> None:
     names = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
     files = {name: sha256(folder / name) for name in names}
     made_from = {"conditions.toml": sha256(CONDITIONS), "statements": _statements_hash()}
-    (folder / MANIFEST).write_text(json.dumps({"files": files, "made_from": made_from, **facts}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
 
 
 def _statements_hash() -> str:
