@@ -152,10 +152,11 @@ def test_tables_and_cards_read_without_their_styles() -> None:
 # ---- Windows and macOS ----------------------------------------------------------------------------------------------
 
 
-def _mode(node: ast.Call) -> str:
-    """The mode of a call of open, "" if it is the default."""
-    given = [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
-    return next((a.value for a in given if isinstance(a, ast.Constant) and re.fullmatch(r"[rwaxbt+]{1,3}", str(a.value))), "")
+def _binary(node: ast.Call) -> bool:
+    """Whether a call of open, or of a path's open, asks for bytes."""
+    place = 1 if isinstance(node.func, ast.Name) else 0
+    given = [*node.args[place : place + 1], *(k.value for k in node.keywords if k.arg == "mode")]
+    return ast.unparse(node.func).endswith("open") and any("b" in str(a.value) for a in given if isinstance(a, ast.Constant))
 
 
 def posix_only(source: str) -> list[str]:
@@ -185,7 +186,7 @@ def _posix_only(node: ast.AST) -> str:
         case ast.Call():
             called = ast.unparse(node.func)
             encoded = any(k.arg in ("encoding", None) for k in node.keywords)
-            if called.rpartition(".")[2] in TEXT_CALLS and not encoded and "b" not in _mode(node) and not re.search(OTHERS, called):
+            if called.rpartition(".")[2] in TEXT_CALLS and not encoded and not _binary(node) and not re.search(OTHERS, called):
                 return f"{called} without encoding"
     return ""
 
