@@ -7,6 +7,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ def grouped_bars(
         places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
         drawn = ax.bar(places, [values[g] for g in groups], width * 0.94, label=name, color=_colour(number, len(table)))
         ax.bar_label(drawn, [form.format(values[g]) for g in groups], padding=2, fontsize=9)
-    crowded = len(groups) * max(map(len, groups)) > 62  # characters that fit beside the legend
+    wide = [max(map(len, group.split("\n"))) for group in groups]  # in characters; about 66 fit beside the legend
+    crowded = any(a + b > 2 * 66 / len(groups) for a, b in pairwise(wide))
     ax.set_xticks(range(len(groups)), groups, **({"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}))
     ax.set(ylabel=unit)
     _percent(ax.yaxis, form)

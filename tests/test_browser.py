@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import nbformat
 import pytest
 from conftest import chromium
 from playwright.sync_api import BrowserContext, Page
+from test_places import headings
 
 from medquad_utils import course
 
@@ -46,6 +48,43 @@ STATE = """() => ({
 IMAGES = """() => [...document.querySelectorAll('.jp-Notebook img')]
   .filter(i => ['data:', 'blob:'].includes(new URL(i.src).protocol) || new URL(i.src).host === location.host)
   .map(i => ({src: i.src.slice(0, 120), width: i.naturalWidth, shown: i.clientWidth, output: i.closest('.jp-OutputArea') !== null}))"""
+# Text that is too faint on what is behind it, by WCAG's contrast (4.5 to 1).
+FAINT = """() => {
+  const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3]));
+  const lit = c => c.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = e => {
+    const layers = [];
+    for (; e; e = e.parentElement) layers.unshift(parse(getComputedStyle(e).backgroundColor));
+    return layers.reduce((under, layer) => over(layer, under), [255, 255, 255]);
+  };
+  const at = '.jp-OutputArea-output', outputs = `${at} .jp-RenderedHTMLCommon *, ${at}.jp-RenderedHTMLCommon *, ${at} pre`;
+  return [...document.querySelectorAll(outputs)]
+    .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length)
+    .map(e => {
+      const back = behind(e), ink = over(parse(getComputedStyle(e).color), back), [low, high] = [lit(ink), lit(back)].sort((a, b) => a - b);
+      return {text: e.textContent.trim().slice(0, 60), tag: e.tagName, ratio: (high + 0.05) / (low + 0.05)};
+    }).filter(e => e.ratio < 4.5);
+}"""
+# Our own figures drawn on a canvas: the least alpha of any sampled pixel, and how far the lightness of its pixels spreads.
+PICTURES = """() => [...document.querySelectorAll('.jp-OutputArea img')]
+  .filter(i => i.src.startsWith('data:image/png') && i.naturalWidth > 8).map(i => {
+  const c = document.createElement('canvas');
+  [c.width, c.height] = [i.naturalWidth, i.naturalHeight];
+  const g = c.getContext('2d');
+  g.drawImage(i, 0, 0);
+  const d = g.getImageData(0, 0, c.width, c.height).data;
+  let alpha = 255, dark = 255, light = 0;
+  for (let k = 0; k < d.length; k += 4) {
+    alpha = Math.min(alpha, d[k + 3]);
+    dark = Math.min(dark, d[k + 1]);
+    light = Math.max(light, d[k + 1]);
+  }
+  return {alt: i.alt.slice(0, 60), alpha, dark, light, filter: getComputedStyle(i).filter};
+})"""
+ACTIVE = "n => document.querySelectorAll('.jp-Notebook .jp-Cell')[n].classList.contains('jp-mod-active')"
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 LOADED = "() => [...document.querySelectorAll('.jp-Notebook img')].every(i => i.complete)"
 
 Say = Callable[[str], None]
@@ -78,6 +117,7 @@ def browser() -> Iterator[BrowserContext]:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(NOTEBOOKS, folder / "root" / "committed", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))  # to look at
     for lesson in LESSONS:
         _prepare(folder / "root" / "notebooks" / lesson.name)
     for name, values in SETTINGS.items():
@@ -132,8 +172,9 @@ def _wait_for_server(process: subprocess.Popen[bytes], folder: Path, seconds: fl
     while process.poll() is None and time.monotonic() < end:
         try:
             info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            socket.create_connection(("127.0.0.1", info["port"]), 5).close()  # the file is there before the port is served
             return info
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, json.JSONDecodeError, ConnectionError):
             time.sleep(0.1)
     raise AssertionError("JupyterLab did not start:\n" + (folder / "server.log").read_text(errors="replace")[-3000:])
 
@@ -229,6 +270,41 @@ def _screenshots(page: Page, folder: Path, name: str) -> int:
     return number
 
 
+def unseen(page: Page) -> list[str]:
+    """What cannot be seen of the outputs on a page in the theme that is on; [] if all can."""
+    found = [f"{e['ratio']:.1f} to 1 is too faint: {e['tag']} {e['text']!r}" for e in page.evaluate(FAINT)]
+    for image in page.evaluate(PICTURES):
+        if image["alpha"] < 255 or image["light"] - image["dark"] < 128:
+            found.append(f"see-through or flat: {image}")
+    return found
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_is_seen_in_light_and_dark_with_a_table_of_contents(path: Path, browser: BrowserContext, lab: Lab) -> None:
+    """The committed lesson with its outputs, not run: every picture and table in both themes, the headings in their panel."""
+    page = browser.new_page()
+    try:
+        page.goto(f"{lab.url}lab/tree/committed/{quote(path.name)}?reset&token={lab.token}")
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        for theme, name in THEMES.items():
+            page.locator(".lm-MenuBar-itemLabel", has_text="Settings").first.click()
+            page.locator(".lm-Menu-itemLabel").get_by_text("Theme", exact=True).hover()
+            page.locator(".lm-Menu-itemLabel").get_by_text(name, exact=True).click()
+            page.locator(f"body[data-jp-theme-light={'true' if theme == 'light' else 'false'}]").wait_for(state="attached")
+            page.wait_for_function(LOADED)
+            page.wait_for_timeout(500)
+            assert unseen(page) == []
+            assert _screenshots(page, lab.screenshots, f"{path.stem}-{theme}") > 1
+        page.keyboard.press("Control+Shift+k")
+        items = page.locator(".jp-TableOfContents-tree .jp-tocItem-content")
+        items.first.wait_for()
+        listed = [text.strip() for text in items.all_inner_texts()]
+        wanted = [text for _, text in headings(json.loads(path.read_text(encoding="utf-8")))]
+        assert [t.replace("`", "") for t in wanted] == listed
+    finally:
+        page.close()
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_run_all_in_jupyterlab_ends_without_an_error(path: Path, browser: BrowserContext, lab: Lab, say: Say) -> None:
     assert faults(browser, lab, f"notebooks/{path.name}", TABLE[path.stem]["timeout"], say) == []
@@ -279,3 +355,41 @@ def test_the_checker_finds_failing_cells_the_cells_they_kept_from_running_and_mi
 def test_the_checker_finds_a_kernel_that_died(browser: BrowserContext, lab: Lab, say: Say) -> None:
     (found,) = faults(browser, lab, _toy(lab, "dead", "import os\nos._exit(1)", "print('never')"), 60, say)
     assert "JupyterLab asks: " in found and "appears to have died" in found
+
+
+def test_a_lesson_can_be_done_from_the_keyboard(browser: BrowserContext, lab: Lab) -> None:
+    """Lesson 02 up to its first prediction, no mouse: run cell by cell, type a guess, run it, save, find the headings."""
+    path = lab.root / "committed" / "02_quantize_to_4_bits.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    predict = next(n for n, cell in enumerate(cells) if "predict" in cell["metadata"].get("tags", ()))
+    lines = "".join(cells[predict]["source"]).splitlines()
+    line = next(n for n, text in enumerate(lines) if text.startswith("my_guess ="))
+    page = browser.new_page()
+    try:
+        page.goto(f"{lab.url}lab/tree/committed/{path.name}?reset&token={lab.token}")
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(state="attached")
+        page.wait_for_function("() => document.activeElement.closest('.jp-Cell') !== null")  # JupyterLab puts the focus there itself
+        for _ in range(100):  # a key that is pressed too early is lost, for a person too
+            if page.evaluate(ACTIVE, predict):
+                break
+            page.keyboard.press("Shift+Enter")
+            page.wait_for_timeout(500)
+        cell = page.locator(".jp-Notebook .jp-Cell").nth(predict)
+        page.keyboard.press("Enter")
+        page.locator(".jp-Notebook.jp-mod-editMode").wait_for()
+        page.keyboard.press("Control+Home")
+        for _ in range(line):
+            page.keyboard.press("ArrowDown")
+        page.keyboard.press("Shift+End")
+        page.keyboard.type("my_guess = 7.0  # mine")
+        page.keyboard.press("Shift+Enter")
+        cell.locator(".jp-OutputArea-output", has_text="You said 7").wait_for()
+        page.keyboard.press("Control+s")
+        page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+        page.keyboard.press("Control+Shift+k")
+        page.locator(".jp-TableOfContents-tree .jp-tocItem-content").first.wait_for()
+    finally:
+        page.close()
+    saved = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][predict]["source"]).splitlines()
+    assert saved == [*lines[:line], "my_guess = 7.0  # mine", *lines[line + 1 :]]
