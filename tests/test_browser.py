@@ -300,7 +300,8 @@ def test_is_seen_in_light_and_dark_with_a_table_of_contents(path: Path, browser:
         items.first.wait_for()
         listed = [text.strip() for text in items.all_inner_texts()]
         wanted = [text for _, text in headings(json.loads(path.read_text(encoding="utf-8")))]
-        assert [t.replace("`", "") for t in wanted] == listed
+        rest = iter(listed)  # headings of outputs stand among them: lesson 08 shows a model card
+        assert all(text.replace("`", "") in rest for text in wanted), listed
     finally:
         page.close()
 
