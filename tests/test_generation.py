@@ -172,47 +172,6 @@ def test_an_end_of_the_callers_replaces_the_tokenizers(model: Any, tokenizer: An
     assert free.text.startswith(ended.text)
 
 
-# ---- several adapters on one base -----------------------------------------------------------------------------------
-
-
-def test_adapters_take_turns_on_one_base_and_each_answers_as_alone(plan: Plan, tokenizer: Any, adapter: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(adapter, tmp_path / "other"))
-    weights = load_file(other / "adapter_model.safetensors")
-    save_file({name: weight.flip(0) for name, weight in weights.items()}, other / "adapter_model.safetensors")
-    both: Any = generation.load_adapters(plan, {"general": adapter, "heart": other})
-    ids = torch.tensor([tokenizer("What causes stroke?")["input_ids"]])
-
-    def logits(model: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            found: torch.Tensor = model(ids).logits
-        return found
-
-    alone = {name: logits(generation.load_tuned(plan, folder)) for name, folder in (("general", adapter), ("heart", other))}
-    assert torch.equal(logits(both), alone["general"]), "the first one is active"
-    for name in ("heart", "general", "heart"):
-        both.set_adapter(name, inference_mode=True)
-        assert torch.equal(logits(both), alone[name])
-    assert not torch.equal(alone["heart"], alone["general"])
-    with both.disable_adapter():
-        assert torch.equal(logits(both), logits(generation.load_base(plan)))
-
-
-def test_adapters_of_different_bases_are_refused_by_name_before_anything_is_loaded(
-    plan: Plan, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    foreign = Path(shutil.copytree(adapter, tmp_path / "foreign"))
-    mine = plan.as_dict() | {"base": generation.base_id(plan)}
-    shutil.copytree(adapter, tmp_path / "heart")
-    (tmp_path / "heart" / "plan.json").write_text(json.dumps(mine))
-    monkeypatch.setattr(generation, "load_base", lambda *_: pytest.fail("the base was loaded"))
-    for change in ({"model_id": "some/llama", "base": "some/llama@main"}, {"base": "0123456789abcdef"}):
-        (foreign / "plan.json").write_text(json.dumps(mine | change))
-        with pytest.raises(CourseError, match=r"different bases .*: 'heart' was trained on embedded .*, 'foreign' on ") as caught:
-            generation.load_adapters(plan, {"heart": tmp_path / "heart", "foreign": foreign})
-        assert next(iter(change.values())) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
 # ---- dequantised once -----------------------------------------------------------------------------------------------
 
 
@@ -339,7 +298,6 @@ def test_an_adapter_of_another_base_is_refused_by_name(plan: Plan, copied: Path)
 
 
 def test_an_adapter_of_another_shape_is_refused_though_no_plan_lies_beside_it(plan: Plan, copied: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     (copied / "plan.json").unlink()
     weights = copied / "adapter_model.safetensors"
