@@ -157,10 +157,14 @@ def memory() -> list[Finding]:
     return [Finding("memory", OK if free >= need else PROBLEM, said, "" if free >= need else "close other programs and notebooks")]
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
 def disk(folder: Path) -> list[Finding]:
     """Free space where results go."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free / 1e9
+    free = shutil.disk_usage(_existing(folder)).free / 1e9
     said = f"{free:.1f} GB free for results, {DISK_GB:.1f} GB needed"
     todo = "free some space, or set MEDQUAD_OUT to a folder on another disk"
     return [Finding("disk", OK if free >= DISK_GB else PROBLEM, said, "" if free >= DISK_GB else todo)]
@@ -168,9 +172,8 @@ def disk(folder: Path) -> list[Finding]:
 
 def results(folder: Path) -> list[Finding]:
     """The results folder, or where it would be made, can be written."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             return [Finding("results", OK, f"{folder.name}/ can be written")]
     except OSError as error:
         said = f"{folder.name}/ cannot be written ({error.strerror})"
