@@ -163,7 +163,9 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     started = time.time()
     try:
         with _PeakMemory() as peak:
-            papermill.execute_notebook(notebook, target, parameters=dict(values), cwd=notebook.parent, log_output=False, progress_bar=True)
+            papermill.execute_notebook(
+                notebook, target, parameters=dict(values), cwd=notebook.parent, log_output=False, progress_bar=True, config=_in_cipher()
+            )
     except PapermillExecutionError as error:
         where = f"lesson {title(notebook)}, cell {error.exec_count}"
         said = (str(error.evalue).strip() or "no message").splitlines()[0]
@@ -178,6 +180,16 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     record = metrics_file(notebook, folder)
     headline = json.loads(record.read_text(encoding="utf-8"))["headline"] if record.is_file() else "no headline"
     return Result(title(notebook), seconds, peak.gb, headline)
+
+
+def _in_cipher() -> Any:
+    """Configuration under which a notebook's process is talked to in cipher; in the clear, newer ones warn at every start."""
+    import zmq
+    from jupyter_client.manager import KernelManager
+    from traitlets.config import Config
+
+    able = zmq.has("curve") and "transport_encryption" in KernelManager.class_trait_names()
+    return Config(KernelManager={"transport_encryption": "auto"}) if able else Config()
 
 
 def write_html(notebook: Path) -> Path:

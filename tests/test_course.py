@@ -97,7 +97,9 @@ def test_values_of_the_command_line_become_the_numbers_they_are_written_as(text:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def test_a_lesson_runs_with_its_parameters_and_leaves_notebook_page_and_headline(toys: Path, tmp_path: Path) -> None:
+def test_a_lesson_runs_with_its_parameters_and_leaves_notebook_page_and_headline(
+    toys: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
     before = (toys / "01_toy_lesson.ipynb").read_bytes()
     (result,) = course.run("tiny", ["01"], {"rows": "12", "rate": "0.25"}, str(tmp_path / "runs"), said.append)
@@ -112,6 +114,7 @@ def test_a_lesson_runs_with_its_parameters_and_leaves_notebook_page_and_headline
     assert (toys / "01_toy_lesson.ipynb").read_bytes() == before, "the committed notebook is not touched"
     assert any("[1/1] 01 toy lesson" in line for line in said)
     assert said[-1].strip() == course.table([result])
+    assert "WARNING" not in capfd.readouterr().err, "ipykernel 7.4 warns where the kernel is talked to in the clear"
 
 
 def test_a_failing_cell_names_lesson_and_cell_in_one_line_and_keeps_the_notebook(toys: Path, tmp_path: Path) -> None:

@@ -283,8 +283,15 @@ def broken_and_mended(notebook: Any, path: Path) -> list[str]:
     return ['no part "Break it" in which a mistake shows and is mended']
 
 
+def numbered_sections(notebook: Any, path: Path) -> list[str]:
+    """Sections count 1., 2., ..., so that a teacher can say where we are; the three that close every lesson do not."""
+    text = "\n".join(_source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    titles = [t for t in re.findall(r"(?m)^## (.+)$", text) if t not in ("Exercises", "What you learned", "Further reading")]
+    return [f"not section {n}: {title}" for n, title in enumerate(titles, start=1) if not title.startswith(f"{n}. ")]
+
+
 OF_ALL: list[Rule] = [short_cells, described_images]
-OF_LESSONS: list[Rule] = [predictions, exercises, stubs, solutions, hints, broken_and_mended]
+OF_LESSONS: list[Rule] = [predictions, exercises, stubs, solutions, hints, broken_and_mended, numbered_sections]
 
 
 @every
@@ -410,6 +417,7 @@ def _mend_nothing(notebook: Any) -> None:
         (broken_and_mended, _edit_all("(?i)break it", "Look at it"), "Break it"),
         (broken_and_mended, _silence, "Break it"),
         (broken_and_mended, _mend_nothing, "Break it"),
+        (numbered_sections, _edit_all(r"(?m)^## 3\. ", "## "), "not section 3"),
     ],
 )
 def test_a_rule_sees_the_damage(rule: Rule, damage: Callable[[Any], None], complaint: str) -> None:

@@ -213,7 +213,7 @@ def sections(number: str) -> set[str]:
     (path,) = [p for p in LESSONS if p.name.startswith(number)]
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     lines = [line for c in cells if c["cell_type"] == "markdown" for line in "".join(c["source"]).splitlines()]
-    return {re.sub(r"^#+ (\d+(\.| ·) )?", "", line).strip() for line in lines if line.startswith("##")}
+    return {re.sub(r"^#+ (\d+\. )?", "", line).strip() for line in lines if line.startswith("##")}
 
 
 def plan() -> list[tuple[int, str, list[str]]]:
