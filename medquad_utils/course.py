@@ -189,7 +189,7 @@ def _in_cipher() -> Any:
     from traitlets.config import Config
 
     able = zmq.has("curve") and "transport_encryption" in KernelManager.class_trait_names()
-    return Config(KernelManager={"transport_encryption": "auto"}) if able else Config()
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
 
 
 def write_html(notebook: Path) -> Path:

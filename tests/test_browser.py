@@ -1,7 +1,7 @@
 """Every lesson as a learner meets it: opened in JupyterLab in a real browser, run by Run > Run All Cells, saved, looked at.
 
-The lessons share one results folder, in order, so each finds what the one before it wrote. For a person to look at, set
-``MEDQUAD_SCREENSHOTS`` to a folder: then pictures of every page, run and as committed, in light and dark, are written there.
+Each lesson begins with an empty results folder, as for a learner who opens it first (test_notebooks.py runs them in order). For a
+person to look at, set ``MEDQUAD_SCREENSHOTS`` to a folder: pictures of every page, run and as committed, in light and dark, go there.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     shutil.copytree(NOTEBOOKS, folder / "root" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(NOTEBOOKS, folder / "root" / "committed", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))  # to look at
     for lesson in LESSONS:
-        _prepare(folder / "root" / "notebooks" / lesson.name)
+        parameters = TABLE[lesson.stem]["parameters"] | {"out": str(folder / "runs" / lesson.stem)}
+        _prepare(folder / "root" / "notebooks" / lesson.name, parameters)
     for name, values in SETTINGS.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,17 +134,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             process.wait()
 
 
-def _prepare(path: Path) -> None:
-    """Take out the outputs and counts that a lesson is committed with: what is there afterwards, the browser's run has made.
-
-    A short training is enough to see that every cell runs in a browser; the whole one is in test_notebooks.py.
-    """
+def _prepare(path: Path, parameters: dict[str, Any]) -> None:
+    """Take out the outputs and counts that a lesson is committed with: what is there afterwards, the browser's run has made."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, []
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "\nmax_steps = 40"
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     nbformat.write(notebook, path)
 
 
@@ -204,10 +202,15 @@ def faults(browser: BrowserContext, lab: Lab, path: str, timeout: float, say: Sa
         assert saving.value.ok, f"JupyterLab could not save {path}: {saving.value.status}"
         return wrong_with(nbformat.read(lab.root / path, as_version=4), images)
     finally:
-        page.close()
-        header = {"Authorization": f"token {lab.token}"}
-        for session in browser.request.get(f"{lab.url}api/sessions", headers=header).json():
-            browser.request.delete(f"{lab.url}api/sessions/{session['id']}", headers=header)
+        _close(page, browser, lab)
+
+
+def _close(page: Page, browser: BrowserContext, lab: Lab) -> None:
+    """Close a page and end the kernel that JupyterLab started for it."""
+    page.close()
+    header = {"Authorization": f"token {lab.token}"}
+    for session in browser.request.get(f"{lab.url}api/sessions", headers=header).json():
+        browser.request.delete(f"{lab.url}api/sessions/{session['id']}", headers=header)
 
 
 def _run_all(page: Page, name: str, timeout: float, say: Say) -> str:
@@ -301,14 +304,14 @@ def test_is_seen_in_light_and_dark_with_a_table_of_contents(path: Path, browser:
         rest = iter(listed)  # headings of outputs stand among them: lesson 08 shows a model card
         assert all(text.replace("`", "") in rest for text in wanted), listed
     finally:
-        page.close()
+        _close(page, browser, lab)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
-def test_run_all_in_jupyterlab_ends_without_an_error(path: Path, browser: BrowserContext, lab: Lab, say: Say) -> None:
+def test_run_all_in_jupyterlab_starts_cold_and_ends_without_an_error(path: Path, browser: BrowserContext, lab: Lab, say: Say) -> None:
     assert faults(browser, lab, f"notebooks/{path.name}", TABLE[path.stem]["timeout"], say) == []
-    written = list(lab.runs.glob(f"*/metrics/{course.metrics_file(path, lab.runs).name}"))
-    assert len(written) == 1, "the lesson did not write its metrics where $MEDQUAD_OUT says"
+    (written,) = (lab.runs / path.stem).glob(f"*/metrics/{course.metrics_file(path, lab.runs).name}")
+    assert json.loads(written.read_text(encoding="utf-8"))["headline"]
 
 
 def _toy(lab: Lab, name: str, *cells: str) -> str:
@@ -389,6 +392,6 @@ def test_a_lesson_can_be_done_from_the_keyboard(browser: BrowserContext, lab: La
         page.keyboard.press("Control+Shift+k")
         page.locator(".jp-TableOfContents-tree .jp-tocItem-content").first.wait_for()
     finally:
-        page.close()
+        _close(page, browser, lab)
     saved = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][predict]["source"]).splitlines()
     assert saved == [*lines[:line], "my_guess = 7.0  # mine", *lines[line + 1 :]]

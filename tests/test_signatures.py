@@ -27,6 +27,7 @@ import torch
 import transformers
 import trl
 from nbconvert import HTMLExporter
+from papermill.clientwrap import PapermillNotebookClient
 
 from medquad_utils.profiles import TINY_MODEL
 
@@ -180,6 +181,7 @@ PASSED_ON: dict[str, set[str]] = {
     "transformers.TextIteratorStreamer": taken(transformers.PreTrainedTokenizerBase.decode),
     "transformers.AutoModel.from_pretrained": MODEL_LOADING,
     "nbconvert.HTMLExporter": set(HTMLExporter.class_trait_names()),
+    "papermill.execute_notebook": {"config"} & set(PapermillNotebookClient.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
     "medquad_utils.specialising.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
@@ -411,12 +413,12 @@ def test_lora_takes_a_list_of_layers_and_no_unknown_word() -> None:
         peft.LoraConfig(rank=4)
 
 
-def test_papermill_takes_our_keywords_itself_and_passes_none_to_the_engine() -> None:
+def test_papermill_takes_our_keywords_itself_and_passes_but_the_configuration_to_the_engine() -> None:
     """Outage: any lesson under ``medquad run`` runs in another folder: papermill's engine ignores a keyword it does not know."""
     names = {n for n, p in inspect.signature(papermill.execute_notebook).parameters.items() if p.kind is not p.VAR_KEYWORD}
     used = {k for c in CALLS if c.target == "papermill.execute_notebook" for k in c.keywords}
     assert used
-    assert used <= names
+    assert used - {"config"} <= names
 
 
 def test_importing_the_packages_names_warns_of_no_deprecation() -> None:
