@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks --MappingKernelManager.transport_encryption=auto
 
 # The versions that were tested come from environment.yml; torch first, so that nothing pulls another one in.
 $(STAMP): pyproject.toml environment.yml

@@ -398,6 +398,7 @@ LIBRARIES = {
     "Your setup doesn't support bf16/gpu.": "transformers/training_args.py",
     "Asking to pad but the tokenizer does not have a padding token.": "transformers/tokenization_utils_base.py",
     "not available in CPU-only version of bitsandbytes.": "bitsandbytes/cextension.py",
+    "Kernel is running over TCP without encryption.": "ipykernel/kernelapp.py",
 }
 
 
