@@ -156,6 +156,7 @@ def _serve(folder: Path) -> subprocess.Popen[bytes]:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     command += [f"--ServerApp.root_dir={folder / 'root'}", "--LabApp.extension_manager=readonly"]
+    command += ["--MappingKernelManager.transport_encryption=auto"]  # as ``make lab`` starts it
     with (folder / "server.log").open("wb") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
 
