@@ -1,22 +1,46 @@
-# make course | make test | make lab
+# make course | make lab | make check (3 minutes) | make test (20 minutes) | make mutants | make weekly
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
+# Two workers. A thread for each: more would fight for the two cores that this is planned for.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+NEWEST := .venv-newest
+# A clone of https://github.com/abachaa/MedQuAD
+MEDQUAD ?= runs/MedQuAD
 
-.PHONY: course test lab clean
+.PHONY: course lab check test mutants weekly clean
 
 course: $(STAMP)
 	@$(BIN)/medquad run --profile tiny
 
-test: $(STAMP)
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks --MappingKernelManager.transport_encryption=auto
+
+# At every change: form, types, and the tests that need no browser, no server and no second process.
+check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check medquad_utils tests
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not full"
 
-lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=notebooks --MappingKernelManager.transport_encryption=auto
+# Before you push, and in CI: all of it, with the nine lessons executed once.
+test: check
+	$(PYTEST) -m full
+
+# Each patch in tests/mutants is a mistake that the tests must notice.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
+
+# The newest release of every library, whatever the ranges say; then the nine lessons on real MedQuAD.
+weekly:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	sed -n 's/^ *- \([a-z0-9-]*\)==.*/\1/p' environment.yml | xargs $(NEWEST)/bin/python -m pip install --quiet --upgrade
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps --editable .
+	test -d $(MEDQUAD) || git clone --depth 1 https://github.com/abachaa/MedQuAD $(MEDQUAD)
+	$(NEWEST)/bin/python -m pytest -q tests/test_signatures.py
+	$(NEWEST)/bin/medquad run --profile tiny --out runs/weekly \
+	  -p source=xml -p data_path=$(MEDQUAD) -p rows=24 -p max_steps=12
 
 # The versions that were tested come from environment.yml; torch first, so that nothing pulls another one in.
 $(STAMP): pyproject.toml environment.yml

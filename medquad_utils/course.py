@@ -1,12 +1,10 @@
-"""Run the lessons with papermill, one after another, and close with a table; stamp the committed notebooks."""
+"""Run the lessons with papermill, one after another, and close with a table."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medquad_utils.data import whole_file, write_between, write_json
-from medquad_utils.profiles import CourseError, default_out, resolve, versions
+from medquad_utils.data import whole_file
+from medquad_utils.profiles import CourseError, default_out, resolve
 
 STAMP = "medquad"  # the key of the stamp in a notebook's metadata
 
@@ -205,15 +203,16 @@ def write_html(notebook: Path) -> Path:
 
 def table(results: Sequence[Result]) -> str:
     """The closing table: lesson, time, peak memory, headline, and the sum of the times."""
-    rows = [(r.lesson, _clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
-    rows.append(("all", _clock(sum(r.seconds for r in results)), "", ""))
+    rows = [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
+    rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     header = ("lesson", "min:s", "peak RAM", "headline")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
     lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds: 90 -> "1:30"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -224,107 +223,3 @@ def source_hash(cells: Sequence[Mapping[str, Any]]) -> str:
     """Hash of what a notebook says and runs, outputs aside."""
     text = json.dumps([[c["cell_type"], "".join(c["source"])] for c in cells])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def scrub(cell: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``cell`` without what a committed notebook must not hold: widgets, progress bars, warnings, timings."""
-    fresh = {k: v for k, v in cell.items() if k != "metadata"} | {"metadata": {}}
-    if tags := [t for t in cell["metadata"].get("tags", ()) if not t.startswith("injected")]:
-        fresh["metadata"]["tags"] = tags
-    if cell["cell_type"] == "code":
-        fresh["execution_count"] = None
-        widget = "application/vnd.jupyter.widget-view+json"
-        kept = [o for o in cell["outputs"] if o.get("name") != "stderr" and widget not in o.get("data", {})]
-        fresh["outputs"] = [{**o, "execution_count": None} if "execution_count" in o else o for o in _joined(kept)]
-    return fresh
-
-
-def _joined(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pieces that one cell printed in a row as one output: a page would show each piece on a line of its own."""
-    joined: list[dict[str, Any]] = []
-    for output in outputs:
-        if joined and output["output_type"] == joined[-1]["output_type"] == "stream":
-            joined[-1] = {**joined[-1], "text": "".join([*joined[-1]["text"], *output["text"]])}
-        else:
-            joined.append(output)
-    return joined
-
-
-def numbered(cells: Sequence[dict[str, Any]]) -> None:
-    """Give code cells the execution counts of one run from top to bottom, in place: nbval takes a cell without one as not run."""
-    for count, cell in enumerate((c for c in cells if c["cell_type"] == "code"), start=1):
-        cell["execution_count"] = count
-        for output in cell["outputs"]:
-            if "execution_count" in output:
-                output["execution_count"] = count
-
-
-def need(result: Result) -> str:
-    """The line of a lesson's head that says what it takes, from a measurement."""
-    took = f"{result.seconds / 60:.0f} min" if result.seconds >= 90 else f"{10 * round(result.seconds / 10 + 0.5)} s"
-    memory = f"{result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
-    return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {memory}"
-
-
-def stamp(executed: Path, notebook: Path, profile: str, result: Result) -> None:
-    """Take the outputs of ``executed`` into the committed ``notebook``, scrubbed, with a stamp of what made them."""
-    done = json.loads(executed.read_text(encoding="utf-8"))
-    cells = [scrub(c) for c in done["cells"] if "injected-parameters" not in c["metadata"].get("tags", ())]
-    numbered(cells)
-    head = "".join(cells[0]["source"])
-    cells[0]["source"] = re.sub(r"\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
-    language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "pygments_lexer": "ipython3"}
-    metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-        "language_info": language,
-        STAMP: {"profile": profile, "source": source_hash(cells), "versions": versions()},
-    }
-    text = json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False)
-    with whole_file(notebook) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The measured times and memory of the lessons as a Markdown table."""
-    lines = [f"| {n} | {_clock(t['seconds'])} | {t['peak_gb']:.1f} GB |" for n, t in sorted(timings.items())]
-    total = _clock(sum(t["seconds"] for t in timings.values()))
-    return "\n".join(["| lesson | min:s | peak RAM |", "|---|---|---|", *lines, f"| all | {total} | |"])
-
-
-def verified(having: Mapping[str, str]) -> str:
-    """The line of README that says when all lessons last ran, and with what; local builds (+cpu) aside."""
-    said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in having.items())
-    return f"Last verified {time.strftime('%Y-%m-%d')}, all lessons on `tiny` in one run: {said}."
-
-
-def main() -> int:
-    """``python -m medquad_utils.course [02,04]``: run on ``tiny``, then stamp notebooks, timings, README and its picture.
-
-    All lessons at once also renew README's line of when the course was last verified.
-    """
-    only = sys.argv[1].split(",") if len(sys.argv) > 1 else []
-    try:
-        results = run("tiny", only)
-        folder, home = Path(default_out()) / "tiny", notebooks_folder()
-        for notebook, result in zip(lessons(only), results, strict=True):
-            stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)
-        record = home / "timings.json"
-        timings = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        for result in results:
-            timings[result.lesson[:2]] = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
-        write_json(record, timings)
-        readme = home.parent / "README.md"
-        for page in (readme, home / "TEACHING.md"):
-            write_between(page, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
-        if not only:
-            write_between(readme, ("<!-- verified -->", "<!-- /verified -->"), verified(versions()))
-        if (picture := folder / "figures" / "outcome.png").is_file():
-            shutil.copyfile(picture, home / "figures" / picture.name)
-    except CourseError as error:
-        print(f"medquad: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

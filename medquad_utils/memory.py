@@ -124,7 +124,12 @@ def block_bytes(shape: Shape, micro: Micro) -> float:
     inputs = 5 * h + q + i
     # With dropout the shared inputs are not needed any more, but attention still keeps what it gave to o.
     thinned = (inputs - 2 * h - i) * c + inputs * (1 if micro.cuda else c) if micro.dropout else 0
-    return kept * c + thinned + 4 * (2 * h + shape.heads + 2)
+    cast = 0
+    if micro.adapter_bytes > c and not micro.cuda:
+        # On a CPU peft casts each adapter's input to the adapter's dtype and autocast casts it back, so no input is shared.
+        # With dropout the masks are in 32 bits too; that sum was counted on two shapes and not derived.
+        cast = c * (5 * h - shape.linears()["k_proj"][1] + i if micro.dropout else 3 * h + q)
+    return kept * c + thinned + cast + 4 * (2 * h + shape.heads + 2)
 
 
 def activation_bytes(shape: Shape, micro: Micro) -> float:

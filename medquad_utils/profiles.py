@@ -307,7 +307,7 @@ def micro_batch(
     """A micro-batch of ``rows`` x ``length`` tokens in the numbers that the hardware computes in."""
     compute = compute_dtype(hardware)
     thinned = adapter_dropout(profile) if dropout is None else dropout
-    sizes = (_BYTES[compute], _BYTES[adapter_dtype(compute)])
+    sizes = (_BYTES[compute], _BYTES[ADAPTER_DTYPE])
     return Micro(rows, length, rank, *sizes, checkpoint, thinned > 0, hardware.device == "cuda")
 
 
@@ -316,6 +316,9 @@ def adapter_dropout(profile: str) -> float:
     return 0.0 if profile == "tiny" else 0.05
 
 
+# On every machine. fp16 adapters break the gradient scaler. bf16 ones swallow the small updates at the end of the schedule,
+# and peft 0.21 loads them as fp32 when a run is resumed, which makes it another run.
+ADAPTER_DTYPE = "float32"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -445,7 +448,7 @@ def resolve(
         profile=profile, model_id=chosen.model_id, revision=chosen.revision, model_path=model_path,
         source=source, data_path=data_path, device="cuda" if cuda else "cpu",
         hardware=f"{hardware.name}, {hardware.memory_gb:.0f} GB" if cuda else f"CPU, {hardware.cores} cores, {hardware.memory_gb:.0f} GB",
-        compute_dtype=dtype, adapter_dtype=adapter_dtype(dtype),
+        compute_dtype=dtype, adapter_dtype=ADAPTER_DTYPE,
         batch_size=1, accumulation=fit.accumulation, max_length=fit.length,
         pack_length=fit.pack, checkpointing=fit.checkpointing, attention="sdpa",
         # FSDP2 hands the optimizer tensors that are cut, and bitsandbytes 0.50 refuses those ("mixed torch.Tensor and DTensor").
@@ -456,11 +459,6 @@ def resolve(
         seed=seed, out=out or default_out(), memory_gb=fit.memory_gb, card_gb=hardware.memory_gb, why=why,
         processes=processes(), sharded=sharded, gpus=hardware.gpus,
     )  # fmt: skip
-
-
-def adapter_dtype(compute: str) -> str:
-    """bf16 adapters beside bf16 compute; fp32 otherwise: fp16 adapters underflow and break the gradient scaler."""
-    return "bfloat16" if compute == "bfloat16" else "float32"
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def lessons() -> list[Finding]:
     paths = course.lessons()
     stale = [course.title(path) for path in paths if not _stamped(path)]
     if stale:
-        todo = "git checkout notebooks, or stamp your own changes: python -m medquad_utils.course"
+        todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
         return [Finding("lessons", WARNING, f"changed since their outputs were made: {', '.join(stale)}", todo)]
     return [Finding("lessons", OK, f"{len(paths)} lessons, outputs of their own sources")]
 

@@ -25,17 +25,24 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: waiting threads do not spin
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # read when torch is loaded: waiting threads do not spin
 
 # Alike on every machine, however slow: no deadline, the same examples every time.
 hypothesis.settings.register_profile(
-    "course", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "course",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    # No shrinking: a failure would spend minutes on a smaller example.
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("course")
 
 REPO = Path(__file__).parent.parent
 BENCHMARKS = REPO / "tests" / "benchmarks"
-LONGEST = ("test_notebooks.py", "test_browser.py", "test_colab.py")  # they run lessons; the other files take turns beside them
 
 
 def benchmark(name: str) -> Any:
@@ -45,21 +52,26 @@ def benchmark(name: str) -> Any:
     return importlib.import_module(name)
 
 
-GET_CHROMIUM = "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
-QUIET = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+GET_CHROMIUM = (
+    "needs Chromium: apt-get install chromium (as root), or python -m playwright install chromium"
+)
+QUIET = """--no-sandbox --disable-dev-shm-usage --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync"""
 
 
 @contextmanager
 def chromium(*more: str) -> Iterator[Browser]:
-    """A headless Chromium, the system's or Playwright's own, that asks for nothing by itself; ``more`` are further options."""
+    """A headless Chromium, the system's or Playwright's; ``more`` are further options of it."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+        installed = filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        )
         found = next(installed, playwright.chromium.executable_path)
         if not Path(found).is_file():
             (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
-        args = ["--no-sandbox", "--disable-dev-shm-usage", *QUIET.split(), *more]
+        args = [*QUIET.split(), *more]
         opened = playwright.chromium.launch(executable_path=found, headless=True, args=args)
         yield opened
         opened.close()
@@ -82,14 +94,46 @@ class Markup(html.parser.HTMLParser):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that two workers end at about the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """The lessons first: they keep one worker busy while the other takes all the rest."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+# ---- the embedded model --------------------------------------------------------------------------
+
+
+def tiny(out: str | Path = "", **options: Any) -> Plan:
+    """The plan of profile ``tiny`` on a plain CPU, on every machine; results go to ``out``."""
+    from medquad_utils.profiles import Hardware, resolve
+
+    return resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out), **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """The embedded model's tokenizer, loaded once; no test may change it."""
+    from medquad_utils.generation import load_tokenizer
+
+    return load_tokenizer(tiny())
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Any:
+    """The embedded model in 4 bits, loaded once; no test may change or train it."""
+    from medquad_utils.generation import load_base
+
+    return load_base(tiny())
+
+
+@pytest.fixture(scope="session")
+def trained_adapter() -> Path:
+    """The committed adapter of lesson 04 on ``tiny``, written by tests/stamp.py. Read only."""
+    return REPO / "tests" / "adapter"
 
 
 MEDQUAD = REPO.parent / "shared" / "medquad"
 GET_MEDQUAD = (
-    "needs the real MedQuAD: git clone https://github.com/abachaa/MedQuAD, then pack its nine answered collections as "
-    "../shared/medquad/MedQuAD-577bd37.tar.xz"
+    "needs the real MedQuAD: git clone https://github.com/abachaa/MedQuAD, then pack its nine "
+    "answered collections as ../shared/medquad/MedQuAD-577bd37.tar.xz"
 )
 
 
@@ -138,23 +182,27 @@ def real_cleaned(real_rows: list[Row]) -> tuple[list[Row], dict[str, Effect]]:
     return clean(real_rows)
 
 
-# ---- a small evaluation ---------------------------------------------------------------------------------------------
+# ---- a small evaluation --------------------------------------------------------------------------
 
-NASTY = "<script>alert(1)</script> | **What** is [gout](javascript:x) ? <|eot_id|> `rm` <img src=x onerror=y>"
+NASTY = (
+    "<script>alert(1)</script> | **What** is [gout](javascript:x) ? <|eot_id|> `rm` "
+    "<img src=x onerror=y>"
+)
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the embedded model as lesson 04 saves one, of random weights."""
     from medquad_utils import generation
-    from medquad_utils.profiles import Hardware, resolve
 
-    plan = resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2))
-    return random_adapter(plan, tmp_path_factory.mktemp("tiny") / "adapter", {"base": generation.base_id(plan)})
+    plan = tiny()
+    return random_adapter(
+        plan, tmp_path_factory.mktemp("tiny") / "adapter", {"base": generation.base_id(plan)}
+    )
 
 
 def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
-    """Write an adapter of seeded random weights for the plan's base, with its plan and ``record`` beside it."""
+    """Write an adapter of seeded random weights, with its plan and ``record`` beside it."""
     import torch
     from peft import get_peft_model
 
@@ -171,32 +219,56 @@ def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
     return folder
 
 
-def small_evaluation(adapter: Path, out: Path, batch_size: int = 2, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Ten questions, eight tokens an answer, one safety prompt a category; the archive knows the diseases, training does not."""
+def small_evaluation(
+    adapter: Path, out: Path, batch_size: int = 2, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Ten questions, eight tokens an answer, one safety prompt a category.
+
+    The archive knows the diseases, training does not.
+    """
     import dataclasses
 
     from medquad_utils import evaluation, safety, scores
     from medquad_utils.assets import sample
-    from medquad_utils.profiles import Hardware, resolve
     from medquad_utils.questions import Question, Questions
 
-    plan = dataclasses.replace(resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out)), max_new_tokens=8)
+    plan = dataclasses.replace(tiny(out), max_new_tokens=8)
     rows = sample.rows()
     diseases = list(dict.fromkeys(str(row["focus"]) for row in rows))[:6]
     known = [row for row in rows if row["focus"] in diseases]
     asked = [row for row in known if row["qtype"] in ("symptoms", "treatment")][:8]
-    links = "These resources address the diagnosis or management of gout: - MedlinePlus - Genetic Testing Registry"
-    nasty = {"question": NASTY, "answer": "A *kind* of <b>arthritis</b> | with \\ uric acid.", "source": "<i>x</i>", "qtype": None}
-    listed = {"question": "What are the treatments for X ?", "answer": links, "focus": "X", "source": "GHR", "qtype": "treatment"}
+    links = (
+        "These resources address the diagnosis or management of gout: - MedlinePlus - "
+        "Genetic Testing Registry"
+    )
+    nasty = {
+        "question": NASTY,
+        "answer": "A *kind* of <b>arthritis</b> | with \\ uric acid.",
+        "source": "<i>x</i>",
+        "qtype": None,
+    }
+    listed = {
+        "question": "What are the treatments for X ?",
+        "answer": links,
+        "focus": "X",
+        "source": "GHR",
+        "qtype": "treatment",
+    }
     asked += [{**asked[0], **nasty}, {**asked[0], **listed}]
-    questions = Questions("asked.csv", [Question.of(n, row) for n, row in enumerate(asked, start=1)], {"skipped: <u>a test</u>": [11, 12]})
+    questions = Questions(
+        "asked.csv",
+        [Question.of(n, row) for n, row in enumerate(asked, start=1)],
+        {"skipped: <u>a test</u>": [11, 12]},
+    )
     prompts = {prompt.category: prompt for prompt in safety.prompts()}
     texts = scores.plain_texts(plan)[:5]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(safety, "prompts", lambda: list(prompts.values()))
         patch.setattr(scores, "plain_texts", lambda plan: texts)
         train = [row for row in rows if row["focus"] not in diseases][:200]
-        return evaluation.evaluate(plan, questions, train, out, adapter, known, batch_size=batch_size, report=report)
+        return evaluation.evaluate(
+            plan, questions, train, out, adapter, known, batch_size=batch_size, report=report
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
-"""What test_launch.py starts under ``torchrun``: ``launched.py JOB:FOLDER ...``, one small run after another in the same processes.
+"""Small runs for test_launch.py, in the processes of ``torchrun``: ``launched.py JOB:FOLDER ...``.
 
-The jobs: ``ddp`` and ``fsdp`` train to the end, ``ddp-killed`` ends by kill -9 at step 3, ``fsdp-stopped`` by an error there,
-``fails`` breaks in process 0 while the data are made. Process 1 creates files with other permissions than process 0, so that
-whoever wrote a file can be told afterwards, and may not save an adapter at all (safetensors sets permissions of its own).
+Killed and stopped jobs end at step 3, the job "fails" while process 0 prepares the data. Process 1
+creates files with other permissions, so that a test can tell who wrote a file.
 """
 
 from __future__ import annotations
@@ -15,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import tiny
 from peft import PeftModel
 from transformers import TrainerCallback
 
 from medquad_utils import launch, profiles, training
-from medquad_utils.profiles import Hardware, Plan
+from medquad_utils.profiles import Plan
 
 STEPS, DIES_AT = 4, 3
 _settings = training.sft_config
 
 
 def small(out: Path, processes: int) -> Plan:
-    """25 rows in eight packed ones, four a step: four steps in two epochs, the same rows for any number of processes."""
-    plan = profiles.resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out), rows=25, max_steps=STEPS)
-    return dataclasses.replace(plan, eval_rows=4, epochs=2, pack_length=256, accumulation=4 // processes)
+    """25 rows packed into eight, four a step: the same rows for any number of processes."""
+    sizes = {"eval_rows": 4, "epochs": 2, "pack_length": 256, "accumulation": 4 // processes}
+    return dataclasses.replace(tiny(out, rows=25, max_steps=STEPS), **sizes)
 
 
 def every_step(plan: Plan, folder: Path | None = None) -> Any:
@@ -39,18 +39,20 @@ def every_step(plan: Plan, folder: Path | None = None) -> Any:
 
 
 class Seen(TrainerCallback):
-    """Says how much of the model this process holds, and may end it or the run."""
+    """Print how much of the model this process holds, and end a run that shall not finish."""
 
     def __init__(self, job: str) -> None:
         self.job = job
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == DIES_AT - 1:
-            held = [getattr(p, "_local_tensor", p).numel() for p in model.parameters()]
-            print(f"process {os.environ['RANK']} holds {sum(held)} of {sum(p.numel() for p in model.parameters())}", flush=True)
-        if self.job == "ddp-killed" and state.global_step == DIES_AT:
+            model = kwargs["model"]
+            held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+            whole = sum(p.numel() for p in model.parameters())
+            print(f"process {os.environ['RANK']} holds {held} of {whole}", flush=True)
+        if state.global_step == DIES_AT and self.job == "ddp-killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.job == "fsdp-stopped" and state.global_step == DIES_AT:
+        if state.global_step == DIES_AT and self.job == "fsdp-stopped":
             raise profiles.CourseError("stopped")
 
 
@@ -69,28 +71,20 @@ def pretend_gpus() -> None:
     launch.settings = lambda plan: {"ddp_find_unused_parameters": False}
 
 
-def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-    """In place of saving an adapter, in every process but the first."""
-    raise AssertionError("process 1 saves an adapter")
-
-
 def run(job: str, folder: str) -> int:
-    """One job; the exit status of the command."""
+    """Do one job; returns the exit status of the command."""
     if job.startswith("fsdp"):
         os.environ |= dict(line.split("=") for line in os.environ["TEST_FSDP"].split())
         pretend_gpus()
     training.resolve = lambda *args, **kwargs: small(Path(folder), profiles.processes())
     watch, prepare = training.watch, training.prepare
 
-    def watched(trainer: Any) -> None:
-        watch(trainer)
-        trainer.add_callback(Seen(job))
-
     def broken(plan: Plan) -> Any:
         assert launch.is_main(), "process 1 made data although process 0 could not"
         raise profiles.CourseError("the disk is full")
 
-    training.watch, training.prepare = watched, broken if job == "fails" else prepare
+    training.watch = lambda trainer: (watch(trainer), trainer.add_callback(Seen(job)))
+    training.prepare = broken if job == "fails" else prepare
     try:
         return training.main(["--profile", "tiny"])
     finally:
@@ -100,7 +94,7 @@ def run(job: str, folder: str) -> int:
 if __name__ == "__main__":
     os.umask(0o022 if launch.is_main() else 0o077)
     if not launch.is_main():
-        PeftModel.save_pretrained = refuse
+        PeftModel.save_pretrained = None  # it may not save an adapter
     torch.set_num_threads(1)
     training.sft_config = every_step
     close, launch.close = launch.close, lambda: None

@@ -1,166 +1,110 @@
-"""The benchmarks compare like with like, and what is written about them is what was measured. No times are tested."""
+"""The benchmarks run, compare like with like, and README.md says what was measured."""
 
-from __future__ import annotations
-
-import copy
 import json
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import pytest
-from conftest import BENCHMARKS, benchmark
+import torch
+from conftest import benchmark
+
+from medquad_utils import data, estimate, evaluation, generation, profiles
+
+CPU = profiles.Hardware("cpu", "CPU", 24, cores=2)
+common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
+load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
+LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
+SPEEDS = {name: common.read_results(name) for name in ("train_speed", "generate_speed")}
+ASSET = evaluation.measured()["rougeL"]
+KNOWN = {"all rows": (0.32, 0.29), "without boilerplate": (0.23, 0.19)}  # counted by others
 
 
-@pytest.fixture(scope="module")
-def speed() -> ModuleType:
-    module: ModuleType = benchmark("data_speed")
-    return module
+@pytest.mark.parametrize("script", [*SPEEDS, "load_memory"])
+def test_readme_of_the_benchmarks_says_what_the_json_says(script: str) -> None:
+    page = data.between(common.README.read_text(encoding="utf-8"), common.marks(script))
+    assert page == benchmark(script).page(SPEEDS.get(script, MEMORY))
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    made: dict[str, Any] = json.loads((BENCHMARKS / "results" / "data_speed.json").read_text(encoding="utf-8"))
-    return made
+def test_random_llama_loads_in_4_bits_with_its_exact_shape(tmp_path: Any) -> None:
+    shape = profiles.Shape(64, 2, 128, 4, 2, 3100)
+    first, again = (random_llama.write(shape, tmp_path / name) for name in "ab")
+    assert len({(f / "model.safetensors").read_bytes() for f in (first, again)}) == 1, "seeded"
+    model = generation.load_base(profiles.resolve("tiny", hardware=CPU, model_path=str(first)))
+    assert profiles.Shape.of(model.config).parameters == shape.parameters
 
 
-@pytest.fixture(scope="module")
-def few(speed: ModuleType, medquad_xml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whole articles of three collections, some 200 answers: link lists, phenotype lists, headings and rows without a focus."""
-    folder = tmp_path_factory.mktemp("few")
-    for name in ("9_CDC_QA", "2_GARD_QA", "5_NIDDK_QA"):
-        speed.some(medquad_xml / name, 70, folder)
-    return folder
+def test_every_arm_trains_on_the_rows_of_the_committed_run() -> None:
+    plan = train_speed.plan_for("tiny", hardware=CPU)
+    drawn = {arm: train_speed.drawn_rows(plan, plan, arm, LENGTHS, 8) for arm in "abc"}
+    assert [len(drawn[arm][0]) for arm in "ab"] == [4, 8], "rows of the arm's own warm-up step"
+    rows, run = drawn["c"][1], SPEEDS["train_speed"]["cpu"]["tiny"]["arms"]["c"]
+    assert all(others == rows for _, others in drawn.values())
+    assert sum(len(row["input_ids"]) for row in rows) == run["row_tokens"]
+    for ids, labels in ((row["input_ids"], row["labels"]) for row in rows):
+        prompt = labels.count(-100)
+        assert 0 < prompt < len(ids) <= 512
+        assert labels == [-100] * prompt + ids[prompt:]
 
 
-# ---- the two arms ---------------------------------------------------------------------------------------------------
+def test_pads_are_computed_and_not_real_and_figures_follow_by_hand() -> None:
+    ids, places = torch.tensor([[5, 6, 7, 8, 9, 0]]), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    assert train_speed.count({"input_ids": ids.view(2, 3)}, pad=0) == (5, 6, 2)
+    assert train_speed.count({"input_ids": ids, "position_ids": places}, pad=0) == (5, 6, 2)
+    shape = profiles.Shape(4, 1, 8, 2, 2, 10)  # 4 x (4 x 16 + 3 x 32 + 40) = 800 FLOP a token
+    steps = [{"seconds": s, "real": 60, "computed": 80, "rows": 5} for s in (99.0, 2.0, 2.0)]
+    assert train_speed.figures({"steps": steps, "rows": 8, "row_tokens": 80}, shape, 1e5) == {
+        "measured_steps": 2, "rows": 10, "pads": 0.25, "tokens_per_s": 30, "rows_per_s": 3,
+        "seconds_per_step": 2, "mfu_4n": 30 * 800 / 1e5,
+    }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def arms(speed: ModuleType, few: Path) -> dict[str, Any]:
-    """Ours as the benchmark runs it, in a process; plain in this one, which spares the imports."""
-    return {"ours": speed.run("ours", few), "plain": speed.plain(few)}
+@pytest.mark.full  # trains three times
+def test_training_benchmark_runs_and_estimate_reads_it(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_speed, "resolve", partial(train_speed.resolve, hardware=CPU))
+    run = train_speed.main(["--smoke"])
+    for key in ("row_tokens", "trainable"):
+        assert run["arms"]["b"][key] == run["arms"]["c"][key]
+    assert {arm["idle_adapters"] for arm in run["arms"].values()} == {0}
+    assert run["arms"]["b"]["against"] == pytest.approx(sum(run["ours"]) / 2, abs=0.01)
+    common.save("train_speed", "tiny", run, tmp_path)
+    assert [r.tokens_per_second for r in estimate.read_runs(tmp_path)] == [min(run["ours"])]
 
 
-def test_both_arms_give_the_same_rows_groups_parts_and_tokens(speed: ModuleType, arms: dict[str, Any]) -> None:
-    speed.check(arms["ours"], arms["plain"])
-    counts = arms["ours"]["counts"]
-    assert 200 <= counts["loaded"] < 300
-    assert counts["kept"] < counts["loaded"], "nothing was cleaned: the rows are too few to compare cleaning on"
-    assert 20 < counts["groups"] < counts["kept"]
-    assert counts["tokens"] > 30 * counts["kept"]
+@pytest.mark.full  # answers fifteen times
+def test_every_way_of_answering_gives_the_same_answers(monkeypatch: Any) -> None:
+    monkeypatch.setattr(generate_speed, "resolve", partial(generate_speed.resolve, hardware=CPU))
+    run = generate_speed.main(["--smoke"])
+    assert [entry["same"] for entry in run["equal"] + run["stopping"]] == 15 * [4]
+    assert {entry["tokens"] for entry in run["equal"]} == {16}
 
 
-def test_every_stage_of_each_arm_is_timed(speed: ModuleType, arms: dict[str, Any]) -> None:
-    assert list(arms["ours"]["seconds"]) == ["start", "parse", "clean", "split", "tokenise", "leakage"]
-    assert list(arms["plain"]["seconds"]) == ["start", "parse", "clean", "split", "tokenise"]
-    assert list(arms["ours"]["peak_mib"].values()) == sorted(arms["ours"]["peak_mib"].values()), "a peak never falls"
+@pytest.mark.full  # loads in a process of its own
+def test_loading_in_4_bits_never_holds_two_copies() -> None:
+    found = load_memory.main(["--smoke"])
+    most = sum(found["predicted_gb"].values()) + 0.01  # threads and buffers
+    assert 0.8 * found["weights_gb"] < found["added_at_peak_gb"] <= most
+    assert found["added_afterwards_gb"] <= found["weights_gb"] + 0.01
+    assert most < found["weights_gb"] + found["files_gb"] / 2, "half of a second copy would show"
 
 
-@pytest.mark.parametrize("what", ["rows", "groups", "parts", "tokens"])
-def test_another_result_is_refused(speed: ModuleType, arms: dict[str, Any], what: str) -> None:
-    other = copy.deepcopy(arms["plain"])
-    other["results"][what] = "0" * 16
-    with pytest.raises(ValueError, match="differ in results"):
-        speed.check(arms["ours"], other)
+def test_colab_page_says_what_loading_and_training_take() -> None:
+    big, page = MEMORY["llama_8b"], common.README.parents[2] / "Colab.md"
+    assert big["cpu_peak_gb"] == load_memory.extrapolated(*MEMORY["slices_of_8b"].values()) < 12
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert f"{big['cpu_peak_gb']:.1f} GB there" in " ".join(lines)
+    for start, card in (("| T4,", "T4"), ("| L4,", "L4"), ("| A100,", "A100-40")):
+        end = f"| {estimate.estimate('llama-8b', card).memory_gb:.1f} GB | not measured yet |"
+        assert any(line.startswith(start) and line.endswith(end) for line in lines), card
 
 
-def test_the_hash_of_an_outcome_sees_every_part_of_it(speed: ModuleType) -> None:
-    same = {"loaded": 3, "kept": [("q", "a"), ("r", "b")], "groups": [0, 1], "parts": [0, 2], "tokens": [([1, 2], [-100, 2]), ([3], [3])]}
-    first = speed.outcome(speed.Clock(), **same)["results"]
-    assert speed.outcome(speed.Clock(), **copy.deepcopy(same))["results"] == first
-    for name, other in {
-        "kept": ("rows", [("q", "a"), ("r", "c")]),
-        "groups": ("groups", [0, 0]),
-        "parts": ("parts", [0, 1]),
-        "tokens": ("tokens", [([1, 2], [-100, -100]), ([3], [3])]),
-    }.items():
-        changed = speed.outcome(speed.Clock(), **{**same, name: other[1]})["results"]
-        assert {n for n in first if first[n] != changed[n]} == {other[0]}
-    moved = speed.outcome(speed.Clock(), **{**same, "tokens": [([1, 2], [-100, 2, 3]), ([3], [])]})["results"]
-    assert moved["tokens"] != first["tokens"], "a label has moved to the next row"
+def test_look_up_runs_and_the_asset_is_close_to_what_was_known() -> None:
+    assert list(look_up.main(["--smoke"])["rougeL"]) == list(KNOWN)
+    for kind, cells in ASSET.items():
+        assert [cell["mean"] for cell in cells.values()] == pytest.approx(KNOWN[kind], abs=0.02)
 
 
-# ---- growth ---------------------------------------------------------------------------------------------------------
-
-
-def test_copies_multiply_rows_and_groups(speed: ModuleType, few: Path, tmp_path: Path) -> None:
-    from medquad_utils import cleaning, data
-
-    speed.copies(few, 3, tmp_path)
-    once, thrice = data.load_xml(few).rows, data.load_xml(tmp_path).rows
-    assert len(thrice) == 3 * len(once)
-    for column in ("question", "answer", "url", "document_id"):
-        assert len({row[column] for row in thrice}) == 3 * len({row[column] for row in once}), column
-    (kept, _), (kept_thrice, _) = cleaning.clean(once), cleaning.clean(thrice)
-    assert len(kept_thrice) == pytest.approx(3 * len(kept), abs=3), "a mark may lift an answer over five words"
-    without = [row for row in kept if row["focus"]]
-    without_thrice = [row for row in kept_thrice if row["focus"]]
-    assert len(set(data.groups(without_thrice))) == 3 * len(set(data.groups(without)))
-
-
-def test_some_files_hold_as_many_answers_as_were_asked_for(speed: ModuleType, few: Path, tmp_path: Path) -> None:
-    from medquad_utils import data
-
-    speed.some(few, 100, tmp_path)
-    names = {p.name for p in tmp_path.rglob("*.xml")}
-    assert 100 <= len(data.load_xml(tmp_path).rows) < 140
-    assert names < {p.name for p in few.rglob("*.xml")}
-    speed.some(few, 150, tmp_path)
-    assert names < {p.name for p in tmp_path.rglob("*.xml")}, "a larger sample holds the smaller one"
-
-
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-
-def test_a_summary_is_the_median_of_ratios_round_by_round(speed: ModuleType) -> None:
-    def arm(second: float, peak: float, leakage: bool) -> dict[str, Any]:
-        stages = [*speed.STAGES, "start", *(["leakage"] if leakage else [])]
-        return {"seconds": dict.fromkeys(stages, second), "peak_mib": dict.fromkeys(stages, peak)}
-
-    rounds = [{"ours": arm(o, 10 * o, True), "plain": arm(p, p, False)} for o, p in ((1, 2), (2, 10), (4, 12))]
-    made = speed.summary(rounds)
-    assert made["seconds"]["clean"] == {"ours": [2, 1, 4], "plain": [10, 2, 12], "ratio": [3, 2, 5]}
-    assert made["seconds"]["total"] == {"ours": [8, 4, 16], "plain": [40, 8, 48], "ratio": [3, 2, 5]}
-    assert made["seconds"]["leakage"] == {"ours": [2, 1, 4]}
-    assert made["peak_mib"] == {"ours": [20, 10, 40], "plain": [10, 2, 12], "ours, leakage too": [20, 10, 40]}
-    assert speed.goals(made).count("reached") == 3
-    assert speed.goals(made).count("not reached") == 0
-    slower = speed.summary(rounds[:1])
-    assert "at least 3 (2.00): **not reached**" in speed.goals(slower)
-
-
-def test_the_json_holds_every_stage_of_every_round_and_says_where_it_was_measured(speed: ModuleType, measured: dict[str, Any]) -> None:
-    assert measured["summary"] == speed.summary(measured["rounds"])
-    assert len(measured["rounds"]) >= 1
-    for made in measured["rounds"]:
-        speed.check(made["ours"], made["plain"])
-        assert set(made["ours"]["seconds"]) == {*speed.STAGES, *speed.APART}
-        assert set(made["plain"]["seconds"]) == {*speed.STAGES, "start"}
-    assert measured["counts"]["loaded"] == 16_407
-    rows = [point["counts"]["loaded"] for point in measured["growth"]]
-    assert rows[4:] == [16_407, 164_070]
-    assert all(size <= n < size + 100 for size, n in zip(speed.SIZES, rows, strict=False))
-    assert all(set(point["seconds"]) == {*speed.STAGES, *speed.APART} for point in measured["growth"])
-    assert set(measured["machine"]) == {"cpus", "memory_gib", "system", "python", "packages"}, "no names"
-
-
-def test_the_readme_says_what_the_json_says(speed: ModuleType, measured: dict[str, Any], tmp_path: Path) -> None:
-    readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert speed.between(readme) == speed.tables(measured)
-    copied = tmp_path / "README.md"
-    copied.write_text(readme.replace("Measured on", "Guessed on"), encoding="utf-8")
-    speed.write_readme(measured, copied)
-    assert copied.read_text(encoding="utf-8") == readme
-
-
-def test_the_figure_is_opaque_and_is_drawn_from_the_json(speed: ModuleType, measured: dict[str, Any], tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
-    speed.draw(measured, tmp_path / "again.png")
-    committed = imread(BENCHMARKS / "results" / "data_speed.png")
-    again = imread(tmp_path / "again.png")
-    assert committed.shape == again.shape
-    assert abs(committed - again).mean() < 0.01
-    assert committed.std() > 0.05, "the figure is blank"
-    assert committed.shape[2] == 3 or committed[..., 3].min() == 1
+@pytest.mark.full  # the real MedQuAD
+def test_asset_and_lengths_are_those_of_medquad(medquad_xml: Any, real_rows: Any) -> None:
+    for kind, cells in look_up.measure(real_rows)["rougeL"].items():
+        assert cells == {name: pytest.approx(ASSET[kind][name], abs=1e-3) for name in cells}
+    assert train_speed.measure_lengths(medquad_xml) == LENGTHS

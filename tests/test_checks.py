@@ -1,131 +1,259 @@
-"""Exercise checkers: any right answer passes, each plausible wrong one gets the hint that fits it, a stub gets a kind word."""
+"""Exercises accept right answers in any form and give a hint to wrong ones; guesses get a score."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import json
 import math
+import random
 import re
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
 import torch
-from answers import RIGHT, WRONG, with_own_hints
+from scipy.stats import bootstrap
 
 from medquad_utils import checks
+from medquad_utils.checks import EXERCISES, NotYet
 
-NAMES = [name for name in dir(checks) if name.startswith("ex_")]
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+LESSONS = sorted(NOTEBOOKS.glob("0*_*.ipynb"))
+exercises = pytest.mark.parametrize("name", EXERCISES)
+lessons = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path, tag: str = "") -> list[Any]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [cell for cell in code if not tag or tag in cell["metadata"].get("tags", ())]
+
+
+def source(cells: list[Any]) -> str:
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+@functools.cache
+def solutions() -> dict[str, Any]:
+    """The answer to each exercise that the solution notebooks hand to its checker."""
+    answers: dict[str, Any] = {}
+
+    def keep(exercise: Any, answer: Any) -> str:
+        answers[next(name for name, each in EXERCISES.items() if each is exercise)] = answer
+        return "kept"
+
+    with mock.patch.object(checks.Exercise, "__call__", keep), contextlib.redirect_stdout(None):
+        for path in sorted((NOTEBOOKS / "solutions").glob("*.ipynb")):
+            exec(source(code_cells(path)), {})
+    return answers
 
 
 def hint_for(name: str, answer: Any) -> str:
-    with pytest.raises(checks.NotYet) as caught:
-        getattr(checks, name)(answer)
+    with pytest.raises(NotYet) as caught:
+        EXERCISES[name](answer)
     return str(caught.value)
 
 
-def test_every_checker_has_answers_of_both_kinds_and_no_other_has() -> None:
-    assert list(RIGHT) == list(WRONG) == NAMES
+@lessons
+def test_each_lesson_has_three_exercises_with_solutions(path: Path) -> None:
+    cells = code_cells(path, "exercise")
+    called = [re.findall(r"checks\.attempt\(checks\.(\w+), ", source([cell])) for cell in cells]
+    assert called == [[f"ex_{path.stem[:2]}_{number}"] for number in (1, 2, 3)]
+    assert f"](solutions/{path.name})" in path.read_text(encoding="utf-8")
+    assert {name for (name,) in called} <= set(solutions())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_stub_gets_a_hint_and_no_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for stub in (..., None, lambda *arguments: ..., lambda *arguments: None):
-        checks.attempt(getattr(checks, name), stub)
-        assert capsys.readouterr().out.startswith("Not yet. ")
+def test_every_exercise_belongs_to_a_lesson() -> None:
+    assert list(EXERCISES) == [f"ex_{path.stem[:2]}_{n}" for path in LESSONS for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("name", "answer"), [(name, answer) for name in RIGHT for answer in RIGHT[name]])
-def test_a_right_answer_passes_in_any_form(name: str, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    checks.attempt(getattr(checks, name), answer)
-    assert capsys.readouterr().out.startswith("✓ ")
+@lessons
+def test_an_exercise_cell_is_a_stub_and_shows_its_hint(path: Path) -> None:
+    for cell in code_cells(path, "exercise"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(source([cell]), {"checks": checks})
+        assert printed.getvalue().startswith("Not yet. ")
+        assert printed.getvalue() == "".join(cell["outputs"][0]["text"])
 
 
-@pytest.mark.parametrize(("name", "answer", "hint"), [(name, *wrong) for name in WRONG for wrong in WRONG[name]])
-def test_a_wrong_answer_gets_the_hint_that_is_its_own(name: str, answer: Any, hint: str) -> None:
-    assert re.search(hint, hint_for(name, answer))
+@exercises
+def test_a_stub_is_refused_with_a_hint(name: str) -> None:
+    for stub in (..., None, lambda *_: ..., lambda *_: None):
+        assert hint_for(name, stub)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_hints_differ_in_more_than_their_numbers(name: str) -> None:
-    said = {re.sub(r"[\d.,]+", "#", hint_for(name, answer)) for answer, _ in with_own_hints(name)}
-    assert len(said) >= 3
+def failing(exercise: checks.Exercise, case: int, wrong: Any) -> Any:
+    """An answer that is right in the cases before ``case``, and ``wrong`` there."""
+    if exercise.cases[case][0] is None or callable(wrong):
+        return wrong
+    results = iter([*(right for _, right, _ in exercise.cases[:case]), wrong])
+    return lambda *arguments: next(results)
 
 
-SECRETS = {  # what a hint must not say
-    "ex_01_1": r"0\.7[12]|1,?200", "ex_02_1": r"4\.0635", "ex_02_3": r"23\.[23]", "ex_03_1": r"r \* \(|inputs \+ outputs",
-    "ex_03_3": r"\b98\b",
-    "ex_04_3": r"1\.9\b", "ex_05_2": r"0\.8[67]", "ex_06_1": r"\b(ae|a and e)\b", "ex_08_1": r"\b(bce|b, c)\b", "ex_09_1": r"\b40\b",
-}  # fmt: skip
+@exercises
+def test_each_wrong_answer_of_the_table_gets_its_hint(name: str) -> None:
+    exercise, hints = EXERCISES[name], []
+    for case, (_, _, rows) in enumerate(exercise.cases):
+        for wrong, hint, *_ in rows:
+            assert hint_for(name, failing(exercise, case, wrong)).startswith(hint)
+            hints.append(hint)
+    assert len(hints) == len(set(hints)) >= 3
 
 
-@pytest.mark.parametrize("name", SECRETS)
-def test_no_hint_gives_the_solution_away(name: str) -> None:
-    assert not [told for answer, _ in WRONG[name] if (told := re.search(SECRETS[name], hint_for(name, answer)))]
+def test_a_wrong_answer_outside_the_table_gets_the_nearest_hint() -> None:
+    (_, _, steps), *_ = checks.ex_04_2.cases
+    assert hint_for("ex_04_2", lambda *_: 50).startswith(steps[3][1])  # covered by a condition
+    assert hint_for("ex_04_2", lambda *_: 97).startswith(steps[-1][1])  # covered by none
+
+
+@exercises
+def test_no_hint_gives_the_answer_away(name: str) -> None:
+    exercise = EXERCISES[name]
+    (arguments, right, rows), *_ = exercise.cases
+    hints = " ".join([exercise.about, *(hint for _, hint, *_ in rows)]).replace(",", "")
+    if isinstance(right, set) and arguments is None:
+        letters = sorted(right)
+        assert not re.search(
+            rf"\b({'|'.join(s.join(letters) for s in ('', ' ', ' and '))})\b", hints
+        )
+    elif arguments is None:
+        numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", hints)]
+        assert not [n for n in numbers if min(abs(n - right), abs(n - 100 * right)) < 0.01 * right]
 
 
 ODD = [
-    0, -1, 1e300, math.nan, math.inf, True, 2j, "", "text", "1,5", b"1", [], {}, set(), [[1], [2]], [[1], [2, 3]], [None], {"a": []},
-    object(), list, numpy.zeros((2, 3)), numpy.array(["x"]), numpy.float64("nan"), torch.zeros(2, 2), torch.tensor([]),
-    range(3), (n / 0 for n in range(3)),
+    0, -1, 1e300, math.nan, math.inf, True, 2j, "", "text", "1,5", b"1", [], {}, set(), [[1], [2]],
+    [[1], [2, 3]], [None], {"a": []}, object(), list, numpy.zeros((2, 3)), numpy.array(["x"]),
+    numpy.float64("nan"), torch.zeros(2, 2), torch.tensor([]), range(3), (n / 0 for n in range(3)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_oddest_answer_gets_a_hint_and_no_traceback(name: str) -> None:
+@exercises
+def test_an_odd_answer_gets_a_hint_and_no_traceback(name: str) -> None:
     for odd in ODD:
         assert hint_for(name, odd)
         assert hint_for(name, lambda *arguments, odd=odd: odd)
+    assert hint_for(name, lambda: "no arguments")
 
 
-def test_attempt_lets_an_error_of_the_course_through() -> None:
-    def broken(answer: Any) -> str:
-        raise ValueError("a fault of the checker")
-
-    with pytest.raises(ValueError, match="fault of the checker"):
-        checks.attempt(broken, 1)
+def test_an_error_in_an_answer_is_named_in_the_hint() -> None:
+    assert "stopped with KeyError: 'b'" in hint_for("ex_04_2", lambda *_: {}["b"])
 
 
-# ---- predictions ----------------------------------------------------------------------------------------------------
+NUMBERS: list[Any] = [str, numpy.float64, torch.tensor, numpy.atleast_1d, lambda x: [x], Fraction]
+LETTERS: list[Any] = [list, set, tuple, ", ".join, str.upper, lambda x: numpy.array(list(x))]
+RESULTS: dict[str, list[Any]] = {  # by the kind of result that an exercise expects
+    "a number": [str, numpy.float64, lambda x: torch.tensor(x, dtype=torch.float64)],
+    "a list of numbers": [tuple, iter, numpy.array, torch.tensor, lambda x: list(torch.tensor(x))],
+    "a list of names": [tuple, iter, set, dict.fromkeys, numpy.array],
+    "a list of texts": [tuple, iter, numpy.array],
+    "a text": [numpy.str_],
+    "a tensor": [
+        numpy.asarray,
+        list,
+        torch.Tensor.tolist,
+        torch.clone,
+        lambda x: x.requires_grad_(),
+    ],
+    "two numbers": [list, numpy.array, torch.tensor],
+    "True or False": [int, numpy.bool_, torch.tensor],
+    "a dictionary, word -> number": [lambda x: {w: numpy.float64(v) for w, v in x.items()}],
+    "a text, and True or False": [list, lambda x: numpy.array(x, dtype=object)],
+}
+
+
+@exercises
+def test_the_solution_is_accepted_in_every_form(name: str) -> None:
+    exercise, solution = EXERCISES[name], solutions()[name]
+    if callable(solution):
+        forms = RESULTS[exercise.kind[0]]
+        answers = [lambda *given, form=form: form(solution(*given)) for form in forms]
+    else:
+        answers = [form(solution) for form in (LETTERS if isinstance(solution, str) else NUMBERS)]
+    for answer in [solution, *answers]:
+        assert exercise(answer).startswith("✓ ")
+
+
+def interval_by_hand(a: list[float], b: list[float], seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    gains = [after - before for before, after in zip(a, b, strict=True)]
+    means = sorted(sum(rng.choices(gains, k=len(gains))) / len(gains) for _ in range(2000))
+    return [means[50], means[1949]]
+
+
+def interval_by_scipy(a: list[float], b: list[float]) -> tuple[float, float]:
+    rng = numpy.random.default_rng(2)
+    gains = numpy.subtract(b, a)
+    return tuple(bootstrap((gains,), numpy.mean, method="BCa", rng=rng).confidence_interval)
+
+
+def mixture_by_numpy(own: list[str], general: list[str], share: float, seed: int) -> Any:
+    rng = numpy.random.default_rng(seed)
+    drawn = rng.choice(general, int(len(own) * share / (1 - share)), replace=False)
+    return rng.permutation([*own, *drawn])
+
+
+OTHER_WAYS = [
+    ("ex_01_1", 0.72), ("ex_02_1", 4.0635), ("ex_02_3", "23.3"), ("ex_05_2", numpy.float32(0.87)),
+    ("ex_03_2", lambda x, w, a, b, alpha: (w + alpha / len(a) * b @ a) @ x[:, None]),
+    ("ex_04_1", lambda ids, n: [-100] * n + [ids.pop(n) for _ in ids[n:]]),  # empties the list
+    ("ex_06_2", interval_by_scipy),
+    *(("ex_06_2", functools.partial(interval_by_hand, seed=seed)) for seed in range(5)),
+    ("ex_09_2", mixture_by_numpy),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "answer"), OTHER_WAYS)
+def test_another_right_answer_is_accepted(name: str, answer: Any) -> None:
+    assert EXERCISES[name](answer) == EXERCISES[name](answer)
+
+
+def test_attempt_prints_praise_or_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.attempt(checks.ex_09_1, 40)
+    checks.attempt(checks.ex_09_1, 160)
+    praise, hint = capsys.readouterr().out.splitlines()
+    assert praise.startswith("✓ ") and hint.startswith("Not yet. That is how many rows there are")
+
+
+def test_attempt_does_not_hide_a_fault_of_the_checker() -> None:
+    with pytest.raises(ZeroDivisionError):
+        checks.attempt(lambda answer: str(1 // 0), 1)
 
 
 @pytest.mark.parametrize(
     ("guess", "truth", "verdict"),
     [
-        (5.7, 5.7, "Spot on"), (5.2, 5.7, "Spot on"), (4, 5.7, "Close"), (8, 5.7, "Close"), (2, 5.7, "The right order of magnitude"),
-        (57, 5.7, "A surprise, then"), (0, 5.7, "A guess above zero would have been closer"), (-3, 5.7, "A guess above zero"),
-        (0, 0, "Spot on"), (10, 0, "Not a bit of it, then"), (-1, 0, "Not a bit of it, then"),
+        (5.7, 5.7, "Spot on"), (5.2, 5.7, "Spot on"), (4, 5.7, "Close"), (8, 5.7, "Close"),
+        (2, 5.7, "The right order of magnitude"), (57, 5.7, "A surprise, then"),
+        (-3, 5.7, "A guess above zero"), (0, 0, "Spot on"), (-1, 0, "Not a bit of it, then"),
+        (" 5.7 ", 5.7, "Spot on"), ([5.7], 5.7, "Spot on"), (torch.tensor(5.7), 5.7, "Spot on"),
     ],
 )  # fmt: skip
-def test_a_guess_is_scored_kindly_and_explained(guess: float, truth: float, verdict: str) -> None:
+def test_a_guess_is_scored_by_its_ratio(guess: Any, truth: float, verdict: str) -> None:
     said = checks.predict(guess, truth, "GB", "Because of the scales.")
-    assert said.startswith(f"You said {guess:,.4g} GB; it is {truth:,.4g} GB. {verdict}")
-    assert said.endswith(". Because of the scales.")
+    assert f"; it is {truth:.4g} GB. {verdict}" in said and said.endswith(
+        ". Because of the scales."
+    )
 
 
-@pytest.mark.parametrize("guess", ["4", " 4.0 ", numpy.float32(4), numpy.array([4]), torch.tensor(4.0), [4]])
-def test_a_guess_may_have_any_form_of_a_number(guess: Any) -> None:
-    assert checks.predict(guess, 4.0, "GB", "So it is.") == "You said 4 GB; it is 4 GB. Spot on. So it is."
-
-
-@pytest.mark.parametrize(
-    ("guess", "named"),
-    [
-        (None, "None"), (..., "still three dots"), ("four", "'four'"), ("4 GB", "'4 GB'"), ("", "''"), (math.nan, "nan"), (math.inf, "inf"),
-        (True, "True"), ([1, 2], "of type list"), (len, "of type builtin_function_or_method"),
-    ],
-)  # fmt: skip
-def test_no_number_is_no_guess_and_the_lesson_goes_on(guess: Any, named: str) -> None:
+@pytest.mark.parametrize("guess", [None, ..., "4 GB", "", math.nan, math.inf, True, [1, 2], len])
+def test_a_guess_that_is_no_number_gets_no_score(guess: Any) -> None:
     said = checks.predict(guess, 5.7, "GB", "So it is.")
-    assert said == f"No score this time: my_guess is {named}, and a number such as 2.5 was expected; it is 5.7 GB. So it is."
+    assert said.startswith("No score") and said.endswith("it is 5.7 GB. So it is.")
 
 
 @pytest.mark.parametrize(
     ("guess", "truth", "unit", "meant"),
-    [(0.5, 48, "%", "50 %"), (0.5, 48, "percent", "50 percent"), (1, 84, "%", "100 %"), (60, 0.55, "ROUGE-L", "0.6 ROUGE-L")],
-)
-def test_a_share_for_percent_is_told_apart_from_a_far_guess(guess: float, truth: float, unit: str, meant: str) -> None:
-    assert f"Or did you mean {meant}?" in checks.predict(guess, truth, unit, "So it is.")
-
-
-@pytest.mark.parametrize(("guess", "truth", "unit"), [(0.5, 0.52, "%"), (0.5, 48, "GB"), (5, 48, "%"), (0.3, 0.4, "ROUGE-L"), (0, 48, "%")])
-def test_a_guess_that_may_be_meant_so_is_left_alone(guess: float, truth: float, unit: str) -> None:
-    assert "did you mean" not in checks.predict(guess, truth, unit, "So it is.")
+    [
+        (0.5, 48, "%", "50 %"), (1, 84, "percent", "100 percent"), (60, 0.55, "ROUGE-L", "0.6 "),
+        (0.5, 0.52, "%", ""), (0.5, 48, "GB", ""), (5, 48, "%", ""), (0.3, 0.4, "ROUGE-L", ""),
+    ],
+)  # fmt: skip
+def test_percent_and_share_are_told_apart(guess: Any, truth: float, unit: str, meant: str) -> None:
+    said = checks.predict(guess, truth, unit, "So it is.")
+    assert f"Or did you mean {meant}" in said if meant else "did you mean" not in said

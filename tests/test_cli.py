@@ -1,142 +1,125 @@
-"""``medquad`` as a user types it: each command in a process of its own."""
+"""``medquad`` as a user types it: its help, its mistakes, and the check before a class."""
 
 from __future__ import annotations
 
-import os
-import re
+import importlib.metadata
+import json
+import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from conftest import REPO
 
-from medquad_utils import profiles
+from medquad_utils import cli, course, profiles, readiness
+from medquad_utils.profiles import CourseError
+from medquad_utils.readiness import OK, PROBLEM, WARNING, Finding
 
-REPO = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib", "papermill", "huggingface_hub")
-
-
-def medquad(*arguments: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
-    """Run the command line without a Hub, a token or a chosen output folder; ``python -m`` is what the script ``medquad`` calls."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MEDQUAD_"))}
-    nobody = str(Path(tempfile.gettempdir()) / "home of nobody who logged in to the Hub")
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": nobody, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-m", "medquad_utils.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
-def mistake(*arguments: str, cwd: Path = REPO) -> str:
-    """What one wrong command says: exit status 1, one line on stderr, no traceback anywhere."""
-    done = medquad(*arguments, cwd=cwd)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("medquad: ")
-    return line
-
-
-# ---- what it answers ------------------------------------------------------------------------------------------------
+Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib", "papermill"}
 
 
 def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
-    code = f"""
-import sys
-from medquad_utils import cli
-try:
-    cli.main(["--help"])
-except SystemExit as end:
-    assert end.code == 0
-loaded = set({HEAVY}) & set(sys.modules)
-assert not loaded, loaded
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for command in ("doctor", "run", "ask"):
-        assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE), command
+    code = "import sys; from medquad_utils import cli\ntry: cli.main(['--help'])\n"
+    code += "finally: print('loaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    shown, loaded = done.stdout.split("\nloaded ")
+    assert done.returncode == 0 and not HEAVY & set(loaded.split())
+    assert all(f"\n    {command} " in shown for command in ("doctor", "run", "ask", "publish"))
 
 
-@pytest.mark.parametrize("command", ["run", "ask"])
-def test_the_help_of_a_command_names_every_profile(command: str) -> None:
-    done = medquad(command, "--help")
-    assert done.returncode == 0
-    said = " ".join(done.stdout.split())
-    assert f"auto, {', '.join(profiles.PROFILES)}" in said
+def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(profiles, "hub_token", lambda: None)
+    assert cli.main(["doctor"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    facts = {line[0]: line[-1].strip() for line in lines}
+    assert facts["auto takes"].startswith("tiny (the Hugging Face Hub is out of reach")
+    assert facts["HF_TOKEN"] == "not set" and facts["torch"] == profiles.versions()["torch"]
 
 
-def test_the_version_is_that_of_the_project() -> None:
-    declared = re.search(r'^version = "(.+)"$', (REPO / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared
-    assert medquad("--version").stdout.split() == ["medquad", declared[1]]
+RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "demo"))
 
 
-def test_doctor_names_the_profile_that_auto_takes_and_why(tmp_path: Path) -> None:
-    done = medquad("doctor", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    facts = dict(re.findall(r"^(\S.*?)  +(\S.*)$", done.stdout, re.MULTILINE))
-    assert facts["auto takes"].startswith("tiny (")
-    assert "Hub is out of reach" in facts["auto takes"]
-    assert facts["Hugging Face Hub"] == "out of reach"
-    assert facts["HF_TOKEN"] == "not set"
-    for name, version in profiles.versions().items():
-        assert facts[name] == version
-    assert facts["profile"].startswith("tiny")
-    assert not list(tmp_path.iterdir()), "looking writes nothing"
-
-
-# ---- what it refuses ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", [("run", "--profile", "huge"), ("ask", "What causes asthma?", "--profile", "huge")], ids=["run", "ask"])
-def test_an_unknown_profile_is_refused_with_the_known_ones(command: tuple[str, ...]) -> None:
-    line = mistake(*command)
-    assert "'huge'" in line
-    assert all(name in line for name in ("auto", *profiles.PROFILES))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--only", "99"), "no lesson 99: there are 01, 02, 03, 04, 05"),
-        (("-p", "temperatur=1"), "unknown parameter temperatur: the lessons take data_path, lora_r, "),
-        (("-p", "source"), "'source': expected NAME=VALUE"),
-        (("-p", "rows=many"), "rows=many: expected a whole number"),
-        (("-p", "rows=-5"), "rows=-5: expected a whole number"),
-        (("-p", "source=web"), "unknown source 'web': expected one of sample, hub, xml"),
-        (("-p", "source=xml"), "'xml' needs data_path"),
-        (("-p", "source=csv", "-p", "data_path=nowhere/rows.csv"), "data_path=nowhere/rows.csv: there is no such file"),
-        (("-p", "model_path=nowhere"), "model_path=nowhere: there is no such file or folder"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_a_wrong_option_of_run_is_named_before_anything_runs(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    out = tmp_path / "runs"
-    assert said in mistake("run", "--profile", "tiny", "--out", str(out), *arguments)
-    assert not out.exists()
-
-
-def test_results_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["run", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),
+    ([*RUN, "--only", "99"], "no lesson 99: there are 01, 02, 03, 04, 05"),
+    ([*RUN, "-p", "temperatur=1"], "unknown parameter temperatur: the lessons take data_path"),
+    ([*RUN, "-p", "source"], "'source': expected NAME=VALUE"),
+    ([*RUN, "-p", "rows=-5"], "rows=-5: expected a whole number"),
+    ([*RUN, "-p", "source=xml"], "'xml' needs data_path"),
+    ([*RUN, "-p", "model_path=nowhere"], "model_path=nowhere: there is no such file or folder"),
+    ([*RUN, "--only", "01", "--out", "a file"], "a file"),
+    ([*ASK, "  "], 'medquad ask "What causes asthma?"'),
+    ([*ASK, "What causes asthma?", "--out", "nothing"], "medquad run --profile tiny --only 04"),
+    ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
+    ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_one_line_and_starts_nothing(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("it runs"))
     (tmp_path / "a file").touch()
-    assert "a file" in mistake("run", "--profile", "tiny", "--only", "01", "--out", str(tmp_path / "a file"))
+    assert cli.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("medquad: ") and said in line
+    assert [p.name for p in tmp_path.iterdir()] == ["a file"]
 
 
-def test_an_empty_question_shows_how_to_ask_one() -> None:
-    assert 'medquad ask "What causes asthma?"' in mistake("ask", "  ", "--profile", "tiny")
+def test_packages_that_do_not_fit_have_the_line_that_installs_them(monkeypatch: Patch) -> None:
+    have = {"torch": "2.8.0", "peft": ""}
+
+    def version(name: str) -> str:
+        if not have[name]:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda _: {"Requires-Python": ">=3.11"})
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["torch<2.15,>=2.9", "peft>=0.2"])
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    old, missing = readiness.packages()
+    assert (old.state, old.todo) == (PROBLEM, 'pip install "torch<2.15,>=2.9"')
+    assert "peft is missing" in missing.said
+    have |= {"torch": "2.14.1", "peft": "0.21.2"}
+    (untested,) = readiness.packages()
+    assert untested.state == WARNING and "torch 2.14.1 (tested: 2.13.0)" in untested.said
 
 
-def test_asking_before_training_names_the_lesson_that_trains(tmp_path: Path) -> None:
-    line = mistake("ask", "What causes asthma?", "--profile", "tiny", "--out", str(tmp_path))
-    assert "medquad run --profile tiny --only 04" in line
-    assert not list(tmp_path.iterdir())
+def test_all_that_is_wrong_with_a_machine_is_found(tmp_path: Path, monkeypatch: Patch) -> None:
+    broken = Path(shutil.copytree(profiles.TINY_MODEL, tmp_path / "tiny"))
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    changed = json.loads(course.lessons()[1].read_text(encoding="utf-8"))
+    changed["cells"][1]["source"] = "print('mine')"
+    (tmp_path / "02_changed.ipynb").write_text(json.dumps(changed))
+
+    def lost() -> list[Finding]:
+        raise CourseError("lost")
+
+    monkeypatch.setattr(profiles, "TINY_MODEL", broken)
+    monkeypatch.setattr(course, "lessons", lambda: [tmp_path / "02_changed.ipynb"])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e8, total=8e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5e8))
+    monkeypatch.setattr(readiness, "packages", lost)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(readiness, "PORTS", {port: "do this"})
+        found = {f.what: f for f in readiness.check()}
+    problems = {what for what, finding in found.items() if finding.state == PROBLEM}
+    assert problems == {"packages", "model", "memory", "disk"}
+    assert found["lessons"].state == WARNING and "02 changed" in found["lessons"].said
+    assert found[f"port {port}"] == Finding(f"port {port}", WARNING, "taken", "do this")
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word() -> None:
-    """As ``medquad doctor | head -1`` does."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-m", "medquad_utils.cli", "doctor"]
-    with subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        said = process.stderr.read()
-    assert process.returncode == 141
-    assert said == ""
+@pytest.mark.parametrize(("state", "status"), [(OK, 0), (WARNING, 0), (PROBLEM, 1)])
+def test_the_check_ends_with_a_status(
+    state: str, status: int, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(readiness, "check", lambda: [Finding("it", state, "said", "do this")])
+    assert cli.main(["course", "--check"]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [state, "it", "said"] and lines[1].strip() == "-> do this"
+    assert lines[-1].startswith("not ready: 1 to mend" if status else "ready for class")

@@ -1,391 +1,219 @@
-"""How fast questions are answered: one by one, in batches, continuously, from 4-bit, unpacked and merged weights, in the same run.
+"""How fast questions are answered: one by one, in batches and continuously, in the same run.
 
-Run it from the root of the checkout: ``python tests/benchmarks/generate_speed.py``. See README.md beside it.
+    python tests/benchmarks/generate_speed.py     # four minutes on two idle cores
+
+README.md says what each arm is and what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import math
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]  # the checkout, whatever is installed, and the scripts beside this one
+import common
+import random_llama
+import torch
+from peft import get_peft_model
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-import random_llama  # noqa: E402
-import torch  # noqa: E402
-import train_speed  # noqa: E402
-from train_speed import RESULTS, UNMEASURED, first_line, load, machine, synchronize  # noqa: E402
+from medquad_utils import generation, merging
+from medquad_utils.assets import sample
+from medquad_utils.chat import end_ids, prompt_ids, prompt_messages
+from medquad_utils.generation import Answer
+from medquad_utils.lora import lora_config
+from medquad_utils.profiles import PROFILES, Plan, resolve
 
-from medquad_utils import data, generation, merging  # noqa: E402
-from medquad_utils.assets import sample  # noqa: E402
-from medquad_utils.chat import end_ids, prompt_ids, prompt_messages  # noqa: E402
-from medquad_utils.generation import Answer  # noqa: E402
-from medquad_utils.lora import lora_config  # noqa: E402
-from medquad_utils.profiles import PROFILES, CourseError, Plan, resolve  # noqa: E402
-from medquad_utils.quantization import measured_memory  # noqa: E402
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+PAGE = 32  # tokens of a page of the continuous arm's cache on a CPU
 Messages = list[dict[str, str]]
-PAGE = 32  # tokens of a page of the continuous arm's cache on a CPU: no request holds more than one page that is not full
-MOST_TOKENS = 64  # of an answer that may stop by itself
-WEIGHTS = {
-    "4-bit": "as loaded, with the adapter",
-    "unpacked": "dequantised once (generation.unpacked), with the adapter",
-    "merged": "dequantised and merged with the adapter",
-}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of answering: ``batch`` rows at a time (0 = continuously), from ``weights``, with a compiled static cache or not."""
+    """One way of answering: ``batch`` rows at a time (0 = continuously), from ``weights``."""
 
     batch: int
     weights: str
-    compiled: bool = False
 
     def __str__(self) -> str:
-        ways = {0: "continuous batching", 1: "one by one"}
-        return ways.get(self.batch, f"batches of {self.batch}") + (", static cache, compiled" if self.compiled else "")
-
-    def cannot(self, cuda: bool) -> str:
-        """Why the arm does not run on this kind of device; "" if it does."""
-        if self.compiled and not cuda:
-            return UNMEASURED
-        return "on a CPU only: a GPU multiplies by packed weights" if self.weights == "unpacked" and cuda else ""
+        names = {0: "continuous batching", 1: "one by one"}
+        return names.get(self.batch, f"batches of {self.batch}")
 
 
-# The first is what every other arm's answers are compared with. transformers compiles no bitsandbytes model (5.23, is_compileable).
-EQUAL = (
-    *(Arm(batch, weights) for batch in (1, 8, 32, 0) for weights in ("4-bit", "unpacked")),
-    *(Arm(batch, "merged") for batch in (1, 32, 0)),
-    Arm(1, "merged", compiled=True),
-    Arm(32, "merged", compiled=True),
-)
-
-
-def stopping(cuda: bool) -> tuple[Arm, ...]:
-    """The arms that answer until they stop, from the weights that the course generates with."""
-    return tuple(Arm(batch, "4-bit" if cuda else "unpacked") for batch in (1, 8, 32, 0))
-
-
-# ---- what is asked, and of whom -------------------------------------------------------------------------------------
+def arms(cuda: bool) -> tuple[list[Arm], list[Arm]]:
+    """Return the arms of equal work, the reference first, and those that answer until they stop."""
+    unmerged = ("4-bit",) if cuda else ("4-bit", "unpacked")  # a GPU multiplies by packed weights
+    equal = [Arm(batch, weights) for batch in (1, 8, 32, 0) for weights in unmerged]
+    merged = [Arm(batch, "merged") for batch in (1, 32, 0)]
+    return equal + merged, [Arm(batch, unmerged[-1]) for batch in (1, 8, 32, 0)]
 
 
 def questions(number: int) -> list[Messages]:
-    """The first ``number`` different questions of the sample, as conversations."""
-    return [prompt_messages(text) for text in list(dict.fromkeys(str(row["question"]) for row in sample.rows()))[:number]]
+    """Return the first different questions of the sample, as conversations."""
+    texts = dict.fromkeys(str(row["question"]) for row in sample.rows())
+    return [prompt_messages(text) for text in list(texts)[:number]]
 
 
-def plan_for(profile: str, folder: Path | None) -> Plan:
-    """The plan of this machine for ``profile``, its weights in ``folder`` (``None``: the shipped tiny model)."""
-    return resolve(profile if profile in PROFILES else "tiny", model_path=str(folder or ""))
-
-
-def random_adapter(plan: Plan, folder: Path, seed: int = 0) -> Path:
-    """Write an adapter of seeded random weights onto the plan's base; returns ``folder``."""
-    from peft import get_peft_model
-
-    torch.manual_seed(seed)
-    tuned = get_peft_model(generation.load_base(plan), lora_config(plan))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.05)
-    tuned.save_pretrained(folder)
+def random_adapter(plan: Plan, folder: Path) -> Path:
+    """Write an adapter of seeded random weights for the plan's base; returns ``folder``."""
+    torch.manual_seed(0)
+    config = lora_config(plan)
+    config.init_lora_weights = False  # neither A nor B is zero
+    get_peft_model(generation.load_base(plan), config).save_pretrained(folder)
     return folder
 
 
-# ---- answering ------------------------------------------------------------------------------------------------------
-
-
 def answer(
-    arm: Arm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Messages], most: int, ends: list[int]
+    arm: Arm, model: Any, tokenizer: Any, asked: Sequence[Messages], most: int, ends: list[int]
 ) -> list[Answer]:
-    """Greedy answers of at most ``most`` tokens; ``ends`` of [-1] lets no answer stop.
-
-    Raises:
-        RuntimeError: continuous batching lost a request.
-    """
-    packed = patch.object(generation, "unpacked", lambda model: nullcontext()) if arm.weights == "4-bit" else nullcontext()
-    with packed:
-        if not arm.batch:
-            with generation.unpacked(model):
-                return continuously(model, tokenizer, asked, most, ends)
-        more = {"cache_implementation": "static"} if arm.compiled else {}  # on a GPU, this is what makes transformers compile
-        return generation.generate(model, tokenizer, asked, most, arm.batch, eos_token_id=ends, **more)
+    """Answer greedily with at most ``most`` tokens; ``ends`` of [-1] lets no answer stop."""
+    keep_packed = patch.object(generation, "unpacked", lambda model: nullcontext())
+    with keep_packed if arm.weights == "4-bit" else nullcontext():
+        if arm.batch:
+            size, settings = arm.batch, {"eos_token_id": ends}
+            return generation.generate(model, tokenizer, asked, most, size, **settings)
+        with generation.unpacked(model):
+            return continuously(model, tokenizer, asked, most, ends)
 
 
 def continuously(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Messages], most: int, ends: list[int]
+    model: Any, tokenizer: Any, asked: Sequence[Messages], most: int, ends: list[int]
 ) -> list[Answer]:
-    """The same by ``generate_batch``. On a CPU its cache is as large as the requests need: by itself it takes 60 % of the RAM."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    """Answer by transformers' ``generate_batch``.
 
+    On a CPU the cache is as large as the requests need; the default takes 60 % of the RAM.
+    """
     prompts = [prompt_ids(tokenizer, messages) for messages in asked]
-    settings = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    cuda, pad = model.device.type == "cuda", tokenizer.pad_token_id
+    greedy = {"do_sample": False, "eos_token_id": ends, "pad_token_id": pad}
     pages = sum(math.ceil((len(prompt) + most) / PAGE) for prompt in prompts)
-    sizes = {} if model.device.type == "cuda" else {"page_size": PAGE, "num_blocks": pages, "max_batch_tokens": 512}
-    config = ContinuousBatchingConfig(allow_block_sharing=False, **sizes)
-    made = list(model.generate_batch(prompts, settings, config, warmup=model.device.type == "cuda").values())
+    sizes = {"page_size": PAGE, "num_blocks": pages, "max_batch_tokens": 512}
+    config = ContinuousBatchingConfig(allow_block_sharing=False, **({} if cuda else sizes))
+    settings = GenerationConfig(max_new_tokens=most, **greedy)
+    made = list(model.generate_batch(prompts, settings, config, warmup=cuda).values())
     if len(made) != len(prompts) or any(one.error for one in made):
         raise RuntimeError(f"continuous batching answered {len(made)} of {len(prompts)} requests")
     return [generation._read(tokenizer, one.generated_tokens, ends) for one in made]
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+def run(
+    plan: Plan, adapter: Path, asked: list[Messages], chosen: Sequence[Arm], most: int,
+    ends: list[int], rounds: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time the arms in turns, so that a busy minute of the machine does not fall on one of them.
 
+    The best round counts. The first arm's answers are what the others are compared with.
+    """
+    tokenizer, answers = generation.load_tokenizer(plan), dict[Arm, list[Answer]]()
+    entries: dict[Arm, dict[str, Any]] = {}
+    for route in ("adapter", "dequantised"):
+        mine = [arm for arm in chosen if (arm.weights == "merged") == (route == "dequantised")]
+        if not mine:
+            continue
+        model = merging.merge(plan, route, adapter)
+        answer(mine[0], model, tokenizer, asked[:1], 2, ends)  # sets up what stays
 
-def bandwidth() -> float:
-    """Bytes/s that a copy of a large tensor reads and writes, the best of eight."""
-    cuda = torch.cuda.is_available()
-    source = torch.ones((1 << 29) if cuda else (1 << 26), device="cuda" if cuda else "cpu")  # 2 GiB, 256 MiB
-    target = torch.empty_like(source)
-    spent = []
-    for _ in range(8):
-        synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize()
-        spent.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(spent)
+        def work(arm: Arm, model: Any = model) -> None:
+            answers[arm] = answer(arm, model, tokenizer, asked, most, ends)
 
-
-def bytes_per_step(model: torch.nn.Module, weights: str) -> int:
-    """Bytes of weights that one forward pass reads: all but an embedding that is no head, of which it reads a row a token."""
-    from bitsandbytes.nn import Linear4bit
-
-    read = measured_memory(model)
-    if weights == "unpacked":
-        packed = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
-        read |= {"4-bit codes": sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in packed), "4-bit scales": 0}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    return sum(read.values()) - (0 if embedding.weight is head.weight else embedding.weight.nbytes)
-
-
-def figures(seconds: float, answers: Sequence[Answer], first: Sequence[Answer], limit: float) -> dict[str, Any]:
-    """Of one arm: tokens/s, its share of ``limit`` tokens/s, and how many answers are those of the first arm."""
-    tokens = sum(answer.tokens for answer in answers)
-    return {
-        "seconds": round(seconds, 3),
-        "tokens": tokens,
-        "tokens_per_s": round(tokens / seconds, 1),
-        "stopped": sum(answer.stopped for answer in answers),
-        "same": sum(one == other for one, other in zip(answers, first, strict=True)),
-        "limit": round(limit, 1),
-        "share": round(tokens / seconds / limit, 4),
-    }
-
-
-class Bench:
-    """The arms of one profile on one machine: what they answered, and the least seconds that each took."""
-
-    def __init__(self, plan: Plan, adapter: Path, asked: Sequence[Messages], rounds: int):
-        self.plan, self.adapter, self.asked, self.rounds = plan, adapter, asked, rounds
-        self.tokenizer = generation.load_tokenizer(plan)
-        self.rate = bandwidth()
-
-    def run(self, arms: Sequence[Arm], most: int, ends: list[int]) -> list[dict[str, Any]]:
-        """Every arm's figures; the arms take turns, so that a busy minute of the machine does not fall on one of them.
-
-        Raises:
-            CourseError: the first arm cannot run.
-        """
-        cuda = self.plan.device == "cuda"
-        answers: dict[Arm, list[Answer]] = {}
-        spent: dict[Arm, float] = {}
-        failed = {arm: arm.cannot(cuda) for arm in arms if arm.cannot(cuda)}
-        size: dict[Arm, int] = {}
-        for merged in (False, True):
-            chosen = [arm for arm in arms if (arm.weights == "merged") == merged and arm not in failed]
-            if not chosen:
+        for arm in mine * rounds:
+            try:
+                spent = common.seconds(partial(work, arm))
+            except Exception as error:  # whatever stops an arm is its result
+                entries[arm] = {"error": common.first_line(error)}
                 continue
-            model = merging.merge(self.plan, "dequantised" if merged else "adapter", self.adapter)
-            answer(chosen[0], model, self.tokenizer, self.asked[:1], 2, ends)  # a first pass sets things up that stay
-            for arm in chosen * self.rounds:
-                if arm in failed:
-                    continue
-                try:
-                    synchronize()
-                    start = time.perf_counter()
-                    answers[arm] = answer(arm, model, self.tokenizer, self.asked, most, ends)
-                    synchronize()
-                    spent[arm] = min(spent.get(arm, math.inf), time.perf_counter() - start)
-                    size[arm] = bytes_per_step(model, arm.weights)
-                except Exception as error:  # whatever stops an arm is its result
-                    failed[arm] = first_line(error)
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-        if arms[0] in failed:
-            raise CourseError(f"{arms[0]}, {arms[0].weights}: {failed[arms[0]]}. Without it no other arm's answers can be judged.")
-        first = answers[arms[0]]
-        return [self.entry(arm, failed.get(arm, ""), spent, answers, first, size) for arm in arms]
-
-    def entry(
-        self, arm: Arm, error: str, spent: dict[Arm, float], answers: dict[Arm, list[Answer]], first: list[Answer], size: dict[Arm, int]
-    ) -> dict[str, Any]:
-        """One arm for the JSON: its figures, or why there are none."""
-        made: dict[str, Any] = {"arm": str(arm), "weights": arm.weights}
-        if error:
-            return made | {"error": error}
-        rows = min(arm.batch or len(self.asked), len(self.asked))
-        return made | {"bytes": size[arm]} | figures(spent[arm], answers[arm], first, self.rate / size[arm] * rows)
+            entries[arm] = {"seconds": min(spent, entries.get(arm, {}).get("seconds", spent))}
+    for arm in (arm for arm in chosen if "error" not in entries[arm]):
+        entries[arm] |= figures(entries[arm]["seconds"], answers[arm], answers[chosen[0]])
+    return [{"arm": str(arm), "weights": arm.weights} | entries[arm] for arm in chosen]
 
 
-def measure(profile: str, number: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Everything that the JSON holds of one profile."""
-    before = load()
-    with tempfile.TemporaryDirectory() as place:
-        folder = None if profile == "tiny" else random_llama.write(random_llama.SHAPES[profile], Path(place) / profile)
-        plan = plan_for(profile, folder)
-        bench = Bench(plan, random_adapter(plan, Path(place) / "adapter"), questions(number), rounds)
-        equal = bench.run(EQUAL, tokens, [-1])
-        ends = [*end_ids(bench.tokenizer), *bench.tokenizer.encode(".", add_special_tokens=False)]
-        stopped = bench.run(stopping(plan.device == "cuda"), MOST_TOKENS, ends) if profile == "tiny" else []
+def figures(seconds: float, given: list[Answer], first: list[Answer]) -> dict[str, Any]:
+    """Return an arm's tokens/s, and how many of its answers are those of the first arm."""
+    tokens = sum(one.tokens for one in given)
     return {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": [before, load()], "compute_dtype": plan.compute_dtype,
-        "questions": number, "new_tokens": tokens, "rounds": rounds, "bandwidth_gb_s": round(bench.rate / 1e9, 1),
-        "equal": equal, "stopping": stopped,
+        "seconds": round(seconds, 3), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1),
+        "stopped": sum(one.stopped for one in given),
+        "same": sum(one == other for one, other in zip(given, first, strict=True)),
     }  # fmt: skip
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
-
-MARKS = "<!-- figures: written by generate_speed.py from results/generate_speed_*.json -->", "<!-- end of the generation figures -->"
-
-
-def table(entries: Sequence[dict[str, Any]], number: int) -> list[str]:
-    """The arms of one measurement as Markdown lines; an arm whose answers are not all the same says how many are."""
-    slowest = entries[0]["tokens_per_s"]
-    lines = ["| arm | weights | tokens/s | over the first | same answers | MB read a step | limit, tokens/s | share |", "|---" * 8 + "|"]
-    for made in entries:
-        if "error" in made:
-            lines.append(f"| {made['arm']} | {made['weights']} | {made['error']} |" + " |" * 5)
-            continue
-        lines.append(
-            f"| {made['arm']} | {made['weights']} | {made['tokens_per_s']:,.0f} | {made['tokens_per_s'] / slowest:.1f} | "
-            f"{made['same']} of {number} | {made['bytes'] / 1e6:,.1f} | {made['limit']:,.0f} | {made['share']:.1%} |"
-        )
-    return lines
-
-
-def found(entries: Sequence[dict[str, Any]], arm: Arm) -> dict[str, Any] | None:
-    """The entry of ``arm``, if it has figures."""
-    return next((e for e in entries if (e["arm"], e["weights"]) == (str(arm), arm.weights) and "error" not in e), None)
+def measure(profile: str, number: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Measure everything that the JSON holds of one profile."""
+    source = ""
+    with tempfile.TemporaryDirectory() as place:
+        if profile != "tiny":
+            source = str(random_llama.write(random_llama.SHAPES[profile], Path(place) / profile))
+        plan = resolve(profile if profile in PROFILES else "tiny", model_path=source)
+        adapter = random_adapter(plan, Path(place) / "adapter")
+        equal, until_stop = arms(plan.device == "cuda")
+        tokenizer = generation.load_tokenizer(plan)
+        # A random adapter ends few answers, so a full stop ends one, too.
+        ends = [*end_ids(tokenizer), *tokenizer.encode(".", add_special_tokens=False)]
+        timed = partial(run, plan, adapter, questions(number), rounds=rounds)
+        equally = timed(equal, tokens, [-1])
+        stopping = timed(until_stop, 64, ends) if profile == "tiny" else []
+    return common.record() | {
+        "compute_dtype": plan.compute_dtype, "questions": number, "new_tokens": tokens,
+        "rounds": rounds, "equal": equally, "stopping": stopping,
+    }  # fmt: skip
 
 
-def verdict(run: dict[str, Any]) -> str:
-    """What the figures say about what the course does, in words."""
-    said = []
-    for batch in (1, 8, 32):
-        one, other = (found(run["equal"], Arm(batch, weights)) for weights in ("4-bit", "unpacked"))
-        if one and other:
-            said.append(
-                f"{Arm(batch, '')} {other['tokens_per_s'] / one['tokens_per_s']:.2f} times ({other['same']} of {run['questions']} same)"
-            )
-    lines = [f"Unpacked over 4-bit: {', '.join(said)}."] if said else []
-    weights = "unpacked" if said else "4-bit"
-    pairs = {"equal work": run["equal"], "answers that stop": run["stopping"]}
-    ratios = [
-        f"{what} {one['tokens_per_s'] / other['tokens_per_s']:.2f} times"
-        for what, entries in pairs.items()
-        if (one := found(entries, Arm(32, weights))) and (other := found(entries, Arm(0, weights)))
-    ]
-    if ratios:
-        lines.append(f"Batches of 32 over continuous batching, both {weights}: {', '.join(ratios)}.")
-    return " ".join(lines)
+def arm_table(entries: Sequence[dict[str, Any]], number: int) -> list[str]:
+    """Return the arms of one measurement as the lines of a Markdown table."""
+    slowest, rows = entries[0]["tokens_per_s"], []
+    for made in (entry for entry in entries if entry.get("error") != "not measured yet"):
+        cells = [made.get("error", "")]
+        if rate := made.get("tokens_per_s"):
+            cells = [f"{rate:,.0f}", f"{rate / slowest:.1f}", f"{made['same']} of {number}"]
+        rows.append([made["arm"], made["weights"], *cells])
+    return common.table("arm|weights|tokens/s|over the first|same answers", rows)
 
 
-def spread(entries: Sequence[dict[str, Any]]) -> str:
-    """How long the answers of the first arm are."""
-    return f"{entries[0]['tokens']:,} tokens in all, {entries[0]['stopped']} answers stopped"
-
-
-def about(name: str, run: dict[str, Any]) -> str:
-    """Where, when and with what a run was measured."""
-    host = run["machine"]
-    versions = ", ".join(f"{package} {host['packages'][package]}" for package in ("bitsandbytes", "peft", "torch", "transformers"))
-    return (
-        f"**{name}** on {host['device']}: {run['date']}, {host['cpus']} CPU cores, {host['threads']} threads, {host['memory_gib']} GiB, "
-        f"{host['system']}, Python {host['python']}, {versions}; load average {run['load'][0]} before, {run['load'][1]} after. "
-        f"{run['compute_dtype']} compute; a copy moves {run['bandwidth_gb_s']:,.1f} GB/s. "
-        f"{run['questions']} questions, {run['new_tokens']} tokens each, the best of {run['rounds']} rounds."
-    )
-
-
-def tables(devices: dict[str, dict[str, Any]]) -> str:
-    """The figures of all JSON files as Markdown."""
+def page(devices: dict[str, dict[str, Any]]) -> str:
+    """Return the figures of all JSON files as Markdown."""
     lines: list[str] = []
-    for runs in devices.values():
-        for name, run in runs.items():
-            lines += [about(name, run), "", *table(run["equal"], run["questions"]), ""]
-            if run["stopping"]:
-                lines += [
-                    f"The same questions, each answer until it stops ({spread(run['stopping'])}):",
-                    "",
-                    *table(run["stopping"], run["questions"]),
-                    "",
-                ]
-            lines += [verdict(run), ""]
-    if all(name == "cpu" for name in devices):
-        lines += [f"On a GPU, `--profile llama-1b` and `--profile llama-8b`: {UNMEASURED}."]
+    for profile, run in ((name, run) for runs in devices.values() for name, run in runs.items()):
+        number, stopping = run["questions"], run["stopping"]
+        work = f"{number} questions, {run['new_tokens']} tokens each, the best of {run['rounds']}"
+        lines += [
+            f"{common.about(profile, run)} {run['compute_dtype']} compute.",
+            f"{work} rounds.",
+        ]
+        lines += ["", *arm_table(run["equal"], number), ""]
+        if stopping:
+            tokens, stopped = stopping[0]["tokens"], stopping[0]["stopped"]
+            lines += [f"Each answer until it stops ({tokens:,} tokens, {stopped} stopped):", ""]
+            lines += [*arm_table(stopping, number), ""]
     return "\n".join(lines).strip()
 
 
-read_results = partial(train_speed.read_results, script="generate_speed")
-save = partial(train_speed.save, script="generate_speed")
-
-
-def between(text: str) -> str:
-    """What stands between the two marks of README.md."""
-    return data.between(text, MARKS)
-
-
-def write_readme(devices: dict[str, dict[str, Any]], file: Path) -> None:
-    """Put ``tables`` between the marks of README.md."""
-    data.write_between(file, MARKS, tables(devices))
-
-
-def main() -> int:
-    """The command line."""
-    from transformers.utils import logging
-
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", nargs="+", choices=sorted(random_llama.SHAPES), default=["tiny", "20m"])
-    parser.add_argument("--questions", type=int, default=32, metavar="N", help="how many are asked (default 32)")
-    parser.add_argument(
-        "--tokens", type=int, default=128 if cuda else 24, metavar="N", help="of an answer (default 128 on a GPU, 24 on a CPU)"
-    )
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of all arms; the best counts (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the JSON goes")
-    parser.add_argument("--readme", action="store_true", help="measure nothing, write README.md from the JSON")
-    options = parser.parse_args()
-    logging.set_verbosity_error()  # transformers warns of an end id of -1, which is meant
-    try:
-        for profile in () if options.readme else options.profile:
-            print("written:", save(measure(profile, options.questions, options.tokens, options.rounds), profile, options.out).name)
-    except CourseError as error:
-        print(f"generate_speed: {error}", file=sys.stderr)
-        return 1
-    if options.out == RESULTS:
-        write_readme(read_results(RESULTS), HERE / "README.md")
-    return 0
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; returns the last run."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    shapes = sorted(random_llama.SHAPES)
+    parser.add_argument("--profile", nargs="+", choices=shapes, default=["tiny", "20m"])
+    parser.add_argument("--smoke", action="store_true", help="four questions; writes nothing")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        return measure("tiny", 4, 4, 1)
+    for profile in options.profile:
+        run = measure(profile, 32, 128 if torch.cuda.is_available() else 24, 2)
+        common.save("generate_speed", profile, run)
+    common.write_readme("generate_speed", page(common.read_results("generate_speed")))
+    return run
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # transformers warns of the end id -1, which is meant
+    print(json.dumps(main()))

@@ -1,52 +1,62 @@
-"""What needs no training already scores on the real MedQuAD: ROUGE-L of the two look-up arms on a split of the upstream kind.
+"""What a look-up scores on the real MedQuAD: ROUGE-L of two baselines that need no training.
 
-    python tests/benchmarks/look_up.py --xml MedQuAD     # a clone of the XML; some minutes on one core
+    python tests/benchmarks/look_up.py --xml MedQuAD     # a clone of the XML; some seconds
 
-Raw rows, drawn one by one into 90 % training and 10 % test, all of the test rows scored; then the same with the template
-answers (``cleaning.is_boilerplate``) out of both parts. Writes ``medquad_utils/assets/measured.json``, from which lesson 06 reads.
+The split is the upstream recipe's: raw rows, drawn one by one, 90 % for training. All test rows are
+scored, then the same without template answers. Lesson 06 reads the file that this script writes,
+``medquad_utils/assets/measured.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import data, evaluation
+from medquad_utils.assets import sample
 from medquad_utils.cleaning import Row, is_boilerplate
-from medquad_utils.evaluation import MEASURED, rounded
 
-REVISION = "577bd37"  # of abachaa/MedQuAD
+KINDS = {"all rows": True, "without boilerplate": False}
+PACKAGES = ("rouge-score", "scikit-learn", "scipy", "numpy")
 
 
-def parts(rows: Sequence[Row], with_boilerplate: bool = True, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(training, test): every row drawn on its own, nine in ten to training."""
-    split = data.split_by_row(rows, (0.9, 0.05, 0.05), seed)
-    train, test = (
-        [row for row in part if with_boilerplate or not is_boilerplate(row)] for part in (split.train, split.validation + split.test)
-    )
+def parts(rows: Sequence[Row], boilerplate: bool = True) -> tuple[list[Row], list[Row]]:
+    """Return training and test rows, each row drawn on its own, nine in ten to training."""
+    split = data.split_by_row(rows, (0.9, 0.05, 0.05), 0)
+    both = split.train, split.validation + split.test
+    train, test = ([r for r in part if boilerplate or not is_boilerplate(r)] for part in both)
     return train, test
 
 
-def measure(rows: Sequence[Row]) -> dict[str, Any]:
-    """``evaluation.look_up_scores`` with and without the template answers, and what they were measured with."""
-    scores = {name: evaluation.look_up_scores(*parts(rows, keep)) for name, keep in (("all rows", True), ("without boilerplate", False))}
+def measure(rows: Sequence[Row], kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
+    """Score both baselines on every kind of rows; returns what ``evaluation.measured`` reads."""
+    scores = {kind: evaluation.look_up_scores(*parts(rows, KINDS[kind])) for kind in kinds}
     return {
-        "what": "ROUGE-L of answers that need no training, on a random 90/10 split of the raw rows",
-        "data": f"abachaa/MedQuAD at {REVISION}",
+        "what": "ROUGE-L of answers that need no training, on a random 90/10 split of raw rows",
+        "data": "abachaa/MedQuAD at 577bd37",
         "rows": len(rows),
         "made_by": "tests/benchmarks/look_up.py",
-        "versions": {name: importlib.metadata.version(name) for name in ("rouge-score", "scikit-learn", "scipy", "numpy")},
-        "rougeL": rounded(scores),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "rougeL": evaluation.rounded(scores),
     }
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; returns what was measured."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--xml", type=Path, required=True, metavar="DIR", help="a clone of MedQuAD")
-    found = measure(data.load_xml(parser.parse_args().xml).rows)
-    data.write_json(MEASURED, found)
-    for kind, arms in found["rougeL"].items():
-        print(kind, {arm: f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}], n={cell['n']:,}" for arm, cell in arms.items()})
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--xml", type=Path, metavar="DIR", help="a clone of MedQuAD")
+    rows.add_argument("--smoke", action="store_true", help="the course's sample; writes nothing")
+    options = parser.parse_args(arguments)
+    found = measure(sample.rows() if options.smoke else data.load_xml(options.xml).rows)
+    if not options.smoke:
+        data.write_json(evaluation.MEASURED, found)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(), indent=1))

@@ -1,4 +1,4 @@
-"""The shell of a simulated Colab: %pip and every question for a secret are written down, and nothing is installed."""
+"""The shell of a simulated Colab: it logs %pip and asks for secrets, and installs nothing."""
 
 import os
 from pathlib import Path

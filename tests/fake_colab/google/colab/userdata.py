@@ -14,13 +14,17 @@ class NotebookAccessError(Exception):
 
 
 class TimeoutException(Exception):
-    """Its base in Colab is not known here; this one is the harder case: huggingface_hub catches subclasses of errors.Error."""
+    """Not an ``errors.Error``, which huggingface_hub catches; its base on Colab is unknown."""
 
 
 def get(key: str) -> str:
     _shell.record(f"secret {key}")
     state = os.environ["FAKE_COLAB_SECRET"]
-    refusals = {"missing": SecretNotFoundError, "denied": NotebookAccessError, "timeout": TimeoutException}
+    refusals = {
+        "missing": SecretNotFoundError,
+        "denied": NotebookAccessError,
+        "timeout": TimeoutException,
+    }
     if state in refusals:
         raise refusals[state](key)
     return state

@@ -1,0 +1,180 @@
+"""What the checks of all lessons share: predictions, hints, and what an exercise is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medquad_utils.profiles import CourseError
+
+
+class NotYet(CourseError):
+    """An exercise that is not solved yet; the message is a hint."""
+
+
+def predict(guess: Any, truth: float, unit: str, because: str) -> str:
+    """Compare a guess with the truth, by their ratio, and say why the truth is what it is."""
+    number, shown = finite(guess), f"it is {truth:,.4g} {unit}."
+    if number is None:
+        return f"No score this time, for my_guess is {guess!r:.40}, no number; {shown} {because}"
+    said = f"You said {number:,.4g} {unit}; {shown} {_verdict(number, truth)}."
+    meant = 100 * number if unit in ("%", "percent") and 0 < number <= 1 else number
+    meant = number / 100 if unit == "ROUGE-L" and number > 1 else meant
+    if abs(meant - truth) < abs(number - truth):  # 0.5 for 50 %, or 50 for 0.5
+        said += f" Or did you mean {meant:,.4g} {unit}? That is how it is written here."
+    return f"{said} {because}"
+
+
+def _verdict(guess: float, truth: float) -> str:
+    if guess == truth:
+        return "Spot on"
+    if truth <= 0:
+        return "Not a bit of it, then"
+    if guess <= 0:
+        return "A guess above zero would have been closer"
+    factor = max(guess / truth, truth / guess)
+    verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
+    surprise = "A surprise, then: that is what a prediction is for"
+    return next((verdict for most, verdict in verdicts.items() if factor <= most), surprise)
+
+
+def attempt(checker: Callable[[Any], str], answer: Any) -> None:
+    """Print the praise or the hint of ``checker``, so that the notebook runs on."""
+    try:
+        print(checker(answer))
+    except NotYet as hint:
+        print(f"Not yet. {hint}")
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """How to judge an answer, and typical wrong answers with their hints.
+
+    A case is (arguments, right result, rows); the arguments are None if no function is asked for.
+    A row is (wrong result, hint) or (wrong result, hint, covers); a result may also be a function
+    that returns it. In the first case that fails, the hint is that of the first row with the same
+    result or a true ``covers(result)``, else that of the last row.
+    """
+
+    kind: tuple[str, Callable[[Any], Any]]  # a name, and how to read a result: None if it is not
+    about: str  # what an answer looks like
+    cases: Sequence[tuple[Any, Any, Sequence[tuple[Any, ...]]]]
+    praise: str
+    run: Callable[..., Any] = lambda function, *arguments: function(*arguments)
+    stub: str = "Your function returns nothing yet. {about}"
+    tolerance: float = 1e-6
+
+    def __call__(self, answer: Any) -> str:
+        """Return praise for a right answer; raise ``NotYet`` with a hint for any other."""
+        for given, right, rows in self.cases:
+            result = self._result(answer, given)
+            if self._same(result, self._value(right, given)):
+                continue
+            hint = next((row[1] for row in rows if self._fits(result, given, *row)), rows[-1][1])
+            shown = ", ".join(repr(value) for value in given or () if not callable(value))
+            raise NotYet(f"{hint} It fails for {shown}." if 0 < len(shown) < 120 else hint)
+        return f"✓ {self.praise}"
+
+    def _fits(self, result: Any, given: Any, wrong: Any, hint: str, covers: Any = None) -> bool:
+        return bool(covers(result) if covers else self._same(result, self._value(wrong, given)))
+
+    def _value(self, value: Any, given: Sequence[Any] | None) -> Any:
+        return self._result(value, given) if callable(value) else self.kind[1](value)
+
+    def _result(self, answer: Any, arguments: Sequence[Any] | None) -> Any:
+        """Return the answer, or what it returns if it is a function, as plain Python."""
+        if arguments is None:
+            return self._read(answer, "Replace the dots with your answer. {about}")
+        if not callable(answer):
+            raise NotYet(f"Expected a function by its name, got {answer!r:.40}. {self.about}")
+        try:
+            read = lambda *given: self._read(answer(*given), self.stub)  # noqa: E731
+            return self.run(read, *copy.deepcopy(arguments))
+        except NotYet:
+            raise
+        except Exception as error:  # a learner's function may fail in any way
+            stopped = f"Your function stopped with {type(error).__name__}: {error}."
+            raise NotYet(f"{stopped} {self.about}") from None
+
+    def _read(self, value: Any, stub: str) -> Any:
+        if value is None or value is ...:
+            raise NotYet(stub.format(about=self.about))
+        if (result := self.kind[1](value)) is None:
+            raise NotYet(f"Expected {self.kind[0]}, got {value!r:.40}. {self.about}")
+        return result
+
+    def _same(self, one: Any, other: Any) -> bool:
+        if isinstance(one, list) and isinstance(other, list):
+            return len(one) == len(other) and all(map(self._same, one, other))
+        if isinstance(one, int | float) and isinstance(other, int | float):
+            return abs(one - other) <= self.tolerance
+        return bool(one == other)
+
+
+def number(truth: float, near: float, about: str, wrong: list[Any], praise: str) -> Exercise:
+    """Make an exercise whose answer is a number, right up to ``near``."""
+    return Exercise(NUMBER, about, [(None, truth, wrong)], praise, tolerance=near)
+
+
+def letters(truth: str, about: str, praise: str, **hints: str) -> Exercise:
+    """Make an exercise whose answer is a choice of letters, with a hint for each misjudged one."""
+    right = set(truth)
+    rows = [(right ^ {x}, hints[x], lambda chosen, x=x: x in chosen ^ right) for x in hints]
+
+    def read(value: Any) -> set[str] | None:
+        text = value if isinstance(value, str) else "".join(items(value, str) or [])
+        found = {character for character in text.lower() if character.isalpha()}
+        return found if found and found <= set(hints) else None
+
+    return Exercise(("some of the letters", read), about, [(None, right, rows)], praise)
+
+
+def plain(value: Any) -> Any:
+    """Turn numpy's and torch's values into numbers, texts and lists, and tuples into lists."""
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        value = value.tolist()
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def finite(value: Any) -> float | None:
+    """Return a finite number as a float, be it a text or alone in a list; None for all else."""
+    value = plain(value)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def items(value: Any, kind: Any) -> list[Any] | None:
+    """Return what a list, tuple, set, array or generator holds, None if it is not of ``kind``."""
+    value = plain(value)
+    if isinstance(value, str | type) or not hasattr(value, "__iter__"):
+        return None
+    found = plain(list(value))
+    return found if all(isinstance(item, kind) for item in found) else None
+
+
+def flat(value: Any) -> list[Any]:
+    """Return the numbers of a tensor, an array or nested lists in one list."""
+    value = plain(value)
+    return [part for inner in value for part in flat(inner)] if isinstance(value, list) else [value]
+
+
+def on_tensors(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` with torch tensors in place of lists."""
+    import torch
+
+    return function(*(torch.tensor(a) if isinstance(a, list) else a for a in arguments))
+
+
+NUMBER = ("a number", finite)
+NUMBERS = ("a list of numbers", lambda value: items(value, int | float))
+TENSOR = ("a tensor", lambda value: items(flat(value), int | float))
+TEXT = ("a text", lambda value: value if isinstance(value, str) else None)
+TEXTS = ("a list of texts", lambda value: items(value, str))
+NAMES = ("a list of names", lambda value: None if (x := items(value, str)) is None else set(x))

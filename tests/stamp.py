@@ -1,0 +1,192 @@
+"""Run lessons on ``tiny`` and put what came out into the checkout: a maintainer's tool.
+
+``python tests/stamp.py [02,04]`` runs these lessons (all nine without a number). It writes the
+outputs into the committed notebooks, the times into README.md and TEACHING.md, and lesson 04's
+adapter into ``tests/adapter``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medquad_utils import course
+from medquad_utils.data import whole_file, whole_folder, write_between, write_json
+from medquad_utils.profiles import CourseError, default_out, versions
+
+ADAPTER = Path(__file__).parent / "adapter"
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def keep_adapter(run: Path, target: Path = ADAPTER) -> None:
+    """Copy what lesson 04 trained and measured to ``target``, with a manifest of hashes.
+
+    Folders of this machine are taken out: tests find the base by the plan.
+    """
+    config, plan = (
+        _read(run / "adapter" / "adapter_config.json"),
+        _read(run / "adapter" / "plan.json"),
+    )
+    train = _read(run / "metrics" / "train.json")
+    config["base_model_name_or_path"] = None
+    plan["out"] = train["plan"]["out"] = "runs"
+    with whole_folder(target) as fresh:
+        fresh.mkdir()
+        weights = "adapter_model.safetensors"
+        shutil.copyfile(run / "adapter" / weights, fresh / weights)
+        for name, record in (("adapter_config", config), ("plan", plan), ("train", train)):
+            write_json(fresh / f"{name}.json", record)
+        write_json(fresh / "manifest.json", {p.name: digest(p) for p in sorted(fresh.iterdir())})
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def scrub(cell: dict[str, Any]) -> dict[str, Any]:
+    """Copy ``cell`` without widgets, progress bars, warnings and timings."""
+    fresh = {k: v for k, v in cell.items() if k != "metadata"} | {"metadata": {}}
+    if tags := [t for t in cell["metadata"].get("tags", ()) if not t.startswith("injected")]:
+        fresh["metadata"]["tags"] = tags
+    if cell["cell_type"] == "code":
+        fresh["execution_count"] = None
+        widget = "application/vnd.jupyter.widget-view+json"
+        kept = [
+            o
+            for o in cell["outputs"]
+            if o.get("name") != "stderr" and widget not in o.get("data", {})
+        ]
+        fresh["outputs"] = [
+            {**o, "execution_count": None} if "execution_count" in o else o for o in _joined(kept)
+        ]
+    return fresh
+
+
+def _joined(outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighbouring printed pieces: a page shows each piece on a line of its own."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == joined[-1]["output_type"] == "stream":
+            joined[-1] = {**joined[-1], "text": "".join([*joined[-1]["text"], *output["text"]])}
+        else:
+            joined.append(output)
+    return joined
+
+
+def numbered(cells: Sequence[dict[str, Any]]) -> None:
+    """Count the code cells in order, in place: nbval takes a cell without a count as not run."""
+    for count, cell in enumerate((c for c in cells if c["cell_type"] == "code"), start=1):
+        cell["execution_count"] = count
+        for output in cell["outputs"]:
+            if "execution_count" in output:
+                output["execution_count"] = count
+
+
+def need(result: course.Result) -> str:
+    """The line of a lesson's head that says what it takes, from a measurement."""
+    took = (
+        f"{result.seconds / 60:.0f} min"
+        if result.seconds >= 90
+        else f"{10 * round(result.seconds / 10 + 0.5)} s"
+    )
+    memory = f"{result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
+    return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {memory}"
+
+
+def stamp(executed: Path, notebook: Path, profile: str, result: course.Result) -> None:
+    """Take the scrubbed outputs of ``executed`` into ``notebook``, and record what made them."""
+    done = json.loads(executed.read_text(encoding="utf-8"))
+    cells = [
+        scrub(c)
+        for c in done["cells"]
+        if "injected-parameters" not in c["metadata"].get("tags", ())
+    ]
+    numbered(cells)
+    head = "".join(cells[0]["source"])
+    cells[0]["source"] = re.sub(r"\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
+    language = {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "pygments_lexer": "ipython3",
+    }
+    metadata = {
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
+        "language_info": language,
+        course.STAMP: {
+            "profile": profile,
+            "source": course.source_hash(cells),
+            "versions": versions(),
+        },
+    }
+    text = json.dumps(
+        {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5},
+        indent=1,
+        ensure_ascii=False,
+    )
+    with whole_file(notebook) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measured times and memory of the lessons as a Markdown table."""
+    lines = [
+        f"| {n} | {course.clock(t['seconds'])} | {t['peak_gb']:.1f} GB |"
+        for n, t in sorted(timings.items())
+    ]
+    total = course.clock(sum(t["seconds"] for t in timings.values()))
+    return "\n".join(
+        ["| lesson | min:s | peak RAM |", "|---|---|---|", *lines, f"| all | {total} | |"]
+    )
+
+
+def verified(having: Mapping[str, str]) -> str:
+    """The line of README with the date and the versions of the last full run."""
+    said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in having.items())
+    return f"Last verified {time.strftime('%Y-%m-%d')}, all lessons on `tiny` in one run: {said}."
+
+
+def main(only: Sequence[str]) -> None:
+    """Run the lessons, then stamp notebooks, timings, README.md, its picture and the adapter."""
+    results = course.run("tiny", only)
+    folder, home = Path(default_out()) / "tiny", course.notebooks_folder()
+    for notebook, result in zip(course.lessons(only), results, strict=True):
+        stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)
+        if notebook.name.startswith("04"):
+            keep_adapter(folder)
+    record = home / "timings.json"
+    timings = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    for result in results:
+        took = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
+        timings[result.lesson[:2]] = took
+    write_json(record, timings)
+    readme = home.parent / "README.md"
+    for page in (readme, home / "TEACHING.md"):
+        write_between(page, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
+    if not only:
+        marks = ("<!-- verified -->", "<!-- /verified -->")
+        write_between(readme, marks, verified(versions()))
+    if (picture := folder / "figures" / "outcome.png").is_file():
+        shutil.copyfile(picture, home / "figures" / picture.name)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1].split(",") if len(sys.argv) > 1 else [])
+    except CourseError as error:
+        sys.exit(f"stamp: {error}")
