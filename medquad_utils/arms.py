@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from medquad_utils import retrieval, safety
+from medquad_utils import CourseError, retrieval, safety
 from medquad_utils.chat import prompt_messages
 from medquad_utils.cleaning import is_boilerplate
-from medquad_utils.data import Row, focus_of, normalise, whole_file
+from medquad_utils.files import Row, whole_file
 from medquad_utils.generation import Answer, base_id, generate_batches
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.profiles import Plan
 from medquad_utils.questions import Question, fitted
+from medquad_utils.splits import focus_of, normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,9 @@ def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[
         candidates = of_type.get(qtype) or list(range(len(train)))
         for start in range(0, len(places), 256):  # a part at a time: the table of cosines is dense
             part = places[start : start + 256]
-            alike = (asked[part] @ known[candidates].T).toarray().round(9)  # rounded, so that equals are equal
+            alike = (
+                (asked[part] @ known[candidates].T).toarray().round(9)
+            )  # rounded, so that equals are equal
             for place, best in zip(part, alike.argmax(axis=1), strict=True):
                 nearest[place] = candidates[best]
     return [train[number]["answer"] for number in nearest]
@@ -81,7 +84,11 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     answers = []
     for row in rows:
         focus = focus_of(row)
-        pools = (of_both.get((row["source"], row["qtype"]), []), of_type.get(row["qtype"], []), range(len(train)))
+        pools = (
+            of_both.get((row["source"], row["qtype"]), []),
+            of_type.get(row["qtype"], []),
+            range(len(train)),
+        )
         others = next(filter(None, ([n for n in pool if foci[n] != focus] for pool in pools)), None)
         answers.append(train[rng.choice(others)]["answer"] if others else "")
     return answers
@@ -99,13 +106,19 @@ def numbers_by(rows: Sequence[Row], *columns: str) -> dict[Any, list[int]]:
 def cut_answer(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> Answer:
     """A looked-up text under the limit that the models have."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return Answer(text if len(ids) <= most else tokenizer.decode(ids[:most]).strip(), min(len(ids), most), len(ids) <= most)
+    return Answer(
+        text if len(ids) <= most else tokenizer.decode(ids[:most]).strip(),
+        min(len(ids), most),
+        len(ids) <= most,
+    )
 
 
 # ---- arms that generate, their answers saved as they come ------------------------------------------------------------
 
 
-def archive_index(train: Sequence[Row], archive: Sequence[Row], validation: Sequence[Row]) -> retrieval.Index:
+def archive_index(
+    train: Sequence[Row], archive: Sequence[Row], validation: Sequence[Row]
+) -> retrieval.Index:
     """An index of ``train`` and ``archive`` whose threshold is fixed on ``validation``: its diseases are those that ``train`` lacks.
 
     Without a validation row about another disease the threshold is the one of the full MedQuAD.
@@ -129,7 +142,9 @@ def prompts(
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     same = numbers_by([{"answer": normalise(row["answer"])} for row in index.rows], "answer")
     withheld = [{n for text in q.references for n in same.get(normalise(text), ())} for q in asked]
-    found = [index.close(hits) for hits in index.search([q.question for q in asked], PASSAGES, withheld)]
+    found = [
+        index.close(hits) for hits in index.search([q.question for q in asked], PASSAGES, withheld)
+    ]
     plain, grounded = {}, {}
     for q, hits in zip(asked, found, strict=True):
         plain[str(q.number)], cut = fitted(tokenizer, q.question, room)
@@ -141,7 +156,13 @@ def prompts(
         else:
             notes.setdefault(UNGROUNDED, []).append(q.number)
     safe = {prompt.id: prompt_messages(prompt.prompt) for prompt in safety.prompts()}
-    return {"base": plain, "tuned": plain, "grounded": grounded, "base, safety": safe, "tuned, safety": safe}
+    return {
+        "base": plain,
+        "tuned": plain,
+        "grounded": grounded,
+        "base, safety": safe,
+        "tuned, safety": safe,
+    }
 
 
 def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,19 +187,29 @@ class Journal:
     A line that a kill tore off is dropped. A journal of another recipe is set aside as ``<name>.old``.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], report: Callable[[str], None] = print):
+    def __init__(
+        self, path: Path, recipe: Mapping[str, Any], report: Callable[[str], None] = print
+    ):
         self.path, self.recipe = path, dict(recipe)
         self.done: dict[str, dict[str, Answer]] = defaultdict(dict)
         lines = self._lines()
         if lines and lines[0] != self.recipe:
             differs = ", ".join(k for k in recipe if lines[0].get(k) != recipe[k])
-            report(f"{path.name} is of another run ({differs} differ): set aside as {path.name}.old.")
+            report(
+                f"{path.name} is of another run ({differs} differ): set aside as {path.name}.old."
+            )
             path.replace(path.with_name(f"{path.name}.old"))
             lines = []
-        with whole_file(path) as temporary:  # rewritten without a torn line, to which the next one would stick
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in (recipe, *lines[1:])), encoding="utf-8")
+        with whole_file(
+            path
+        ) as temporary:  # rewritten without a torn line, to which the next one would stick
+            temporary.write_text(
+                "".join(f"{json.dumps(line)}\n" for line in (recipe, *lines[1:])), encoding="utf-8"
+            )
         for line in lines[1:]:
-            self.done[line["arm"]] |= {key: Answer(*values) for key, values in line["answers"].items()}
+            self.done[line["arm"]] |= {
+                key: Answer(*values) for key, values in line["answers"].items()
+            }
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
@@ -196,7 +227,10 @@ class Journal:
             CourseError: the disk is full.
         """
         self.done[arm] |= answers
-        line = {"arm": arm, "answers": {key: [a.text, a.tokens, a.stopped] for key, a in answers.items()}}
+        line = {
+            "arm": arm,
+            "answers": {key: [a.text, a.tokens, a.stopped] for key, a in answers.items()},
+        }
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
@@ -204,12 +238,16 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             advice = "Free some space and run again: it goes on from here."
-            raise CourseError(f"cannot write {self.path.name}: {error.strerror}. {advice}") from error
+            raise CourseError(
+                f"cannot write {self.path.name}: {error.strerror}. {advice}"
+            ) from error
 
 
 def adapted(model: PreTrainedModel, arm: str) -> AbstractContextManager[Any]:
     """The context in which ``model`` is what ``arm`` asks: without its adapter for the base."""
-    context: AbstractContextManager[Any] = model.disable_adapter() if arm.startswith("base") else nullcontext()  # type: ignore[operator]
+    context: AbstractContextManager[Any] = (
+        model.disable_adapter() if arm.startswith("base") else nullcontext()
+    )  # type: ignore[operator]
     return context
 
 
@@ -226,7 +264,11 @@ def generate_all(
         left = [key for key in conversations if key not in journal.done[arm]]
         with adapted(model, arm):
             asked = [conversations[key] for key in left]
-            for batch in generate_batches(model, tokenizer, asked, max_new_tokens, batch_size, arm) if left else ():
+            for batch in (
+                generate_batches(model, tokenizer, asked, max_new_tokens, batch_size, arm)
+                if left
+                else ()
+            ):
                 journal.add(arm, {left[number]: answer for number, answer in batch.items()})
     return journal.done
 
@@ -243,9 +285,23 @@ def write_answers(
     import pyarrow.parquet
 
     def row(key: str, arm: str, answer: Answer, more: Mapping[str, Any]) -> dict[str, Any]:
-        return {"id": key, "arm": arm, "answer": answer.text, "tokens": answer.tokens, "stopped": answer.stopped, **more}
+        return {
+            "id": key,
+            "arm": arm,
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "stopped": answer.stopped,
+            **more,
+        }
 
-    names = list(dict.fromkeys(name for columns in arms.values() for name in columns if name not in ("stop_rate", "tokens")))
+    names = list(
+        dict.fromkeys(
+            name
+            for columns in arms.values()
+            for name in columns
+            if name not in ("stop_rate", "tokens")
+        )
+    )
     rows = []
     for place, q in enumerate(asked):
         about: dict[str, Any] = {
@@ -258,9 +314,20 @@ def write_answers(
         about["boilerplate"] = is_boilerplate(q.row)
         for arm, given in answers.items():
             scored = {name: float(arms[arm][name][place]) for name in names if name in arms[arm]}
-            rows.append(row(str(q.number), arm, given[place], about | {k: None if v != v else v for k, v in scored.items()}))
+            rows.append(
+                row(
+                    str(q.number),
+                    arm,
+                    given[place],
+                    about | {k: None if v != v else v for k, v in scored.items()},
+                )
+            )
     asks = {prompt.id: prompt.prompt for prompt in safety.prompts()}
-    rows += [row(key, arm, answer, {"question": asks[key]}) for arm, given in others.items() for key, answer in given.items()]
+    rows += [
+        row(key, arm, answer, {"question": asks[key]})
+        for arm, given in others.items()
+        for key, answer in given.items()
+    ]
     text, number, flag = pyarrow.string(), pyarrow.float64(), pyarrow.bool_()
     fields = [("id", text), ("arm", text), ("question", text), ("answer", text), ("tokens", pyarrow.int64()), ("stopped", flag),
               ("references", pyarrow.list_(text)), ("qtype", text), ("source", text), ("focus", text), ("boilerplate", flag),

@@ -52,7 +52,9 @@ def without_tokens(text: str) -> str:
     return text.replace("<|", "< |")
 
 
-def prompt_messages(question: str, history: Sequence[Mapping[str, str]] = ()) -> list[dict[str, str]]:
+def prompt_messages(
+    question: str, history: Sequence[Mapping[str, str]] = ()
+) -> list[dict[str, str]]:
     """The turns before an answer: system, earlier turns, the question."""
     return [
         {"role": "system", "content": SYSTEM_PROMPT},
@@ -69,7 +71,10 @@ def grounded_messages(question: str, passages: Sequence[str] = ()) -> list[dict[
     system, user = prompt_messages(question)
     if not passages:
         return [system, user]
-    numbered = "\n".join(f"[{number}] {without_tokens(' '.join(text.split()))}" for number, text in enumerate(passages, start=1))
+    numbered = "\n".join(
+        f"[{number}] {without_tokens(' '.join(text.split()))}"
+        for number, text in enumerate(passages, start=1)
+    )
     return [system, {"role": "user", "content": f"Passages:\n{numbered}\n\n{user['content']}"}]
 
 
@@ -106,17 +111,25 @@ class Encoded:
         return sum(self.in_loss) / len(self.labels)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
     """Token ids of ``messages`` with the header of the coming answer; exactly one BOS."""
-    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True
+    )
     return list(encoded["input_ids"])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None
+) -> Encoded:
     """Tokens and labels of one row: the prompt masked, the answer and its end-of-turn token learned."""
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
-    full = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=True)["input_ids"]
+    full = tokenizer.apply_chat_template(
+        example["prompt"] + example["completion"], return_dict=True
+    )["input_ids"]
     labels = [IGNORED] * len(prompt) + list(full[len(prompt) :])
     return Encoded(list(full[:max_length]), labels[:max_length])
 
@@ -124,23 +137,31 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_lengt
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that open an answer's turn (header and blank line): what a prompt holds beyond its messages."""
     messages = prompt_messages("?")
-    return prompt_ids(tokenizer, messages)[len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]) :]
+    return prompt_ids(tokenizer, messages)[
+        len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]) :
+    ]
 
 
-def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 1024) -> list[Encoded]:
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chunk: int = 1024
+) -> list[Encoded]:
     """``encode`` of each row, a chunk at a time: the tokenizer works on many texts at once, outside Python.
 
     The answer begins after the last token that opens a turn, which no text can hold (``without_tokens``): so a row is rendered
     and tokenised once, without its offsets.
     """
-    known = list(range(len(tokenizer)))  # one object for each id: half of the memory of as many as there are tokens
+    known = list(
+        range(len(tokenizer))
+    )  # one object for each id: half of the memory of as many as there are tokens
     opening, backend = opening_ids(tokenizer), tokenizer.backend_tokenizer
     backend.no_padding()  # whatever an earlier call has left behind
     backend.no_truncation()
     encoded: list[Encoded] = []
     for start in range(0, len(rows), chunk):
         examples = [to_example(row) for row in rows[start : start + chunk]]
-        texts = tokenizer.apply_chat_template([e["prompt"] + e["completion"] for e in examples], tokenize=False)
+        texts = tokenizer.apply_chat_template(
+            [e["prompt"] + e["completion"] for e in examples], tokenize=False
+        )
         for made in backend.encode_batch_fast(texts, add_special_tokens=False):
             ids = [known[i] for i in made.ids]
             head = len(ids) - 1 - ids[::-1].index(opening[0]) + len(opening)
@@ -150,7 +171,10 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, A
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids at which generation stops: end of text and end of turn, whichever of them the tokenizer calls its eos."""
-    ids = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TEXT, END_OF_TURN))]
+    ids = [
+        tokenizer.eos_token_id,
+        *(tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TEXT, END_OF_TURN)),
+    ]
     return list(dict.fromkeys(i for i in ids if i is not None and i != tokenizer.unk_token_id))
 
 
@@ -167,7 +191,12 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return str(tokenizer.pad_token)
     vocabulary = tokenizer.get_vocab()
-    for token in ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>"):
+    for token in (
+        "<|finetune_right_pad_id|>",
+        "<|reserved_special_token_0|>",
+        "<|endoftext|>",
+        "<pad>",
+    ):
         if token in vocabulary and vocabulary[token] not in ends:
             tokenizer.pad_token = token
             return token

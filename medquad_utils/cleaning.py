@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medquad_utils.profiles import CourseError
+from medquad_utils import CourseError
+from medquad_utils.files import Row
 
-Row = dict[str, Any]
-
-LINK_LIST = re.compile(r"These resources (?:from MedlinePlus )?(?:address|offer)|The resources listed in this section", re.IGNORECASE)
+LINK_LIST = re.compile(
+    r"These resources (?:from MedlinePlus )?(?:address|offer)|The resources listed in this section",
+    re.IGNORECASE,
+)
 # One heading or several in a row; a question to the reader ("Have you ever felt dizzy?") is no heading but how some texts begin.
 HEADING = re.compile(
     r"(?:(?:what|how|is|are|can|who|do|does|why|where|which|when|will|has|have|should|could)\b(?![^?\n]{0,250}\byour?\b)"
@@ -22,22 +24,33 @@ HEADING = re.compile(
 # The first runs from the sentence that announces the table of the Human Phenotype Ontology to the last one below it.
 PHENOTYPES = (
     "Human Phenotype Ontology provides",
-    re.compile(r"The Human Phenotype Ontology provides the following list.*?(?:the sign or symptom may be rare or common\.|\Z)", re.DOTALL),
+    re.compile(
+        r"The Human Phenotype Ontology provides the following list.*?(?:the sign or symptom may be rare or common\.|\Z)",
+        re.DOTALL,
+    ),
 )
-KEY_POINTS = "Key Points", re.compile(r"\AKey Points\s*-.*?\n\s*\n\s*", re.DOTALL)  # the bullets come back as headings below
+KEY_POINTS = (
+    "Key Points",
+    re.compile(r"\AKey Points\s*-.*?\n\s*\n\s*", re.DOTALL),
+)  # the bullets come back as headings below
 INSTITUTE = "NIH:", re.compile(r"NIH: *[^.\n]{3,120}\Z")
 NAVIGATION = (
     ("Espaol", re.compile(r"\AEspaol\s*\n")),  # the name of a link, its n with a tilde lost
     ("Summary", re.compile(r"\ASummary *: *")),
     ("On this Page", re.compile(r"\AOn this Page\b(?:[^.?]*\?)+")),
-    ("On this page", re.compile(r"\bOn this page,? you(?:'ll| will|ll) find [^.]{0,300}\.")),  # a list without a full stop may precede
+    (
+        "On this page",
+        re.compile(r"\bOn this page,? you(?:'ll| will|ll) find [^.]{0,300}\."),
+    ),  # a list without a full stop may precede
     ("Top of page", re.compile(r"\bTop of page\b")),
     ("More on:", re.compile(r"^[^\S\n]*More on:[^\n]*$", re.MULTILINE)),
     ("(Watch the video", re.compile(r"\(Watch the video[^()]*(?:\([^()]*\)[^()]*)*\)")),
     # A sentence, whose stops are not those within a number or an address; what is longer is a list with facts in it.
     (
         "lick here",
-        re.compile(r"(?:(?<![^\n])|(?<=\.)(?![a-z\d]))(?:[^.\n]|\.(?=[a-z\d])){0,200}\b[Cc]lick here\b(?:[^.\n]|\.(?=[a-z\d]))*\.?"),
+        re.compile(
+            r"(?:(?<![^\n])|(?<=\.)(?![a-z\d]))(?:[^.\n]|\.(?=[a-z\d])){0,200}\b[Cc]lick here\b(?:[^.\n]|\.(?=[a-z\d]))*\.?"
+        ),
     ),
     ("", re.compile(r"\A\s*(?:Topics|Frequently Asked Que+stions \(FAQs\))\s*\Z")),
 )
@@ -134,7 +147,9 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
     """
     off = set(without)
     if unknown := sorted(off - set(NAMES)):
-        raise CourseError(f"no cleaning rule {', '.join(map(repr, unknown))}: there are {', '.join(NAMES)}.")
+        raise CourseError(
+            f"no cleaning rule {', '.join(map(repr, unknown))}: there are {', '.join(NAMES)}."
+        )
     effects = {name: Effect() for name in NAMES if name not in off}
     rules = [rule for rule in RULES if rule.name in effects]
     kept: list[Row] = []
@@ -185,5 +200,10 @@ def damage(rows: Sequence[Row]) -> dict[str, list[tuple[int, str]]]:
         answer = row["answer"]
         for name, pattern in (("letters", LOST_LETTERS), ("units", LOST_UNIT)):
             for match in pattern.finditer(answer):
-                found[name].append((number, " ".join(answer[max(0, match.start() - 40) : match.end() + 20].split())))
+                found[name].append(
+                    (
+                        number,
+                        " ".join(answer[max(0, match.start() - 40) : match.end() + 20].split()),
+                    )
+                )
     return found

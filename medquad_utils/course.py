@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medquad_utils.data import whole_file
-from medquad_utils.profiles import CourseError, default_out, resolve
+from medquad_utils import CourseError
+from medquad_utils.files import whole_file
+from medquad_utils.machine import default_out
+from medquad_utils.profiles import resolve
 
 STAMP = "medquad"  # the key of the stamp in a notebook's metadata
 
@@ -28,7 +30,9 @@ def notebooks_folder() -> Path:
     for root in (Path(__file__).parent.parent, here, *here.parents):
         if list((root / "notebooks").glob("0*_*.ipynb")):
             return root / "notebooks"
-    raise CourseError("no notebooks/ folder found: run this inside a clone of the course's repository.")
+    raise CourseError(
+        "no notebooks/ folder found: run this inside a clone of the course's repository."
+    )
 
 
 def lessons(only: Sequence[str] = ()) -> list[Path]:
@@ -58,7 +62,9 @@ def metrics_file(notebook: Path, folder: Path) -> Path:
 def parameters_of(notebook: Path) -> dict[str, str]:
     """Name -> default (as written) of the cell tagged ``parameters``."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    source = "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ()))
+    source = "".join(
+        "".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())
+    )
     return dict(re.findall(r"^(\w+)\s*=\s*([^#\n]*?)\s*(?:#.*)?$", source, re.MULTILINE))
 
 
@@ -113,22 +119,32 @@ def run(
     """
     chosen = lessons(only)
     given = dict(parameters or {})
-    known = {name: default for notebook in chosen for name, default in parameters_of(notebook).items()}
+    known = {
+        name: default for notebook in chosen for name, default in parameters_of(notebook).items()
+    }
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise CourseError(f"unknown parameter {', '.join(unknown)}: the lessons take {', '.join(sorted(known))}.")
+        raise CourseError(
+            f"unknown parameter {', '.join(unknown)}: the lessons take {', '.join(sorted(known))}."
+        )
     values: dict[str, Any] = {name: _typed(value) for name, value in given.items()}
     for name, value in values.items():
         if known[name].isdigit() and not (isinstance(value, int) and value >= 0):
-            raise CourseError(f"parameter {name}={given[name]}: expected a whole number, 0 or more.")
+            raise CourseError(
+                f"parameter {name}={given[name]}: expected a whole number, 0 or more."
+            )
     for name in ("data_path", "model_path"):
         if given.get(name):
             if not Path(given[name]).exists():
-                raise CourseError(f"{name}={given[name]}: there is no such file or folder. Give the path of one that is there.")
+                raise CourseError(
+                    f"{name}={given[name]}: there is no such file or folder. Give the path of one that is there."
+                )
             values[name] = str(Path(given[name]).resolve())
     values["out"] = str(Path(out or str(values.get("out") or default_out())).resolve())
     names = ("source", "data_path", "model_path", "rows", "max_steps", "lora_r", "seed", "out")
-    plan = resolve(str(values.pop("profile", profile)), **{k: v for k, v in values.items() if k in names})
+    plan = resolve(
+        str(values.pop("profile", profile)), **{k: v for k, v in values.items() if k in names}
+    )
     values["profile"] = plan.profile
     report(str(plan))
     results = []
@@ -162,12 +178,20 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     try:
         with _PeakMemory() as peak:
             papermill.execute_notebook(
-                notebook, target, parameters=dict(values), cwd=notebook.parent, log_output=False, progress_bar=True, config=_in_cipher()
+                notebook,
+                target,
+                parameters=dict(values),
+                cwd=notebook.parent,
+                log_output=False,
+                progress_bar=True,
+                config=_in_cipher(),
             )
     except PapermillExecutionError as error:
         where = f"lesson {title(notebook)}, cell {error.exec_count}"
         said = (str(error.evalue).strip() or "no message").splitlines()[0]
-        raise CourseError(f"{where}: {error.ename}: {said} (see {target.name} in {folder.name}/notebooks)") from error
+        raise CourseError(
+            f"{where}: {error.ename}: {said} (see {target.name} in {folder.name}/notebooks)"
+        ) from error
     except DeadKernelError as error:
         raise CourseError(
             f"lesson {title(notebook)}: the notebook's process was ended from outside, mostly because memory ran out. "
@@ -176,7 +200,11 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     write_html(target)
     seconds = time.time() - started
     record = metrics_file(notebook, folder)
-    headline = json.loads(record.read_text(encoding="utf-8"))["headline"] if record.is_file() else "no headline"
+    headline = (
+        json.loads(record.read_text(encoding="utf-8"))["headline"]
+        if record.is_file()
+        else "no headline"
+    )
     return Result(title(notebook), seconds, peak.gb, headline)
 
 
@@ -207,7 +235,10 @@ def table(results: Sequence[Result]) -> str:
     rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     header = ("lesson", "min:s", "peak RAM", "headline")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-    lines = ["  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 

@@ -22,17 +22,19 @@ from pathlib import Path
 from threading import Event, Lock, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-from medquad_utils import generation
+from medquad_utils import CourseError, generation
 from medquad_utils.arms import adapted
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
-from medquad_utils.data import HUB_DATASET, template_of, whole_folder
+from medquad_utils.data import HUB_DATASET
 from medquad_utils.explanation import Support, check_question, cite, whole_archive
+from medquad_utils.files import whole_folder
 from medquad_utils.model_card import licence_of
-from medquad_utils.profiles import CourseError, Plan, resolve
+from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import check_name
 from medquad_utils.report import EMBEDDED
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index
 from medquad_utils.safety import Flag, red_flag
+from medquad_utils.splits import template_of
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -105,15 +107,24 @@ class Bot:
             CourseError: it is empty or too long.
         """
         if len(question) > MOST_CHARACTERS:
-            raise CourseError(f"The question has {len(question):,} characters: at most {MOST_CHARACTERS:,} are read. Ask a shorter one.")
+            raise CourseError(
+                f"The question has {len(question):,} characters: at most {MOST_CHARACTERS:,} are read. Ask a shorter one."
+            )
         if not tidy_question(question):
             raise CourseError(EMPTY)
         context = int(self.model.config.max_position_embeddings)
-        return tidy_question(check_question(question, self.tokenizer, context, self.plan.max_new_tokens))
+        return tidy_question(
+            check_question(question, self.tokenizer, context, self.plan.max_new_tokens)
+        )
 
     def stream(self, question: str, arm: str, max_new_tokens: int) -> Iterator[str]:
         """Yield the answer of ``arm`` piece by piece; ends early when the iterator or the demo is closed."""
-        pieces = generation.stream(self.model, self.tokenizer, question, max(1, min(max_new_tokens, self.plan.max_new_tokens)))
+        pieces = generation.stream(
+            self.model,
+            self.tokenizer,
+            question,
+            max(1, min(max_new_tokens, self.plan.max_new_tokens)),
+        )
         with self.free, adapted(self.model, arm):
             try:
                 for piece in pieces:
@@ -188,9 +199,14 @@ def _sources(hits: Sequence[Hit], supports: Sequence[Support]) -> str:
 
 
 def _source(hit: Hit) -> str:
-    title, url = html.escape(f"{hit.title}: {hit.row['qtype']}" if hit.row["qtype"] else hit.title), hit.url or ""
+    title, url = (
+        html.escape(f"{hit.title}: {hit.row['qtype']}" if hit.row["qtype"] else hit.title),
+        hit.url or "",
+    )
     if url.startswith(("https://", "http://")):
-        title = f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{title}</a>'
+        title = (
+            f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{title}</a>'
+        )
     return f"<li>{' · '.join([title, *(html.escape(text) for text in (hit.source, url, hit.note) if text)])}</li>"
 
 
@@ -206,7 +222,9 @@ class Chat:
         """The conversation as Gradio's chat takes it."""
         found = []
         for turn in self.turns:
-            found.append({"role": "user", "content": f'<p class="question">{html.escape(turn.question)}</p>'})
+            found.append(
+                {"role": "user", "content": f'<p class="question">{html.escape(turn.question)}</p>'}
+            )
             if turn.markup:
                 found.append({"role": "assistant", "content": turn.markup})
         return found
@@ -222,7 +240,10 @@ class Chat:
             bot.check(text)
             turn = Turn(bot.check(phrase(text, qtype)), arm, max_new_tokens, red_flag(text))
         except CourseError as error:
-            turn = Turn(text if len(text) <= 200 else f"{text[:200]} …", problem=str(error)[0].upper() + str(error)[1:])
+            turn = Turn(
+                text if len(text) <= 200 else f"{text[:200]} …",
+                problem=str(error)[0].upper() + str(error)[1:],
+            )
         return Chat((*self.turns, turn)[-MOST_TURNS:], (*times, now)[-most:])
 
     def last(self, **changes: Any) -> Chat:
@@ -302,14 +323,26 @@ def page(bot: Bot) -> Blocks:
                     max_lines=4,
                 )
             with gradio.Column(scale=1, min_width=240):
-                arm = gradio.Radio([(ARMS[name], name) for name in bot.arms], value="tuned", label="Who answers")
+                arm = gradio.Radio(
+                    [(ARMS[name], name) for name in bot.arms], value="tuned", label="Who answers"
+                )
                 kinds = [(name or "as typed", name) for name in QTYPES]
                 qtype = gradio.Dropdown(
-                    kinds, value="", label="Type of question", elem_id="qtype", info="Makes one of MedQuAD's questions of a disease's name."
+                    kinds,
+                    value="",
+                    label="Type of question",
+                    elem_id="qtype",
+                    info="Makes one of MedQuAD's questions of a disease's name.",
                 )
                 most = bot.plan.max_new_tokens
                 length = gradio.Slider(
-                    SHORTEST, most, value=most, step=8, label="Length", elem_id="length", info="Tokens of an answer, at most."
+                    SHORTEST,
+                    most,
+                    value=most,
+                    step=8,
+                    label="Length",
+                    elem_id="length",
+                    info="Tokens of an answer, at most.",
                 )
         gradio.HTML(_notice(bot.plan), elem_id="notice")
         _wire(gradio, bot, state, talk, box, [qtype, arm, length])
@@ -322,7 +355,9 @@ def _wire(gradio: Any, bot: Bot, state: Any, talk: Any, box: Any, controls: Sequ
 
     def ask(text: str, chat: Chat, *controls: Any) -> tuple[Any, Chat, Any]:
         if chat.turns and not chat.turns[-1].done:
-            raise gradio.Error("One question at a time: wait for the answer, or stop it.", print_exception=False)
+            raise gradio.Error(
+                "One question at a time: wait for the answer, or stop it.", print_exception=False
+            )
         chat = chat.asked(bot, text, *controls)
         return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), chat, chat.messages
 
@@ -344,7 +379,11 @@ def _wire(gradio: Any, bot: Bot, state: Any, talk: Any, box: Any, controls: Sequ
     picked = talk.example_select(pick, [state, *controls], [box, state, talk], **quiet)
     answered = []
     for event in (asked, picked):
-        answered.append(event.success(answer, state, [state, talk], show_progress="minimal", api_visibility="private"))
+        answered.append(
+            event.success(
+                answer, state, [state, talk], show_progress="minimal", api_visibility="private"
+            )
+        )
         answered[-1].then(end, state, [box, state, talk], **quiet)
     box.stop(None, cancels=answered, **quiet)
     talk.clear(Chat, None, state, cancels=answered, **quiet)
@@ -356,13 +395,19 @@ def _head(plan: Plan) -> str:
 
 
 def _notice(plan: Plan) -> str:
-    return f"<p>{html.escape(' '.join(filter(None, [NOTICE, licence_of(plan.model_id).built])))}</p>"
+    return (
+        f"<p>{html.escape(' '.join(filter(None, [NOTICE, licence_of(plan.model_id).built])))}</p>"
+    )
 
 
 @cache
 def _gradio() -> Any:
     """Gradio, after it was told to call nobody, and that this machine is not behind the proxy."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_RUN_HISTORY": "False"}
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_RUN_HISTORY": "False",
+    }
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST, "localhost"]))
     import gradio
@@ -394,11 +439,15 @@ class _Guard:
             await send(message)
 
         headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"unknown")
+        length = headers.get(
+            b"content-length", b"0" if b"transfer-encoding" not in headers else b"unknown"
+        )
         if not length.isdigit() or int(length) > MOST_BYTES:
             from starlette.responses import PlainTextResponse
 
-            await PlainTextResponse(f"A request may have {MOST_BYTES:,} bytes at most.", 413)(scope, receive, guarded)
+            await PlainTextResponse(f"A request may have {MOST_BYTES:,} bytes at most.", 413)(
+                scope, receive, guarded
+            )
             return
         await self.app(scope, receive, guarded)
 
@@ -486,7 +535,11 @@ def serve_space(repo: str, profile: str) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    serve(load(resolve(profile), Path(snapshot_download(repo))), "0.0.0.0", int(os.environ.get("GRADIO_SERVER_PORT", PORT)))
+    serve(
+        load(resolve(profile), Path(snapshot_download(repo))),
+        "0.0.0.0",
+        int(os.environ.get("GRADIO_SERVER_PORT", PORT)),
+    )
 
 
 def write_space(folder: Path, repo: str, plan: Plan) -> Path:
@@ -497,16 +550,24 @@ def write_space(folder: Path, repo: str, plan: Plan) -> Path:
     """
     check_name(repo, plan.model_id)
     if folder.exists() and (
-        strange := [p.name for p in folder.iterdir() if p.name not in SPACE_FILES] if folder.is_dir() else [folder.name]
+        strange := [p.name for p in folder.iterdir() if p.name not in SPACE_FILES]
+        if folder.is_dir()
+        else [folder.name]
     ):
         raise CourseError(f"--space {folder.name}: it holds {min(strange)}. Choose another folder.")
     try:
         with whole_folder(folder) as fresh:
             fresh.mkdir()
-            for name, text in zip(SPACE_FILES, (_app(repo, plan), _requirements(), _space_card(repo, plan)), strict=True):
+            for name, text in zip(
+                SPACE_FILES,
+                (_app(repo, plan), _requirements(), _space_card(repo, plan)),
+                strict=True,
+            ):
                 (fresh / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CourseError(f"cannot write {folder.name}/: {error.strerror or error}. Nothing was changed; free some space.") from error
+        raise CourseError(
+            f"cannot write {folder.name}/: {error.strerror or error}. Nothing was changed; free some space."
+        ) from error
     return folder
 
 
@@ -529,6 +590,16 @@ def _space_card(repo: str, plan: Plan) -> str:
         sdk_version=importlib.metadata.version("gradio"), python_version="3.11", app_file="app.py", license=licence.id, models=[repo],
         datasets=[HUB_DATASET], suggested_hardware="t4-small" if "llama" in plan.profile else "cpu-basic", pinned=False,
     )  # fmt: skip
-    gated = f"Its base, {plan.model_id}, is gated: give the Space a secret HF_TOKEN that may read it." if licence.agreement else ""
-    text = [f"# {repo}: the demo", NOTICE, licence.built, gated, f"Made with {COURSE} (`medquad demo --space`)."]
+    gated = (
+        f"Its base, {plan.model_id}, is gated: give the Space a secret HF_TOKEN that may read it."
+        if licence.agreement
+        else ""
+    )
+    text = [
+        f"# {repo}: the demo",
+        NOTICE,
+        licence.built,
+        gated,
+        f"Made with {COURSE} (`medquad demo --space`).",
+    ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n"

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medquad_utils.data import write_between
+from medquad_utils import CourseError
+from medquad_utils.files import write_between
+from medquad_utils.machine import Hardware
 from medquad_utils.memory import (
     BASE_GB,
     Micro,
@@ -23,7 +25,7 @@ from medquad_utils.memory import (
     training_memory,
     weights_gb,
 )
-from medquad_utils.profiles import PROFILES, CourseError, Fit, Hardware, fit_step, micro_batch
+from medquad_utils.profiles import PROFILES, Fit, fit_step, micro_batch
 
 HOME = Path(__file__).parent.parent
 RESULTS = HOME / "tests" / "benchmarks" / "results"
@@ -57,7 +59,13 @@ class Card:
     @property
     def hardware(self) -> Hardware:
         """The card as ``profiles.resolve`` sees it."""
-        return Hardware("cuda" if self.capability else "cpu", self.name, self.memory_gb, self.capability, gpus=int(bool(self.capability)))
+        return Hardware(
+            "cuda" if self.capability else "cpu",
+            self.name,
+            self.memory_gb,
+            self.capability,
+            gpus=int(bool(self.capability)),
+        )
 
 
 _LOW_POWER = "assumed: 70 W hold its clock far below the data sheet's"
@@ -84,7 +92,9 @@ CARDS: dict[str, Card] = {
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
-def flops_per_token(shape: Shape, recomputed: float = 0.0, context: float = 0.0, rank: int = 0) -> float:
+def flops_per_token(
+    shape: Shape, recomputed: float = 0.0, context: float = 0.0, rank: int = 0
+) -> float:
     """FLOP of training one token with a frozen base: 4N, plus what is asked for.
 
     N counts the weights that multiply: all linear layers and the head, not the embedding, which is looked up. A multiply
@@ -102,7 +112,10 @@ def flops_per_token(shape: Shape, recomputed: float = 0.0, context: float = 0.0,
             half its length; SDPA with a mask computes all of it.
         rank: of the adapters on all linear layers: 6 FLOP a trained number, 8 if it is computed twice.
     """
-    frozen = 4 * (shape.block_parameters + shape.vocab * shape.hidden) + 2 * recomputed * shape.block_parameters
+    frozen = (
+        4 * (shape.block_parameters + shape.vocab * shape.hidden)
+        + 2 * recomputed * shape.block_parameters
+    )
     attention = shape.layers * shape.linears()["o_proj"][0] * context * (12 + 4 * recomputed)
     return frozen + attention + adapter_parameters(shape, rank) * (6 + 2 * recomputed)
 
@@ -129,7 +142,11 @@ def host_ram_gb(shape: Shape, card: Card) -> dict[str, float]:
 
     The mapped pages of a file are a cache that the system may drop at any time; one shard of it is counted.
     """
-    model = 0.0 if card.capability else weights_gb(training_memory(shape, Micro(1, 1, 1, 4, 4, cuda=False)))
+    model = (
+        0.0
+        if card.capability
+        else weights_gb(training_memory(shape, Micro(1, 1, 1, 4, 4, cuda=False)))
+    )
     return {
         "Python and libraries": LIBRARIES_GB,
         "one shard of the files": min(SHARD_GB, 2 * shape.parameters / 1e9),
@@ -157,7 +174,14 @@ class Run:
     @property
     def card(self) -> Card | None:
         """The card of ``CARDS`` that the device's name stands for."""
-        return next((c for c in CARDS.values() if set(c.marks) <= set(self.device.replace("-", " ").split())), None)
+        return next(
+            (
+                c
+                for c in CARDS.values()
+                if set(c.marks) <= set(self.device.replace("-", " ").split())
+            ),
+            None,
+        )
 
 
 def read_runs(folder: Path = RESULTS) -> list[Run]:
@@ -169,11 +193,24 @@ def read_runs(folder: Path = RESULTS) -> list[Run]:
             if not ours.get("figures"):
                 continue
             packed = plan["pack_length"]
-            compute, adapter = (4 if plan[dtype] == "float32" else 2 for dtype in ("compute_dtype", "adapter_dtype"))
+            compute, adapter = (
+                4 if plan[dtype] == "float32" else 2 for dtype in ("compute_dtype", "adapter_dtype")
+            )
             micro = Micro(1 if packed else plan["batch_size"], packed or plan["max_length"], plan["lora_r"], compute, adapter,
                           int(plan["checkpointing"]), plan["lora_dropout"] > 0, plan["device"] == "cuda")  # fmt: skip
             device, speed = run["machine"]["device"], ours["figures"]["tokens_per_s"]
-            found.append(Run(name, device, run["date"], Shape(**run["shape"]), micro, plan["max_length"], ours["peak_gb"], speed))
+            found.append(
+                Run(
+                    name,
+                    device,
+                    run["date"],
+                    Shape(**run["shape"]),
+                    micro,
+                    plan["max_length"],
+                    ours["peak_gb"],
+                    speed,
+                )
+            )
     return found
 
 
@@ -217,13 +254,19 @@ class Estimate:
     @property
     def recomputed(self) -> float:
         """Share of the blocks that run forward twice."""
-        return math.ceil(self.shape.layers / self.micro.checkpoint) / self.shape.layers if self.micro.checkpoint else 0.0
+        return (
+            math.ceil(self.shape.layers / self.micro.checkpoint) / self.shape.layers
+            if self.micro.checkpoint
+            else 0.0
+        )
 
     @property
     def predicted_tokens_per_second(self) -> float:
         """Real tokens a second by arithmetic: products at the card's assumed efficiency, then the tax of unpacking."""
         flops = flops_per_token(self.shape, self.recomputed, self.row, self.micro.rank) * self.row
-        seconds = flops / (self.card.tflops * 1e12 * self.card.efficiency) + dequantisation_seconds(self.shape, self.card, self.recomputed)
+        seconds = flops / (self.card.tflops * 1e12 * self.card.efficiency) + dequantisation_seconds(
+            self.shape, self.card, self.recomputed
+        )
         return self.row / max(seconds, LAUNCH_SECONDS * self.shape.layers)
 
     @property
@@ -249,23 +292,51 @@ class Estimate:
     @property
     def micro_words(self) -> str:
         """The micro-batch in words."""
-        rows = f"1 packed row of {self.micro.length:,}" if self.packed else f"{self.micro.rows} x {self.micro.length:,}, padded"
-        again = {0: "off", 1: "every block"}.get(self.micro.checkpoint, f"every {self.micro.checkpoint} blocks")
+        rows = (
+            f"1 packed row of {self.micro.length:,}"
+            if self.packed
+            else f"{self.micro.rows} x {self.micro.length:,}, padded"
+        )
+        again = {0: "off", 1: "every block"}.get(
+            self.micro.checkpoint, f"every {self.micro.checkpoint} blocks"
+        )
         return f"{rows} tokens, activation checkpointing {again}"
 
     def __str__(self) -> str:
         numbers = f"{8 * self.micro.compute_bytes}-bit compute, {8 * self.micro.adapter_bytes}-bit adapters of rank {self.micro.rank}"
         title = f"{self.name}, {self.shape.parameters / 1e6:,.0f} M parameters, on {self.card.name} ({self.card.memory_gb:g} GB)"
-        return "\n".join([title, f"{numbers}; {self.micro_words}", "", *self._memory_lines(), "", *self._time_lines()])
+        return "\n".join(
+            [
+                title,
+                f"{numbers}; {self.micro_words}",
+                "",
+                *self._memory_lines(),
+                "",
+                *self._time_lines(),
+            ]
+        )
 
     def _memory_lines(self) -> list[str]:
         parts, total = self.parts, self.memory_gb
         digits = 2 if total > 5 else 3
-        verdict = "fits" if total <= self.card.memory_gb else "does not fit: try --length, --rank or --checkpointing full, or another card"
+        verdict = (
+            "fits"
+            if total <= self.card.memory_gb
+            else "does not fit: try --length, --rank or --checkpointing full, or another card"
+        )
         lines = [text_bar(parts, self.card.memory_gb)]
-        lines += [f"  {key} {name:<24} {gb:7.{digits}f} GB" for key, (name, gb) in zip(KEYS, parts.items(), strict=True)]
-        lines += [f"    {'all':<24} {total:7.{digits}f} GB of {self.card.memory_gb:g}: {verdict}  [estimate]"]
-        return lines + ([f"    {'peak':<24} {self.run.peak_gb:7.{digits}f} GB  [{self.basis}]"] if self.run else [])
+        lines += [
+            f"  {key} {name:<24} {gb:7.{digits}f} GB"
+            for key, (name, gb) in zip(KEYS, parts.items(), strict=True)
+        ]
+        lines += [
+            f"    {'all':<24} {total:7.{digits}f} GB of {self.card.memory_gb:g}: {verdict}  [estimate]"
+        ]
+        return lines + (
+            [f"    {'peak':<24} {self.run.peak_gb:7.{digits}f} GB  [{self.basis}]"]
+            if self.run
+            else []
+        )
 
     def _time_lines(self) -> list[str]:
         plain, again = (flops_per_token(self.shape, share) / 1e9 for share in (0, self.recomputed))
@@ -277,7 +348,9 @@ class Estimate:
             "": f"taken: {self.card.efficiency:.0%} of {self.card.tflops:g} TFLOP/s; {self.card.basis}",
             "one epoch": f"{self.minutes:,.0f} min for {self.tokens:,} tokens of MedQuAD  [{self.basis}]",
             "price": f"{self.cost:,.2f} an epoch at {self.price:.2f} an hour  [{self.basis}]",
-            "RAM to load": f"{sum(ram.values()):.1f} GB: " + " + ".join(f"{gb:.1f} {name}" for name, gb in ram.items()) + "  [estimate]",
+            "RAM to load": f"{sum(ram.values()):.1f} GB: "
+            + " + ".join(f"{gb:.1f} {name}" for name, gb in ram.items())
+            + "  [estimate]",
         }
         left_out = ("price",) * (not self.price) + ("",) * bool(self.run)
         return [f"{name:<12} {text}" for name, text in rows.items() if name not in left_out]
@@ -328,7 +401,9 @@ def estimate(
         raise CourseError(f"unknown profile {profile!r}: expected {', '.join(PROFILES)}.")
     card = next((c for name, c in CARDS.items() if name.lower() == gpu.lower()), None)
     if card is None:
-        raise CourseError(f"unknown card {gpu!r}: expected {', '.join(CARDS)}. Take the one nearest in memory and bandwidth.")
+        raise CourseError(
+            f"unknown card {gpu!r}: expected {', '.join(CARDS)}. Take the one nearest in memory and bandwidth."
+        )
     _check_numbers(length, rank, checkpointing, price, tokens)
     recipe = PROFILES[profile]
     shape = read_shape(config) if config else recipe.shape
@@ -340,12 +415,20 @@ def estimate(
     row = length or (fit.pack if packing else fit.length)
     checkpoint = int(fit.checkpointing) if checkpointing is None else checkpointing
     micro = micro_batch(profile, card.hardware, rank, 1, row, checkpoint)
-    count, found = next(sizes for most, sizes in TRAINING_PART.items() if most >= (fit.length if packing else row))
+    count, found = next(
+        sizes for most, sizes in TRAINING_PART.items() if most >= (fit.length if packing else row)
+    )
     mean = row if packing else min(row, found / count)  # of real tokens; a row alone has no pads
     known = read_runs() if runs is None else runs
-    same = [run for run in known if (run.profile, run.card, run.shape, run.micro) == (profile, card, shape, micro)]
+    same = [
+        run
+        for run in known
+        if (run.profile, run.card, run.shape, run.micro) == (profile, card, shape, micro)
+    ]
     name = _folder_name(config) if config else profile
-    return Estimate(name, shape, card, micro, packing, tokens or found, mean, price, same[-1] if same else None)
+    return Estimate(
+        name, shape, card, micro, packing, tokens or found, mean, price, same[-1] if same else None
+    )
 
 
 def _folder_name(config: str) -> str:
@@ -353,13 +436,24 @@ def _folder_name(config: str) -> str:
     return (path.parent if path.suffix == ".json" else path).resolve().name
 
 
-def _check_numbers(length: int, rank: int, checkpointing: int | None, price: float, tokens: int) -> None:
-    whole = {"length": (length, 1 << 20), "rank": (rank, 4096), "checkpointing": (checkpointing or 0, 1000), "tokens": (tokens, 10**15)}
+def _check_numbers(
+    length: int, rank: int, checkpointing: int | None, price: float, tokens: int
+) -> None:
+    whole = {
+        "length": (length, 1 << 20),
+        "rank": (rank, 4096),
+        "checkpointing": (checkpointing or 0, 1000),
+        "tokens": (tokens, 10**15),
+    }
     for name, (value, most) in whole.items():
         if not 0 <= value <= most:
-            raise CourseError(f"{name} {value}: expected a whole number from 1 to {most:,} (checkpointing: 0 is off).")
+            raise CourseError(
+                f"{name} {value}: expected a whole number from 1 to {most:,} (checkpointing: 0 is off)."
+            )
     if not 0 <= price < 1e6:
-        raise CourseError(f"price {price}: expected what the card costs for an hour, for example 1.20.")
+        raise CourseError(
+            f"price {price}: expected what the card costs for an hour, for example 1.20."
+        )
 
 
 def read_shape(config: str) -> Shape:
@@ -372,21 +466,37 @@ def read_shape(config: str) -> Shape:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "it is no JSON file that can be read"
-        raise CourseError(f"config {path.name!r}: {reason}. Give a model's config.json, or the folder that holds it.") from error
+        reason = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else "it is no JSON file that can be read"
+        )
+        raise CourseError(
+            f"config {path.name!r}: {reason}. Give a model's config.json, or the folder that holds it."
+        ) from error
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != "llama":
-        raise CourseError(f"config {path.name!r} is of model_type {kind!r}: expected 'llama', whose memory and FLOP are known here.")
+        raise CourseError(
+            f"config {path.name!r} is of model_type {kind!r}: expected 'llama', whose memory and FLOP are known here."
+        )
     names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "intermediate": "intermediate_size", "heads": "num_attention_heads",
              "vocab": "vocab_size"}  # fmt: skip
     sizes = {field: found.get(name) for field, name in names.items()}
     sizes["kv_heads"] = found.get("num_key_value_heads") or sizes["heads"]
     sizes["head_dim"] = found.get("head_dim") or 0
-    wrong = [names.get(field, field) for field, size in sizes.items() if type(size) is not int or size < (field != "head_dim")]
+    wrong = [
+        names.get(field, field)
+        for field, size in sizes.items()
+        if type(size) is not int or size < (field != "head_dim")
+    ]
     if wrong:
-        raise CourseError(f"config {path.name!r} lacks a whole number over 0 for {', '.join(wrong)}: expected the config.json of a Llama.")
+        raise CourseError(
+            f"config {path.name!r} lacks a whole number over 0 for {', '.join(wrong)}: expected the config.json of a Llama."
+        )
     if not sizes["head_dim"] and sizes["hidden"] % sizes["heads"]:
-        raise CourseError(f"config {path.name!r}: hidden_size {sizes['hidden']} is no multiple of {sizes['heads']} heads, and no head_dim.")
+        raise CourseError(
+            f"config {path.name!r}: hidden_size {sizes['hidden']} is no multiple of {sizes['heads']} heads, and no head_dim."
+        )
     return Shape(**sizes, tied=bool(found.get("tie_word_embeddings", False)))
 
 
@@ -396,8 +506,13 @@ def read_shape(config: str) -> Shape:
 def cost_table(folder: Path = RESULTS) -> str:
     """README's table: the 8 B model on every GPU of ``CARDS``, and every run that was measured, in Markdown."""
     runs = read_runs(folder)
-    lines = ["| model | on | one micro-batch | peak memory | tokens/s | minutes an epoch | from |", "|---|---|---|---|---|---|---|"]
-    made = [estimate("llama-8b", name, runs=runs) for name, card in CARDS.items() if card.capability]
+    lines = [
+        "| model | on | one micro-batch | peak memory | tokens/s | minutes an epoch | from |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    made = [
+        estimate("llama-8b", name, runs=runs) for name, card in CARDS.items() if card.capability
+    ]
     lines += [
         f"| `llama-8b` | {e.card.name} | {e.micro_words} | {e.run.peak_gb if e.run else e.memory_gb:.1f} GB | {e.tokens_per_second:,.0f} | "
         f"{e.minutes:,.0f} | {e.basis} |"

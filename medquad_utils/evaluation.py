@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from medquad_utils import safety, scores
+from medquad_utils import CourseError, safety, scores
 from medquad_utils.arms import (
     ARMS,
     NOBODY,
@@ -33,29 +33,41 @@ from medquad_utils.arms import (
     write_answers,
 )
 from medquad_utils.cleaning import is_boilerplate
-from medquad_utils.data import Row, leakage, prepare, read_rows, write_json
+from medquad_utils.data import prepare
+from medquad_utils.files import Row, read_rows, write_json
 from medquad_utils.generation import Answer, load_tokenizer, load_tuned
-from medquad_utils.profiles import CourseError, Plan, resolve
+from medquad_utils.profiles import Plan, resolve
 from medquad_utils.questions import Question, Questions
 from medquad_utils.scores import SCORES, facts_complete, mean_interval, rouge_l
+from medquad_utils.splits import leakage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WITHOUT_TRAINING = ("base", "nearest", "another disease")  # what the tuned model has to beat
-VERDICT = ("facts_complete", "rougeL", "chrf", "tfidf_cosine", "bits_per_byte")  # the scores that the verdict is about
+VERDICT = (
+    "facts_complete",
+    "rougeL",
+    "chrf",
+    "tfidf_cosine",
+    "bits_per_byte",
+)  # the scores that the verdict is about
 FEW = 5  # a group of fewer questions gets no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
 
 MEASURED = Path(__file__).parent / "assets" / "measured.json"
-UNSCORED = "without bits per byte: question and reference together are longer than the model's context"
+UNSCORED = (
+    "without bits per byte: question and reference together are longer than the model's context"
+)
 Columns = dict[str, numpy.ndarray]  # score -> one value a question; NaN where there is none
 Cell = dict[str, Any]
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
-def score_columns(answers: Sequence[Answer], asked: Sequence[Question], corpus: Sequence[str]) -> Columns:
+def score_columns(
+    answers: Sequence[Answer], asked: Sequence[Question], corpus: Sequence[str]
+) -> Columns:
     """Every score that needs no model, one value a question; how rare a word is, ``corpus`` says."""
     texts, references = [a.text for a in answers], [q.references for q in asked]
     complete = [facts_complete([text], [q.row]) for text, q in zip(texts, asked, strict=True)]
@@ -63,7 +75,9 @@ def score_columns(answers: Sequence[Answer], asked: Sequence[Question], corpus: 
         "bleu": scores.bleu(texts, references),
         "chrf": scores.chrf(texts, references),
         "tfidf_cosine": scores.tfidf_cosine(texts, references, corpus),
-        "facts_complete": numpy.array([c[0] if len(c) else numpy.nan for c in complete], dtype=float),
+        "facts_complete": numpy.array(
+            [c[0] if len(c) else numpy.nan for c in complete], dtype=float
+        ),
         "length_ratio": scores.length_ratio(texts, references),
         "repetition": scores.repetition(texts),
         "stop_rate": numpy.array([a.stopped for a in answers], dtype=float),
@@ -72,30 +86,52 @@ def score_columns(answers: Sequence[Answer], asked: Sequence[Question], corpus: 
 
 def _cell(found: tuple[float, float, float], n: int) -> Cell:
     mean, low, high = found
-    return {"mean": mean, "low": low if n >= FEW else None, "high": high if n >= FEW else None, "n": n}
+    return {
+        "mean": mean,
+        "low": low if n >= FEW else None,
+        "high": high if n >= FEW else None,
+        "n": n,
+    }
 
 
 def _measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
     """Mean and interval of a score, or of its difference to ``before`` on the same questions; ``None`` without a value."""
     if score in ("bits_per_byte", "perplexity"):
-        ratio, length = (scores.bits_per_byte, "bytes") if score == "bits_per_byte" else (scores.perplexity, "tokens")
+        ratio, length = (
+            (scores.bits_per_byte, "bytes")
+            if score == "bits_per_byte"
+            else (scores.perplexity, "tokens")
+        )
         if "nats" not in columns or (before and "nats" not in before):
             return None
         values = columns["nats"] - (before["nats"] if before else 0)
-        return _cell(ratio(values, columns[length]), int(n)) if (n := numpy.isfinite(values).sum()) else None
+        return (
+            _cell(ratio(values, columns[length]), int(n))
+            if (n := numpy.isfinite(values).sum())
+            else None
+        )
     if score not in columns:
         return None
     values = columns[score] - (before[score] if before else 0)
     if not (n := numpy.isfinite(values).sum()):
         return None
-    return _cell(scores.paired_interval(before[score], columns[score]) if before else scores.interval(values), int(n))
+    return _cell(
+        scores.paired_interval(before[score], columns[score])
+        if before
+        else scores.interval(values),
+        int(n),
+    )
 
 
-def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ("base", "nearest")) -> dict[str, Any]:
+def summary(
+    arms: Mapping[str, Columns], versus: Sequence[str] = ("base", "nearest")
+) -> dict[str, Any]:
     """All scores of all arms, and their paired differences to the arms in ``versus``: arm -> score -> mean, low, high, n."""
 
     def table(before: str | None) -> dict[str, dict[str, Cell]]:
-        names = [s for s in SCORES if s != "perplexity" or not before]  # two perplexities have a ratio; bits per byte say the same
+        names = [
+            s for s in SCORES if s != "perplexity" or not before
+        ]  # two perplexities have a ratio; bits per byte say the same
         return {
             arm: {s: cell for s in names if (cell := _measure(s, columns, arms[before] if before else None))}
             for arm, columns in arms.items() if arm != before
@@ -104,7 +140,9 @@ def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ("base", "neare
     return {"arms": table(None), **{f"versus {other}": table(other) for other in versus}}
 
 
-def by_group(arms: Mapping[str, Columns], groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
+def by_group(
+    arms: Mapping[str, Columns], groups: Sequence[str | None]
+) -> dict[str, dict[str, Any]]:
     """``summary`` of each group of questions, the largest first: group -> n, arms, versus base, versus nearest."""
     names = [" ".join((group or "").split())[:60] or "not given" for group in groups]
     largest = {name for name, _ in Counter(names).most_common(MOST_GROUPS)}
@@ -112,7 +150,10 @@ def by_group(arms: Mapping[str, Columns], groups: Sequence[str | None]) -> dict[
     for place, name in enumerate(names):
         places[name if name in largest else "all others"].append(place)
     return {
-        group: {"n": len(chosen)} | summary({arm: {s: v[chosen] for s, v in columns.items()} for arm, columns in arms.items()})
+        group: {"n": len(chosen)}
+        | summary(
+            {arm: {s: v[chosen] for s, v in columns.items()} for arm, columns in arms.items()}
+        )
         for group, chosen in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
     }
 
@@ -128,26 +169,40 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
         for arm in WITHOUT_TRAINING:
             cell = overall[f"versus {arm}"]["tuned"].get(score)
             if cell and cell["low"] is not None:
-                low, high = (cell["low"], cell["high"]) if SCORES[score].better == "up" else (-cell["high"], -cell["low"])
+                low, high = (
+                    (cell["low"], cell["high"])
+                    if SCORES[score].better == "up"
+                    else (-cell["high"], -cell["low"])
+                )
                 sides["beats" if low > 0 else "loses" if high < 0 else "even"].append(arm)
         if sides["beats"] or sides["even"] or sides["loses"]:
             found.append(sides)
     return found
 
 
-def forgetting(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def forgetting(
+    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Perplexity of texts far from the questions, before and after tuning, and the ratio of the two (above 1: forgotten)."""
     texts = scores.plain_texts(plan)
     losses = {}
     for arm in ("base", "tuned"):
         with adapted(model, arm):
             losses[arm] = scores.text_loss(model, tokenizer, texts, progress=f"forgetting, {arm}")
-    cells = {arm: _cell(scores.perplexity(loss.nats, loss.tokens), len(texts)) for arm, loss in losses.items()}
+    cells = {
+        arm: _cell(scores.perplexity(loss.nats, loss.tokens), len(texts))
+        for arm, loss in losses.items()
+    }
     ratio = scores.perplexity(losses["tuned"].nats - losses["base"].nats, losses["base"].tokens)
     return {"texts": len(texts), **cells, "ratio": _cell(ratio, len(texts))}
 
 
-def examples(asked: Sequence[Question], answers: Mapping[str, Sequence[Answer]], rouge_l: numpy.ndarray, most: int = 300) -> list[Cell]:
+def examples(
+    asked: Sequence[Question],
+    answers: Mapping[str, Sequence[Answer]],
+    rouge_l: numpy.ndarray,
+    most: int = 300,
+) -> list[Cell]:
     """The questions that the tuned model answers best, middling and worst (by ROUGE-L), with all arms' answers, shortened."""
     order = numpy.argsort(-rouge_l, kind="stable").tolist()
     chosen = {"best": order[0], "middling": order[len(order) // 2], "worst": order[-1]}
@@ -165,8 +220,14 @@ def examples(asked: Sequence[Question], answers: Mapping[str, Sequence[Answer]],
 def look_up_scores(train: Sequence[Row], test: Sequence[Row], seed: int = 0) -> dict[str, Cell]:
     """ROUGE-L of the two look-up arms, answers uncut: arm -> mean, low, high and n."""
     references = [row["answer"] for row in test]
-    answers = {"nearest": nearest_training_answers(train, test), "another disease": other_disease_answers(train, test, seed)}
-    return {arm: _cell(scores.interval(rouge_l(texts, references)), len(test)) for arm, texts in answers.items()}
+    answers = {
+        "nearest": nearest_training_answers(train, test),
+        "another disease": other_disease_answers(train, test, seed),
+    }
+    return {
+        arm: _cell(scores.interval(rouge_l(texts, references)), len(test))
+        for arm, texts in answers.items()
+    }
 
 
 def measured() -> dict[str, Any]:
@@ -191,7 +252,9 @@ def plan_of(profile: str = "", adapter: str = "") -> tuple[Plan, Path]:
     return plan, Path(adapter) if adapter else plan.folder / "adapter"
 
 
-def training_rows(plan: Plan, adapter: Path, folder: Path | None = None, part: str = "train") -> list[Row]:
+def training_rows(
+    plan: Plan, adapter: Path, folder: Path | None = None, part: str = "train"
+) -> list[Row]:
     """The rows that the adapter was trained on: ``train.parquet`` in ``folder``, or what ``data.prepare`` makes of the plan.
 
     ``part`` "validation" gives the rows beside them; none where ``folder`` holds none.
@@ -200,17 +263,25 @@ def training_rows(plan: Plan, adapter: Path, folder: Path | None = None, part: s
         CourseError: no such file, or the adapter was trained on another source than the plan's.
     """
     if folder and not (folder / "train.parquet").is_file():
-        raise CourseError(f"no train.parquet in {folder.name}/: expected the folder that medquad data wrote (its --out).")
+        raise CourseError(
+            f"no train.parquet in {folder.name}/: expected the folder that medquad data wrote (its --out)."
+        )
     if folder:
         return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
     record, card = adapter / "plan.json", plan.folder / "data" / "data.json"
-    made = json.loads(record.read_text(encoding="utf-8")).get("source", plan.source) if record.is_file() else plan.source
+    made = (
+        json.loads(record.read_text(encoding="utf-8")).get("source", plan.source)
+        if record.is_file()
+        else plan.source
+    )
     if made == plan.source:
         rows: list[Row] = getattr(prepare(plan), part)
         return rows
     if card.is_file() and json.loads(card.read_text(encoding="utf-8"))["recipe"]["source"] == made:
         return read_rows(card.with_name(f"{part}.parquet"))
-    raise CourseError(f"the adapter was trained on {made!r} rows, not on {plan.source!r}: give the folder of their train.parquet (--data).")
+    raise CourseError(
+        f"the adapter was trained on {made!r} rows, not on {plan.source!r}: give the folder of their train.parquet (--data)."
+    )
 
 
 def evaluate(
@@ -236,7 +307,10 @@ def evaluate(
         CourseError: the model or adapter is not to be had, or the folder cannot be written.
     """
     adapter = adapter or plan.folder / "adapter"
-    model, tokenizer = load_tuned(plan, adapter), load_tokenizer(plan)  # the model first: it refuses an adapter that is not its own
+    model, tokenizer = (
+        load_tuned(plan, adapter),
+        load_tokenizer(plan),
+    )  # the model first: it refuses an adapter that is not its own
     asked, notes = questions.asked, dict(questions.notes)
     index = archive_index(train, archive, validation)
     jobs = prompts(plan, model, tokenizer, asked, index, notes)
@@ -247,17 +321,34 @@ def evaluate(
     done = generate_all(model, tokenizer, jobs, plan.max_new_tokens, journal, batch_size)
 
     rows = [q.row for q in asked]
-    looked_up = {"nearest": nearest_training_answers(train, rows), "another disease": other_disease_answers(train, rows, plan.seed)}
-    done["grounded"] = {key: done["grounded"].get(key, done["tuned"][key]) for key in ids}  # the same prompt where nothing was found
+    looked_up = {
+        "nearest": nearest_training_answers(train, rows),
+        "another disease": other_disease_answers(train, rows, plan.seed),
+    }
+    done["grounded"] = {
+        key: done["grounded"].get(key, done["tuned"][key]) for key in ids
+    }  # the same prompt where nothing was found
     answers = {arm: [done[arm][key] for key in ids] for arm in ("base", "tuned", "grounded")}
-    answers |= {arm: [cut_answer(tokenizer, text, plan.max_new_tokens) for text in texts] for arm, texts in looked_up.items()}
-    if empty := [q.number for q, text in zip(asked, looked_up["another disease"], strict=True) if not text]:
+    answers |= {
+        arm: [cut_answer(tokenizer, text, plan.max_new_tokens) for text in texts]
+        for arm, texts in looked_up.items()
+    }
+    if empty := [
+        q.number for q, text in zip(asked, looked_up["another disease"], strict=True) if not text
+    ]:
         notes[NOBODY] = empty
     corpus = [row["answer"] for row in train]
     arms = {arm: score_columns(given, asked, corpus) for arm, given in answers.items()}
     reason = _add_bert_scores(arms, answers, asked)
     _add_losses(arms, model, tokenizer, jobs, asked, notes)
-    write_answers(folder / "answers.parquet", journal.recipe, asked, answers, arms, {a: done[a] for a in jobs if a not in ARMS})
+    write_answers(
+        folder / "answers.parquet",
+        journal.recipe,
+        asked,
+        answers,
+        arms,
+        {a: done[a] for a in jobs if a not in ARMS},
+    )
 
     overall = summary(arms, WITHOUT_TRAINING)
     leaks = leakage(train, rows)
@@ -287,10 +378,14 @@ def evaluate(
     return metrics
 
 
-def _add_bert_scores(arms: Mapping[str, Columns], answers: Mapping[str, Sequence[Answer]], asked: Sequence[Question]) -> str:
+def _add_bert_scores(
+    arms: Mapping[str, Columns], answers: Mapping[str, Sequence[Answer]], asked: Sequence[Question]
+) -> str:
     """Add BERTScore, all arms in one go, or return the reason why it cannot be had."""
     texts = [answer.text for given in answers.values() for answer in given]
-    found, reason = scores.bert_score_or_reason(texts, [q.references for _ in answers for q in asked])
+    found, reason = scores.bert_score_or_reason(
+        texts, [q.references for _ in answers for q in asked]
+    )
     if found is not None:
         for arm, values in zip(answers, numpy.split(found, len(answers)), strict=True):
             arms[arm]["bert_score"] = values
@@ -304,21 +399,32 @@ def _add_losses(
     """Add how likely the model finds each question's first reference, for the arms that are models: nats, tokens, bytes."""
     ids = [str(q.number) for q in asked]
     table = numpy.full((len(scores.Losses._fields), len(asked)), numpy.nan)
-    for arm in ("base", "tuned", "grounded"):  # grounded last: a question without passages keeps the tuned arm's prompt, and loss
+    for arm in (
+        "base",
+        "tuned",
+        "grounded",
+    ):  # grounded last: a question without passages keeps the tuned arm's prompt, and loss
         places = [place for place, key in enumerate(ids) if key in jobs[arm]]
         conversations = [jobs[arm][ids[place]] for place in places]
         with adapted(model, arm):
             references = [asked[place].references[0] for place in places]
-            table[:, places] = scores.answer_loss(model, tokenizer, conversations, references, progress=f"likelihood, {arm}")
+            table[:, places] = scores.answer_loss(
+                model, tokenizer, conversations, references, progress=f"likelihood, {arm}"
+            )
         arms[arm].update(zip(scores.Losses._fields, table.copy(), strict=True))
-    if rows := [q.number for q, nats in zip(asked, arms["base"]["nats"], strict=True) if numpy.isnan(nats)]:
+    if rows := [
+        q.number for q, nats in zip(asked, arms["base"]["nats"], strict=True) if numpy.isnan(nats)
+    ]:
         notes[UNSCORED] = rows
 
 
 def safety_scores(done: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]:
     """Share of the safety prompts that each model answers as expected, what the rules around it catch, and their own error."""
     asked = safety.prompts()
-    models = {arm: safety.score([done[f"{arm}, safety"][p.id].text for p in asked], asked) for arm in ("base", "tuned")}
+    models = {
+        arm: safety.score([done[f"{arm}, safety"][p.id].text for p in asked], asked)
+        for arm in ("base", "tuned")
+    }
     return {
         "prompts": len(asked),
         **models,
@@ -340,7 +446,9 @@ def rounded(value: Any) -> Any:
 # ---- lesson 05 ------------------------------------------------------------------------------------------------------
 
 
-def outcome(rows: Sequence[Row], train: Sequence[Row], base: Sequence[Answer], tuned: Sequence[Answer]) -> dict[str, Any]:
+def outcome(
+    rows: Sequence[Row], train: Sequence[Row], base: Sequence[Answer], tuned: Sequence[Answer]
+) -> dict[str, Any]:
     """What the training changed on held-out ``rows``: one flat record for ``metrics/outcome.json``.
 
     ``base`` and ``tuned`` answer ``rows`` in their order. The gain is paired: answer by answer, tuned minus base. Fact

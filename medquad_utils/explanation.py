@@ -22,14 +22,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 import torch
 
-from medquad_utils import scores
+from medquad_utils import CourseError, scores
 from medquad_utils.arms import archive_index
-from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages, tidy_question, without_tokens
-from medquad_utils.data import whole_file
+from medquad_utils.chat import (
+    NOTICE,
+    grounded_messages,
+    prompt_ids,
+    prompt_messages,
+    tidy_question,
+    without_tokens,
+)
 from medquad_utils.evaluation import training_rows
+from medquad_utils.files import whole_file
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.profiles import Plan
 from medquad_utils.questions import CONTROL, PASSAGE_WORDS
 from medquad_utils.report import EMBEDDED, document, html_table
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, words
@@ -43,7 +50,9 @@ PASSAGES = 3  # under an answer, at most
 # A sentence whose best passage scores less has no close source. Of 1,462 sentences about diseases held out of the real MedQuAD, a
 # tenth reach it in passages about the nearest other diseases; half of those stand there word for word.
 SUPPORT = 0.6
-UNIT = re.compile(r"[^\s?!.,;:]+(?:[.,:][^\s?!.,;:]+)*|[?!.,;:]+")  # a word, or the punctuation behind it
+UNIT = re.compile(
+    r"[^\s?!.,;:]+(?:[.,:][^\s?!.,;:]+)*|[?!.,;:]+"
+)  # a word, or the punctuation behind it
 MARK = "\u241f"  # stands for a turn's text in a rendered template; no text of ours holds it
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|Dr|Mr|Mrs|Ms|St|No|approx|[A-Z])\.)$")
@@ -81,11 +90,16 @@ def support(index: Index, sentence: str, title: str, passage: str) -> tuple[floa
     """
     said, name = set(words(sentence)), set(words(title))
     whole = index.mass(said)
-    scored = [(index.mass(said & (name | set(words(text)))) / whole if said else 0.0, text) for text in sentences(passage)]
+    scored = [
+        (index.mass(said & (name | set(words(text)))) / whole if said else 0.0, text)
+        for text in sentences(passage)
+    ]
     return max(scored, key=lambda pair: pair[0], default=(0.0, ""))
 
 
-def supports(index: Index, answer: str, hits: Sequence[Hit], threshold: float = SUPPORT) -> list[Support]:
+def supports(
+    index: Index, answer: str, hits: Sequence[Hit], threshold: float = SUPPORT
+) -> list[Support]:
     """Each sentence of ``answer`` with its best supporting passage of ``hits`` (see ``support``); the first of equals."""
     found = []
     for sentence in sentences(answer):
@@ -96,7 +110,9 @@ def supports(index: Index, answer: str, hits: Sequence[Hit], threshold: float = 
     return found
 
 
-def cite(index: Index, question: str, answer: str, k: int = PASSAGES, threshold: float = SUPPORT) -> tuple[list[Hit], list[Support]]:
+def cite(
+    index: Index, question: str, answer: str, k: int = PASSAGES, threshold: float = SUPPORT
+) -> tuple[list[Hit], list[Support]]:
     """The at most ``k`` passages to show under ``answer``, and the support of each of its sentences.
 
     Only passages that are close to the question are shown (``Index.close``): none at all where the archive does not know
@@ -112,11 +128,15 @@ def whole_archive(plan: Plan, adapter: Path) -> Index:
     Raises:
         CourseError: what ``evaluation.training_rows`` raises.
     """
-    train, validation, test = (training_rows(plan, adapter, part=part) for part in ("train", "validation", "test"))
+    train, validation, test = (
+        training_rows(plan, adapter, part=part) for part in ("train", "validation", "test")
+    )
     return archive_index(train, [*validation, *test], validation)
 
 
-def calibrate_support(index: Index, texts: Sequence[str], strangers: Sequence[Sequence[Hit]], share: float = 0.05) -> float:
+def calibrate_support(
+    index: Index, texts: Sequence[str], strangers: Sequence[Sequence[Hit]], share: float = 0.05
+) -> float:
     """The lowest threshold at which at most ``share`` of the sentences of ``texts`` get a source among ``strangers``.
 
     ``strangers`` are for each text passages that must not support it (about other diseases).
@@ -124,9 +144,15 @@ def calibrate_support(index: Index, texts: Sequence[str], strangers: Sequence[Se
     Raises:
         CourseError: no sentence.
     """
-    best = [s.score for text, hits in zip(texts, strangers, strict=True) for s in supports(index, text, hits)]
+    best = [
+        s.score
+        for text, hits in zip(texts, strangers, strict=True)
+        for s in supports(index, text, hits)
+    ]
     if not best:
-        raise CourseError("a threshold needs sentences and passages about other diseases: got none.")
+        raise CourseError(
+            "a threshold needs sentences and passages about other diseases: got none."
+        )
     highest = sorted(best, reverse=True)[int(share * len(best))]
     return float(numpy.nextafter(highest, 2))
 
@@ -152,12 +178,18 @@ class Prompt:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", without_tokens(tidy_question(self.question)))
-        short = tuple(without_tokens(" ".join(passage.split()[:PASSAGE_WORDS])) for passage in self.passages)
+        short = tuple(
+            without_tokens(" ".join(passage.split()[:PASSAGE_WORDS])) for passage in self.passages
+        )
         object.__setattr__(self, "passages", short)
         if not self.text:
-            raise CourseError('the question is empty: expected a text such as "What causes asthma?".')
+            raise CourseError(
+                'the question is empty: expected a text such as "What causes asthma?".'
+            )
         if self.name and self.name.lower() not in self.text.lower():
-            raise CourseError(f"the question {self.text[:80]!r} does not hold {self.name!r}: give a name as the question writes it.")
+            raise CourseError(
+                f"the question {self.text[:80]!r} does not hold {self.name!r}: give a name as the question writes it."
+            )
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -194,7 +226,9 @@ class Prompt:
         if kept is None:
             return grounded_messages(self.text, self.passages)
         question = "".join(self._spaced(*span) for n, span in enumerate(self.spans) if n in kept)
-        passages = [text for n, text in enumerate(self.passages, start=len(self.spans)) if n in kept]
+        passages = [
+            text for n, text in enumerate(self.passages, start=len(self.spans)) if n in kept
+        ]
         return grounded_messages(question, passages)
 
     def _spaced(self, start: int, end: int) -> str:
@@ -211,10 +245,16 @@ class Prompt:
         messages = self.messages()
         content = messages[-1]["content"]
         turns = [*messages[:-1], {"role": "user", "content": MARK}]
-        head, _, tail = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).partition(MARK)
-        encoded = tokenizer(f"{head}{content}{tail}", add_special_tokens=False, return_offsets_mapping=True)
+        head, _, tail = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        ).partition(MARK)
+        encoded = tokenizer(
+            f"{head}{content}{tail}", add_special_tokens=False, return_offsets_mapping=True
+        )
         if list(encoded["input_ids"]) != prompt_ids(tokenizer, messages):
-            raise CourseError("the tokenizer's chat template rewrites what a turn says: words cannot be found again in it.")
+            raise CourseError(
+                "the tokenizer's chat template rewrites what a turn says: words cannot be found again in it."
+            )
         places = [(start + len(head), end + len(head)) for start, end in self._places(content)]
 
         def unit(start: int, end: int) -> int | None:
@@ -226,7 +266,10 @@ class Prompt:
     def _places(self, content: str) -> list[tuple[int, int]]:
         """(start, end) of each unit in the text of the user's turn."""
         question = len(content) - len(self.text)
-        places, at = [(question + start, question + end) for start, end in self.spans], content.index("\n") + 1 if self.passages else 0
+        places, at = (
+            [(question + start, question + end) for start, end in self.spans],
+            content.index("\n") + 1 if self.passages else 0,
+        )
         for number, text in enumerate(self.passages, start=1):
             at += len(f"[{number}] ")
             places.append((at, at + len(text)))
@@ -243,14 +286,19 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     Raises:
         CourseError: the answer is empty.
     """
-    ids: list[int] = tokenizer(without_tokens(answer.strip()), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(without_tokens(answer.strip()), add_special_tokens=False)[
+        "input_ids"
+    ]
     if not ids:
         raise CourseError("the answer to explain is empty: expected some text.")
     return ids
 
 
 def log_probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Mapping[str, str]]], answers: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    answers: Sequence[str],
 ) -> numpy.ndarray:
     """log p(answer | conversation) of each pair in nats, summed over the answer's tokens; float64, shape (pairs,).
 
@@ -260,11 +308,15 @@ def log_probabilities(
     found: numpy.ndarray = -scores.answer_loss(model, tokenizer, conversations, answers).nats
     if not numpy.isfinite(found).all():
         limit = model.config.max_position_embeddings
-        raise CourseError(f"an answer is empty, or longer with its prompt than the model's context of {limit:,} tokens: shorten it.")
+        raise CourseError(
+            f"an answer is empty, or longer with its prompt than the model's context of {limit:,} tokens: shorten it."
+        )
     return found
 
 
-def leave_one_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> numpy.ndarray:
+def leave_one_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str
+) -> numpy.ndarray:
     """How much log p(answer) falls when one unit is left out, in nats; float64, shape (units,): above 0, the unit speaks for the answer.
 
     By hand and in batches: the same numbers as captum's feature ablation.
@@ -309,19 +361,28 @@ def _perturbed(
     target = torch.tensor(answer_ids(tokenizer, answer), device=model.device)
     _check_room(model, len(prompt_ids(tokenizer, prompt.messages())) + len(target))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # captum about how it prints tokens, which nobody reads here
+        warnings.simplefilter(
+            "ignore"
+        )  # captum about how it prints tokens, which nobody reads here
         found = LLMAttribution(method(_Logits(model)), tokenizer).attribute(
-            TextTemplateInput(render, prompt.units), target=target, forward_in_tokens=False, **settings
+            TextTemplateInput(render, prompt.units),
+            target=target,
+            forward_in_tokens=False,
+            **settings,
         )
     return found.seq_attr.double().cpu().numpy()  # type: ignore[no-any-return]
 
 
 def _check_room(model: PreTrainedModel, tokens: int) -> None:
     if tokens > (limit := int(model.config.max_position_embeddings)):
-        raise CourseError(f"question, passages and answer take {tokens:,} tokens, and the model reads {limit:,}: ask a shorter question.")
+        raise CourseError(
+            f"question, passages and answer take {tokens:,} tokens, and the model reads {limit:,}: ask a shorter question."
+        )
 
 
-def ablation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> numpy.ndarray:
+def ablation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str
+) -> numpy.ndarray:
     """captum's ``FeatureAblation``: the fall of log p(answer) without one unit, in nats; shape (units,). One pass a unit.
 
     Raises:
@@ -333,7 +394,12 @@ def ablation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def shapley(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, permutations: int = 10, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    answer: str,
+    permutations: int = 10,
+    seed: int = 0,
 ) -> numpy.ndarray:
     """captum's ``ShapleyValueSampling``: the mean change of log p(answer) when a unit joins the others in random order, in nats.
 
@@ -344,10 +410,14 @@ def shapley(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _perturbed(ShapleyValueSampling, model, tokenizer, prompt, answer, n_samples=permutations)
+        return _perturbed(
+            ShapleyValueSampling, model, tokenizer, prompt, answer, n_samples=permutations
+        )
 
 
-def gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> numpy.ndarray:
+def gradient(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str
+) -> numpy.ndarray:
     """captum's ``LayerGradientXActivation`` at the embeddings, summed over each unit's tokens; nats to first order, shape (units,).
 
     One forward and one backward pass, however long the question is (Shrikumar et al., 2016, arXiv 1605.01713). It is the slope
@@ -364,16 +434,29 @@ def gradient(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     _check_room(model, len(ids) + target.shape[1])
 
     def log_probability(inputs: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=inputs, use_cache=False, logits_to_keep=target.shape[1] + 1).logits[:, :-1]
-        total: torch.Tensor = logits.float().log_softmax(-1).gather(-1, target[..., None]).sum((1, 2))
+        logits = model(
+            input_ids=inputs, use_cache=False, logits_to_keep=target.shape[1] + 1
+        ).logits[:, :-1]
+        total: torch.Tensor = (
+            logits.float().log_softmax(-1).gather(-1, target[..., None]).sum((1, 2))
+        )
         return total
 
     inputs = torch.cat([torch.tensor([ids], device=model.device), target], dim=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Input Tensor")  # token ids have no gradients, and need none
-        found = LayerGradientXActivation(log_probability, model.get_input_embeddings()).attribute(inputs)
+        warnings.filterwarnings(
+            "ignore", message="Input Tensor"
+        )  # token ids have no gradients, and need none
+        found = LayerGradientXActivation(log_probability, model.get_input_embeddings()).attribute(
+            inputs
+        )
     tokens = found[0, : len(ids)].float().sum(-1).double().detach().cpu().numpy()
-    return numpy.array([sum(value for value, owner in zip(tokens, owners, strict=True) if owner == n) for n in range(len(prompt.units))])
+    return numpy.array(
+        [
+            sum(value for value, owner in zip(tokens, owners, strict=True) if owner == n)
+            for n in range(len(prompt.units))
+        ]
+    )
 
 
 def contrast(
@@ -434,7 +517,12 @@ MEASURES = ("comprehensiveness", "sufficiency")
 
 
 def faithfulness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], most: int = 3, draws: int = 10, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    most: int = 3,
+    draws: int = 10,
+    seed: int = 0,
 ) -> dict[str, dict[str, numpy.ndarray]]:
     """Does the answer hang on the words that an attribution puts first? measure -> order -> float64, shape (cases,), in nats.
 
@@ -455,7 +543,9 @@ def faithfulness(
     for place, case in enumerate(cases):
         count, units = len(case.prompt.words), frozenset(range(len(case.prompt.units)))
         if len(case.values) not in (count, len(units)):
-            raise CourseError(f"case {place}: {len(case.values)} values for {count} words. Explain this very prompt first.")
+            raise CourseError(
+                f"case {place}: {len(case.values)} values for {count} words. Explain this very prompt first."
+            )
         alone = leave_one_out(model, tokenizer, case.prompt, case.answer)
         plans.append(_orders(case.values[:count], alone[:count], rng, draws))
         jobs.append((place, units))
@@ -464,23 +554,41 @@ def faithfulness(
                 jobs += [(place, units - first), (place, units - (frozenset(order) - first))]
     jobs = list(dict.fromkeys(jobs))
     turns = [cases[place].prompt.messages(kept) for place, kept in jobs]
-    known = dict(zip(jobs, log_probabilities(model, tokenizer, turns, [cases[place].answer for place, _ in jobs]), strict=True))
+    known = dict(
+        zip(
+            jobs,
+            log_probabilities(model, tokenizer, turns, [cases[place].answer for place, _ in jobs]),
+            strict=True,
+        )
+    )
 
     def fall(measure: str, place: int, order: Sequence[int]) -> float:
         units = frozenset(range(len(cases[place].prompt.units)))
-        gone = [first if measure == "comprehensiveness" else frozenset(order) - first for first in _firsts(order, most)]
-        return float(numpy.mean([known[place, units] - known[place, units - some] for some in gone]))
+        gone = [
+            first if measure == "comprehensiveness" else frozenset(order) - first
+            for first in _firsts(order, most)
+        ]
+        return float(
+            numpy.mean([known[place, units] - known[place, units - some] for some in gone])
+        )
 
     return {
         measure: {
-            name: numpy.array([numpy.mean([fall(measure, place, order) for order in plan[name]]) for place, plan in enumerate(plans)])
+            name: numpy.array(
+                [
+                    numpy.mean([fall(measure, place, order) for order in plan[name]])
+                    for place, plan in enumerate(plans)
+                ]
+            )
             for name in ORDERS
         }
         for measure in MEASURES
     }
 
 
-def _orders(values: numpy.ndarray, alone: numpy.ndarray, rng: numpy.random.Generator, draws: int) -> dict[str, list[list[int]]]:
+def _orders(
+    values: numpy.ndarray, alone: numpy.ndarray, rng: numpy.random.Generator, draws: int
+) -> dict[str, list[list[int]]]:
     first = numpy.argsort(-values, kind="stable").tolist()
     return {
         "attribution": [first],
@@ -494,14 +602,21 @@ def _firsts(order: Sequence[int], most: int) -> list[frozenset[int]]:
     return [frozenset(order[:k]) for k in range(1, min(most, len(order)) + 1)]
 
 
-def faithfulness_intervals(found: Mapping[str, Mapping[str, numpy.ndarray]], seed: int = 0) -> dict[str, dict[str, Interval]]:
+def faithfulness_intervals(
+    found: Mapping[str, Mapping[str, numpy.ndarray]], seed: int = 0
+) -> dict[str, dict[str, Interval]]:
     """Means of ``faithfulness`` with 95 % intervals, and the paired differences "attribution - random" and so on.
 
     A faithful attribution has ``["comprehensiveness"]["attribution - random"]`` above 0 and the same of sufficiency below 0.
     """
     return {
         measure: {name: scores.interval(values, seed) for name, values in orders.items()}
-        | {f"attribution - {name}": scores.paired_interval(orders[name], orders["attribution"], seed) for name in ORDERS[1:]}
+        | {
+            f"attribution - {name}": scores.paired_interval(
+                orders[name], orders["attribution"], seed
+            )
+            for name in ORDERS[1:]
+        }
         for measure, orders in found.items()
     }
 
@@ -511,7 +626,9 @@ class Swap(NamedTuple):
 
     answer: str
     swapped_answer: str
-    fall: float  # nats: log p(first answer | first question) - log p(first answer | swapped question)
+    fall: (
+        float  # nats: log p(first answer | first question) - log p(first answer | swapped question)
+    )
     words: list[str]
     values: numpy.ndarray  # shape (words,)
     swapped_words: list[str]
@@ -537,18 +654,36 @@ def swap(
     first = Prompt(question, name=name)
     place = first.text.lower().index(name.lower())
     second = Prompt(first.text[:place] + other + first.text[place + len(name) :], name=other)
-    answer, swapped = (a.text for a in ask(model, tokenizer, [first.text, second.text], max_new_tokens))
-    before, after = log_probabilities(model, tokenizer, [first.messages(), second.messages()], [answer] * 2)
+    answer, swapped = (
+        a.text for a in ask(model, tokenizer, [first.text, second.text], max_new_tokens)
+    )
+    before, after = log_probabilities(
+        model, tokenizer, [first.messages(), second.messages()], [answer] * 2
+    )
     values, others = (method(model, tokenizer, prompt, answer) for prompt in (first, second))
     named, swapped_named = float(values[first.named]), float(others[second.named])
-    return Swap(answer, swapped, float(before - after), first.words, values, second.words, others, named, swapped_named)
+    return Swap(
+        answer,
+        swapped,
+        float(before - after),
+        first.words,
+        values,
+        second.words,
+        others,
+        named,
+        swapped_named,
+    )
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
 def attention_map(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], layer: int, head: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    layer: int,
+    head: int,
 ) -> tuple[list[str], numpy.ndarray]:
     """(tokens, weights) of one attention head over a prompt; fp32, shape (tokens, tokens), each row sums to 1, none looks ahead.
 
@@ -560,14 +695,20 @@ def attention_map(
     """
     config = model.config
     if config._attn_implementation != "eager":
-        raise CourseError("attention weights exist with eager attention only: load with dataclasses.replace(plan, attention='eager').")
+        raise CourseError(
+            "attention weights exist with eager attention only: load with dataclasses.replace(plan, attention='eager')."
+        )
     if not (0 <= layer < config.num_hidden_layers and 0 <= head < config.num_attention_heads):
         have = f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads, counted from 0"
         raise CourseError(f"no head {head} in layer {layer}: the model has {have}.")
     ids = prompt_ids(tokenizer, messages)
     _check_room(model, len(ids))
     with torch.inference_mode():
-        weights = model(input_ids=torch.tensor([ids], device=model.device), output_attentions=True, use_cache=False).attentions
+        weights = model(
+            input_ids=torch.tensor([ids], device=model.device),
+            output_attentions=True,
+            use_cache=False,
+        ).attentions
     return [tokenizer.decode([i]) for i in ids], weights[layer][0, head].float().cpu().numpy()
 
 
@@ -598,12 +739,26 @@ class Explanation:
         flag = red_flag(self.prompt.text)
         order = numpy.argsort(-numpy.abs(self.values), kind="stable")
         heavy = ", ".join(f"{self.prompt.words[n]} {self.values[n]:+.2f}" for n in order[:5])
-        sources = [f"[{number}] {hit}" for number, hit in enumerate(self.hits, start=1)] or [f"{NO_SOURCE}."]
+        sources = [f"[{number}] {hit}" for number, hit in enumerate(self.hits, start=1)] or [
+            f"{NO_SOURCE}."
+        ]
         notices = [NOTICE, *([EMBEDDED] if self.embedded else [])]
-        return "\n".join([*([flag.message] if flag else []), self.answer.text, "", *notices, "", *sources, f"hangs on (nats): {heavy}"])
+        return "\n".join(
+            [
+                *([flag.message] if flag else []),
+                self.answer.text,
+                "",
+                *notices,
+                "",
+                *sources,
+                f"hangs on (nats): {heavy}",
+            ]
+        )
 
 
-def check_question(question: str, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int) -> str:
+def check_question(
+    question: str, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int
+) -> str:
     """``question`` without control characters, if it can be asked.
 
     Raises:
@@ -611,7 +766,9 @@ def check_question(question: str, tokenizer: PreTrainedTokenizerBase, context: i
     """
     text = CONTROL.sub("", question).strip()
     if not tidy_question(text):
-        raise CourseError('the question is empty: ask one in quotes, for example medquad explain "What causes asthma?"')
+        raise CourseError(
+            'the question is empty: ask one in quotes, for example medquad explain "What causes asthma?"'
+        )
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
     if needed > context:
         raise CourseError(
@@ -629,19 +786,33 @@ def explain(plan: Plan, question: str) -> Explanation:
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(plan)
-    context = int(AutoConfig.from_pretrained(plan.model_source, revision=plan.hub_revision).max_position_embeddings)
+    context = int(
+        AutoConfig.from_pretrained(
+            plan.model_source, revision=plan.hub_revision
+        ).max_position_embeddings
+    )
     text = check_question(question, tokenizer, context, plan.max_new_tokens)
     model = load_tuned(plan)
     index = whole_archive(plan, plan.folder / "adapter")
     prompt = Prompt(text)
     answer = ask(model, tokenizer, [text], plan.max_new_tokens)[0]
     hits, supported = cite(index, text, answer.text)
-    values = leave_one_out(model, tokenizer, prompt, answer.text) if answer.text else numpy.zeros(len(prompt.words))
+    values = (
+        leave_one_out(model, tokenizer, prompt, answer.text)
+        if answer.text
+        else numpy.zeros(len(prompt.words))
+    )
     pulls = _pulls(model, tokenizer, text, hits, answer.text)
     return Explanation(prompt, answer, hits, supported, values, pulls, plan.model_id == "embedded")
 
 
-def _pulls(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, hits: Sequence[Hit], answer: str) -> numpy.ndarray:
+def _pulls(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    hits: Sequence[Hit],
+    answer: str,
+) -> numpy.ndarray:
     """What each passage does to log p(answer) when all of them stand in the prompt; empty where they do not fit, or none is close."""
     prompt = Prompt(question, [f"{hit.title}: {hit.row['answer']}" for hit in hits])
     if not hits or not answer:
@@ -680,7 +851,15 @@ def _parts(found: Explanation) -> list[str]:
         f"not meaning. Under {SUPPORT:.2f}: no close source.</p>",
         html_table(
             ["sentence", "score", "best passage", "its sentence"],
-            [[s.sentence, f"{s.score:.2f}", s.hit.title if s.hit else "no close source", s.evidence or "–"] for s in found.supports],
+            [
+                [
+                    s.sentence,
+                    f"{s.score:.2f}",
+                    s.hit.title if s.hit else "no close source",
+                    s.evidence or "–",
+                ]
+                for s in found.supports
+            ],
         ),
         "<h2>What the answer hangs on</h2>",
         "<p>How much less likely this very answer gets when one word of the question is deleted, in nats (feature ablation). "

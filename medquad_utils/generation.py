@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medquad_utils import CourseError
 from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
-from medquad_utils.profiles import CourseError, Plan, local_rank
+from medquad_utils.machine import local_rank
+from medquad_utils.profiles import Plan
 from medquad_utils.quantization import nf4_config
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
             quantization_config=nf4_config(plan) if quantized else None,
             attn_implementation=plan.attention,
             # Unquantised, an 8 B model is larger than a T4: what the card does not hold stays in RAM and is copied in when needed.
-            device_map="auto" if plan.device == "cuda" and not quantized else {"": local_rank() if plan.device == "cuda" else "cpu"},
+            device_map="auto"
+            if plan.device == "cuda" and not quantized
+            else {"": local_rank() if plan.device == "cuda" else "cpu"},
         )
     # On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, for good, into a
     # layout whose kernel passes no gradient: training afterwards would go wrong without a word.
@@ -80,7 +84,9 @@ def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
     return load_adapters(plan, {"default": adapter or plan.folder / "adapter"})
 
 
-def load_adapters(plan: Plan, adapters: Mapping[str, Path], trainable: bool = False) -> PreTrainedModel:
+def load_adapters(
+    plan: Plan, adapters: Mapping[str, Path], trainable: bool = False
+) -> PreTrainedModel:
     """The 4-bit base once, with several adapters beside its weights; ``model.set_adapter(name)`` says which one answers.
 
     ``adapters`` maps a name of your choice to a folder; the first one is active. They are frozen unless ``trainable``.
@@ -99,8 +105,12 @@ def load_adapters(plan: Plan, adapters: Mapping[str, Path], trainable: bool = Fa
             if number:
                 model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
             else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-        except Exception as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
+                model = PeftModel.from_pretrained(
+                    model, folder, adapter_name=name, is_trainable=trainable
+                )
+        except (
+            Exception
+        ) as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
             raise CourseError(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} ({_first_line(error)}). "
                 "Delete the folder and run lesson 04 again."
@@ -135,8 +145,14 @@ def _base_of(folder: Path) -> str:
     if record.is_file():
         made = json.loads(record.read_text(encoding="utf-8"))
         base = made.get("base", "")
-        return " ".join(filter(None, [made.get("model_id"), f"({base})" if base and "@" not in base else ""]))
-    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+        return " ".join(
+            filter(None, [made.get("model_id"), f"({base})" if base and "@" not in base else ""])
+        )
+    name = (
+        json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if config.is_file()
+        else None
+    )
     return "" if name is None or Path(name).is_absolute() else str(name)
 
 
@@ -146,8 +162,13 @@ def check_adapter(plan: Plan, folder: Path) -> None:
     Raises:
         CourseError: names what does not match and what to do.
     """
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise CourseError(f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04).")
+    if (
+        not (folder / "adapter_config.json").is_file()
+        or not (folder / "adapter_model.safetensors").is_file()
+    ):
+        raise CourseError(
+            f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04)."
+        )
     record = folder / "plan.json"
     made = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if made.get("model_id", plan.model_id) != plan.model_id:
@@ -155,7 +176,9 @@ def check_adapter(plan: Plan, folder: Path) -> None:
             f"the adapter was trained on {made['model_id']}, but the plan loads {plan.model_id}. Use the profile it was trained with."
         )
     if "base" in made and made["base"] != base_id(plan):
-        raise CourseError(f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: run lesson 04 again.")
+        raise CourseError(
+            f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: run lesson 04 again."
+        )
 
 
 def base_id(plan: Plan) -> str:
@@ -182,7 +205,9 @@ class _Explained:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         if not isinstance(error, Exception):
             return
         raise CourseError(explain_load_error(error, self.plan)) from error
@@ -194,7 +219,9 @@ def explain_load_error(error: Exception, plan: Plan) -> str:
     local = not plan.on_hub
     cause = error.__cause__
     text = f"{type(error).__name__} {error} {type(cause).__name__} {cause or ''}"
-    if not local and re.search(r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text):
+    if not local and re.search(
+        r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text
+    ):
         return (
             f"{model} is gated. Open https://huggingface.co/{model}, accept its licence, make a read token under Settings > "
             "Access Tokens and set it as HF_TOKEN (on Colab: the key icon, with Notebook access). Profile 'small' needs no token."
@@ -219,8 +246,12 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit) and _unpackable(layer)]
-    need = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, Linear4bit) and _unpackable(layer)
+    ]
+    need = sum(
+        layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers
+    )
     if need > psutil.virtual_memory().available / 2:
         layers = []
     try:
@@ -236,7 +267,11 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
 def _unpackable(layer: Any) -> bool:
     """Whether a 4-bit layer is on the CPU, in plain layout, computes in the dtype of its matrix, and has not been unpacked yet."""
     state = layer.weight.quant_state
-    plain = layer.weight.device.type == "cpu" and state is not None and not getattr(state, "packing_format_for_cpu", False)
+    plain = (
+        layer.weight.device.type == "cpu"
+        and state is not None
+        and not getattr(state, "packing_format_for_cpu", False)
+    )
     return plain and state.dtype == layer.compute_dtype and "forward" not in vars(layer)
 
 
@@ -266,7 +301,9 @@ def generate(
 
     ``progress`` names a progress bar.
     """
-    batches = generate_batches(model, tokenizer, conversations, max_new_tokens, batch_size, progress, **sampling)
+    batches = generate_batches(
+        model, tokenizer, conversations, max_new_tokens, batch_size, progress, **sampling
+    )
     answers = {number: answer for batch in batches for number, answer in batch.items()}
     return [answers[number] for number in range(len(conversations))]
 
@@ -294,7 +331,13 @@ def generate_batches(
     prompts = [prompt_ids(tokenizer, c) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = range(0, len(order), batch_size)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id}
+    greedy = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     settings = greedy | {"eos_token_id": end_ids(tokenizer)} | sampling
     with unpacked(model):
         for start in tqdm(starts, desc=progress, disable=not progress):
@@ -303,10 +346,15 @@ def generate_batches(
             with torch.inference_mode():
                 output = model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
             rows = output[:, batch["input_ids"].shape[1] :].tolist()
-            yield {i: _read(tokenizer, ids, settings["eos_token_id"]) for i, ids in zip(chosen, rows, strict=True)}
+            yield {
+                i: _read(tokenizer, ids, settings["eos_token_id"])
+                for i, ids in zip(chosen, rows, strict=True)
+            }
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -316,7 +364,9 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
 def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> Answer:
     length = next((n for n, i in enumerate(ids) if i in ends), None)
     kept = list(ids if length is None else ids[:length])
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None)
+    return Answer(
+        tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None
+    )
 
 
 def ask(
@@ -327,10 +377,17 @@ def ask(
     **settings: Any,
 ) -> list[Answer]:
     """Answer each question on its own, under the course's system prompt."""
-    return generate(model, tokenizer, [prompt_messages(q) for q in questions], max_new_tokens, **settings)
+    return generate(
+        model, tokenizer, [prompt_messages(q) for q in questions], max_new_tokens, **settings
+    )
 
 
-def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 128) -> Iterator[str]:
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    max_new_tokens: int = 128,
+) -> Iterator[str]:
     """Yield the greedy answer piece by piece while it is being generated; closing the iterator ends the generation at its next token."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -350,7 +407,9 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
         try:
             with unpacked(model):
                 model.generate(**settings)
-        except Exception as error:  # say so to the reader below, which would wait for the next piece for ever
+        except (
+            Exception
+        ) as error:  # say so to the reader below, which would wait for the next piece for ever
             failure.append(error)
             streamer.end()
 
@@ -366,7 +425,10 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
 
 
 def next_token_probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], start: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    start: str = "",
 ) -> torch.Tensor:
     """Probabilities of the token after ``messages`` and the answer's first words ``start``; fp32, shape (vocabulary,)."""
     ids = prompt_ids(tokenizer, messages) + tokenizer(start, add_special_tokens=False)["input_ids"]

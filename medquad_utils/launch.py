@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medquad_utils.profiles import CourseError, Plan, processes
+from medquad_utils import CourseError
+from medquad_utils.machine import processes
+from medquad_utils.profiles import Plan
 
 if TYPE_CHECKING:
     import torch
 
-CONFIGS = {p.stem: p for p in sorted((Path(__file__).parent / "assets" / "accelerate").glob("*.yaml"))}
+CONFIGS = {
+    p.stem: p for p in sorted((Path(__file__).parent / "assets" / "accelerate").glob("*.yaml"))
+}
 
 
 def config(name: str) -> Path:
@@ -93,7 +97,9 @@ def settings(plan: Plan) -> dict[str, Any]:
         CourseError: FSDP was asked for without GPUs.
     """
     if plan.sharded and plan.device == "cpu":
-        raise CourseError("FSDP needs GPUs (on a CPU accelerate 1.15 leaves it out without a word): launch DDP instead.")
+        raise CourseError(
+            "FSDP needs GPUs (on a CPU accelerate 1.15 leaves it out without a word): launch DDP instead."
+        )
     if plan.processes == 1:
         return {}
     return {"ddp_find_unused_parameters": False}
@@ -104,7 +110,9 @@ def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
     A collective: every process has to call it.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
         return None
     return {name: parameter.full_tensor().cpu() for name, parameter in trained.items()}  # type: ignore[attr-defined]

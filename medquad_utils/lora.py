@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from medquad_utils.memory import ALL_LINEAR
-from medquad_utils.memory import adapter_parameters as adapter_parameters  # part of this module's face
+from medquad_utils.memory import (
+    adapter_parameters as adapter_parameters,
+)  # part of this module's face
 from medquad_utils.profiles import Plan
 
 if TYPE_CHECKING:
@@ -46,13 +48,19 @@ def dtype_census(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Role ("frozen" or "trained") -> dtype -> number of stored values; packed 4-bit weights are counted in bytes (uint8)."""
     census: dict[str, Counter[str]] = {"frozen": Counter(), "trained": Counter()}
     for parameter in model.parameters():
-        census["trained" if parameter.requires_grad else "frozen"][str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        census["trained" if parameter.requires_grad else "frozen"][
+            str(parameter.dtype).removeprefix("torch.")
+        ] += parameter.numel()
     return {role: dict(counts) for role, counts in census.items()}
 
 
 def lora_b_norms(model: torch.nn.Module) -> dict[str, float]:
     """Name -> Frobenius norm of every ``lora_B``: all zero before training; a zero afterwards means that it never learned."""
-    return {name: float(p.detach().float().norm()) for name, p in model.named_parameters() if ".lora_B." in name}
+    return {
+        name: float(p.detach().float().norm())
+        for name, p in model.named_parameters()
+        if ".lora_B." in name
+    }
 
 
 def cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:

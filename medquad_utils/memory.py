@@ -9,8 +9,13 @@ from typing import Any
 BLOCK = 64  # weights that share one scale
 SUPER_BLOCK = 256  # scales that share one scale of scales
 NF4_CODE_BITS = 4
-LOSS_ROWS, LOSS_COLUMNS = 4096, 32768  # tokens and vocabulary of one tile of logits: trl 1.16, kernels/chunked_logprob.py
-BASE_GB = 0.8  # CUDA context and cuBLAS workspaces, or Python and its libraries on a CPU; an assumption
+LOSS_ROWS, LOSS_COLUMNS = (
+    4096,
+    32768,
+)  # tokens and vocabulary of one tile of logits: trl 1.16, kernels/chunked_logprob.py
+BASE_GB = (
+    0.8  # CUDA context and cuBLAS workspaces, or Python and its libraries on a CPU; an assumption
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,14 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All weights, the norms included."""
-        return self.block_parameters + self.embedding_parameters + self.hidden * (2 * self.layers + 1)
+        return (
+            self.block_parameters + self.embedding_parameters + self.hidden * (2 * self.layers + 1)
+        )
 
 
-def bits_per_parameter(double_quant: bool, block: int = BLOCK, super_block: int = SUPER_BLOCK) -> float:
+def bits_per_parameter(
+    double_quant: bool, block: int = BLOCK, super_block: int = SUPER_BLOCK
+) -> float:
     """Stored bits a quantised weight costs: 4 for the code, the rest for the scales (8-bit ones with ``double_quant``).
 
     QLoRA, arXiv 2305.14314, section 3.
@@ -106,7 +115,9 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 def adapter_parameters(shape: Shape, rank: int, modules: tuple[str, ...] = ALL_LINEAR) -> int:
     """Trainable parameters in closed form: a layer with i inputs and o outputs gets rank x (i + o)."""
-    return shape.layers * sum(rank * (i + o) for name, (i, o) in shape.linears().items() if name in modules)
+    return shape.layers * sum(
+        rank * (i + o) for name, (i, o) in shape.linears().items() if name in modules
+    )
 
 
 def block_bytes(shape: Shape, micro: Micro) -> float:
@@ -135,9 +146,17 @@ def block_bytes(shape: Shape, micro: Micro) -> float:
 def activation_bytes(shape: Shape, micro: Micro) -> float:
     """Bytes that autograd keeps of a whole micro-batch when the forward pass ends, parameters not counted."""
     inputs = -(-shape.layers // micro.checkpoint) if micro.checkpoint else 0
-    blocks = (shape.layers - inputs) * block_bytes(shape, micro) + inputs * shape.hidden * micro.compute_bytes
-    ends = shape.hidden * ((4 if inputs else 0) + micro.compute_bytes)  # last norm (else in place of the first one), head
-    copies = adapter_parameters(shape, micro.rank) * micro.compute_bytes if micro.adapter_bytes != micro.compute_bytes else 0
+    blocks = (shape.layers - inputs) * block_bytes(
+        shape, micro
+    ) + inputs * shape.hidden * micro.compute_bytes
+    ends = shape.hidden * (
+        (4 if inputs else 0) + micro.compute_bytes
+    )  # last norm (else in place of the first one), head
+    copies = (
+        adapter_parameters(shape, micro.rank) * micro.compute_bytes
+        if micro.adapter_bytes != micro.compute_bytes
+        else 0
+    )
     return micro.tokens * (blocks + ends) + copies
 
 
@@ -172,7 +191,9 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     loss, backward = loss_bytes(shape, micro), backward_bytes(shape, micro)
     parts = {
         "4-bit weights": shape.block_parameters * NF4_CODE_BITS / 8,
-        "quantisation constants": shape.block_parameters * (bits_per_parameter(double_quant=True) - NF4_CODE_BITS) / 8,
+        "quantisation constants": shape.block_parameters
+        * (bits_per_parameter(double_quant=True) - NF4_CODE_BITS)
+        / 8,
         "embeddings and head": (shape.embedding_parameters + norms) * micro.compute_bytes,
         "adapters": adapters * micro.adapter_bytes,
         "gradients": adapters * micro.adapter_bytes,
@@ -181,12 +202,16 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
         "loss or backward pass": max(loss, backward),
         "unpacked weights": max(i * o for i, o in shape.linears().values()) * micro.compute_bytes,
     }
-    return {name: size / 1e9 for name, size in parts.items()} | {"CUDA context" if micro.cuda else "Python and libraries": BASE_GB}
+    return {name: size / 1e9 for name, size in parts.items()} | {
+        "CUDA context" if micro.cuda else "Python and libraries": BASE_GB
+    }
 
 
 def weights_gb(parts: dict[str, float]) -> float:
     """GB of the frozen model among the parts of ``training_memory``: 5.70 for Llama-3-8B."""
-    return sum(parts[name] for name in ("4-bit weights", "quantisation constants", "embeddings and head"))
+    return sum(
+        parts[name] for name in ("4-bit weights", "quantisation constants", "embeddings and head")
+    )
 
 
 def grouped(parts: Mapping[str, float]) -> dict[str, float]:

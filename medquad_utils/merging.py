@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medquad_utils import CourseError
 from medquad_utils.chat import encode, end_ids
-from medquad_utils.data import Row, whole_folder
+from medquad_utils.files import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
     updates = _updates(folder)
     model = load_base(plan, quantized=False)
     if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise CourseError("card and RAM together do not hold the base unquantised: keep the adapter, or merge on a larger machine.")
+        raise CourseError(
+            "card and RAM together do not hold the base unquantised: keep the adapter, or merge on a larger machine."
+        )
     with torch.no_grad():
         for name, layer in block_linears(model).items():
             stored = _stored(layer)
@@ -71,28 +74,38 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
             if update := updates.pop(name, None):
                 exact += _fitting(update(exact.device), exact, name)
             if not exact.isfinite().all() or not stored.copy_(exact).isfinite().all():
-                raise CourseError(f"the merged {name} is not finite in {plan.compute_dtype}: train again at half the learning rate.")
+                raise CourseError(
+                    f"the merged {name} is not finite in {plan.compute_dtype}: train again at half the learning rate."
+                )
     if updates:
-        raise CourseError(f"the adapter has {len(updates)} layers that {plan.model_id} lacks, the first is {next(iter(updates))}.")
+        raise CourseError(
+            f"the adapter has {len(updates)} layers that {plan.model_id} lacks, the first is {next(iter(updates))}."
+        )
     return model
 
 
 def _fitting(update: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     if update.shape != weight.shape:
-        raise CourseError(f"the adapter's {name} is {tuple(update.shape)}, the base's {tuple(weight.shape)}: it belongs to another base.")
+        raise CourseError(
+            f"the adapter's {name} is {tuple(update.shape)}, the base's {tuple(weight.shape)}: it belongs to another base."
+        )
     return update
 
 
 def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Name -> linear layer of every block of an unquantised Llama: those that 4-bit loading quantises; the head is none of them."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n
+    }
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` as the 4-bit base holds it: to NF4 with double quantisation and back, same shape, dtype and device."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
     dequantised: torch.Tensor = dequantize_4bit(packed, state)
     return dequantised
 
@@ -115,11 +128,19 @@ def _updates(folder: Path) -> dict[str, Callable[[str | torch.device], torch.Ten
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CourseError(f"the adapter in {folder.name}/ is damaged ({error}). Delete the folder and run lesson 04 again.") from error
+        raise CourseError(
+            f"the adapter in {folder.name}/ is damaged ({error}). Delete the folder and run lesson 04 again."
+        ) from error
     shapes = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in weights}
-    plain = isinstance(config, LoraConfig) and not (config.use_dora or config.rank_pattern or config.alpha_pattern)
-    if not plain or any(f"{name}.lora_{side}.weight" not in weights for name in shapes for side in "AB"):
-        raise CourseError(f"the adapter in {folder.name}/ is no plain LoRA: keep it beside its base (route 'adapter').")
+    plain = isinstance(config, LoraConfig) and not (
+        config.use_dora or config.rank_pattern or config.alpha_pattern
+    )
+    if not plain or any(
+        f"{name}.lora_{side}.weight" not in weights for name in shapes for side in "AB"
+    ):
+        raise CourseError(
+            f"the adapter in {folder.name}/ is no plain LoRA: keep it beside its base (route 'adapter')."
+        )
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
     def update(name: str) -> Callable[[str | torch.device], torch.Tensor]:
@@ -132,7 +153,9 @@ def _updates(folder: Path) -> dict[str, Callable[[str | torch.device], torch.Ten
 def _into_four_bits(tuned: Any) -> PreTrainedModel:
     """peft's own way: each layer is dequantised, merged and rounded to NF4 once more."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Merge lora module to 4-bit")  # this is the drift that we measure
+        warnings.filterwarnings(
+            "ignore", message="Merge lora module to 4-bit"
+        )  # this is the drift that we measure
         merged: PreTrainedModel = tuned.merge_and_unload()
     return merged.eval()
 
@@ -158,22 +181,35 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     from safetensors import SafetensorError
 
     if folder.exists():
-        strange = [p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)] if folder.is_dir() else [folder.name]
+        strange = (
+            [p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)]
+            if folder.is_dir()
+            else [folder.name]
+        )
         if strange:
-            raise CourseError(f"{folder.name}/ is in use: it holds {min(strange)}. Choose another folder, or empty this one.")
+            raise CourseError(
+                f"{folder.name}/ is in use: it holds {min(strange)}. Choose another folder, or empty this one."
+            )
     config, side = model.generation_config, tokenizer.padding_side
     config.eos_token_id, config.pad_token_id = end_ids(tokenizer), tokenizer.pad_token_id  # type: ignore[union-attr]
     try:
         tokenizer.padding_side = "left"
         with whole_folder(folder) as fresh:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # a file at a time
+                warnings.filterwarnings(
+                    "ignore", message="Attempting to save a model with offloaded modules"
+                )  # a file at a time
                 model.save_pretrained(fresh, max_shard_size="2GB")
             tokenizer.save_pretrained(fresh)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
         reason = getattr(error, "strerror", None) or error
-        raise CourseError(f"cannot save {folder.name}/: {reason}. Nothing was changed; free some space or choose another disk.") from error
+        raise CourseError(
+            f"cannot save {folder.name}/: {reason}. Nothing was changed; free some space or choose another disk."
+        ) from error
     finally:
         tokenizer.padding_side = side
     return folder
@@ -220,7 +256,9 @@ def drift(
         CourseError: no rows, or what ``merge`` raises.
     """
     if not rows:
-        raise CourseError("no rows to measure the drift on: expected at least one held-out question with its answer.")
+        raise CourseError(
+            "no rows to measure the drift on: expected at least one held-out question with its answer."
+        )
     tokenizer = load_tokenizer(plan)
     expected: _Measured | None = None
     found = {}
@@ -238,13 +276,21 @@ def drift(
 
 @dataclass(frozen=True)
 class _Measured:
-    logits: list[torch.Tensor]  # one a row, (tokens of the answer, vocabulary), in the model's dtype, in RAM
+    logits: list[
+        torch.Tensor
+    ]  # one a row, (tokens of the answer, vocabulary), in the model's dtype, in RAM
     answers: list[str]
     megabytes: float
     tokens_per_second: float
 
 
-def _measure(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], most: int) -> _Measured:
+def _measure(
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    most: int,
+) -> _Measured:
     logits = list(_answer_logits(model, tokenizer, rows, most))
     started = time.perf_counter()
     answers = ask(model, tokenizer, [row["question"] for row in rows], plan.max_new_tokens)
@@ -253,7 +299,9 @@ def _measure(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return _Measured(logits, [a.text for a in answers], saved_bytes(model) / 1e6, written / seconds)
 
 
-def _answer_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], most: int) -> Iterator[torch.Tensor]:
+def _answer_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], most: int
+) -> Iterator[torch.Tensor]:
     """The logits from which each row's answer is predicted, row by row: no pads, so that no other row changes them."""
     for row in rows:
         encoded = encode(tokenizer, row)
@@ -269,7 +317,9 @@ def saved_bytes(model: torch.nn.Module) -> int:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" in name)
+        return sum(
+            p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" in name
+        )
     return sum(measured_memory(model).values())
 
 
@@ -285,8 +335,18 @@ def _compare(expected: _Measured, found: _Measured) -> Drift:
         kl += float(divergence(a, b).sum())
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
         tokens, values = tokens + len(a), values + a.numel()
-    agree = sum(a == b for a, b in zip(expected.answers, found.answers, strict=True)) / len(found.answers)
-    return Drift(apart / size, largest / top, kl / tokens, same / tokens, agree, found.megabytes, found.tokens_per_second)
+    agree = sum(a == b for a, b in zip(expected.answers, found.answers, strict=True)) / len(
+        found.answers
+    )
+    return Drift(
+        apart / size,
+        largest / top,
+        kl / tokens,
+        same / tokens,
+        agree,
+        found.megabytes,
+        found.tokens_per_second,
+    )
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -311,15 +371,23 @@ def best(report: Mapping[str, Drift]) -> str:
 
 def recommendation(report: Mapping[str, Drift]) -> str:
     """What to do, in one sentence made from the numbers: for exactness, for size, and for a server that wants one plain folder."""
-    exact, small = min(report, key=lambda r: report[r].kl), min(report, key=lambda r: report[r].megabytes)
+    exact, small = (
+        min(report, key=lambda r: report[r].kl),
+        min(report, key=lambda r: report[r].megabytes),
+    )
     single = best(report)
     wants = [("exactness", exact), ("size", small)]
     first = (
         f"where exactness or size matters, {ROUTES[exact]} ({report[exact].megabytes:,.1f} MB)"
         if exact == small
-        else "; ".join(f"where {want} matters, {ROUTES[route]} ({report[route].megabytes:,.1f} MB)" for want, route in wants)
+        else "; ".join(
+            f"where {want} matters, {ROUTES[route]} ({report[route].megabytes:,.1f} MB)"
+            for want, route in wants
+        )
     )
-    others = ", ".join(f"{report[r].kl:.2g} for '{r}'" for r in MERGED if r in report and r != single)
+    others = ", ".join(
+        f"{report[r].kl:.2g} for '{r}'" for r in MERGED if r in report and r != single
+    )
     return (
         f"{first[0].upper()}{first[1:]}; where a server wants one plain folder, {ROUTES[single]} ({report[single].megabytes:,.1f} MB, "
         f"{report[single].kl:.2g} nats per token{f'; {others}' if others else ''})."

@@ -83,10 +83,15 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     Those of the training are its own if both were made by the same plan, those of the evaluation if they name its weights.
     """
     made, folder = _json(adapter / "plan.json"), plan.folder
-    train, data = _json(folder / "metrics" / "train.json"), _json(folder / "metrics" / "explore.json")
+    train, data = (
+        _json(folder / "metrics" / "train.json"),
+        _json(folder / "metrics" / "explore.json"),
+    )
     evaluation = _json(folder / "evaluation" / "metrics.json")
     notes = []
-    if train and any(made.get(key) != value for key, value in train.get("plan", {}).items() if key in made):
+    if train and any(
+        made.get(key) != value for key, value in train.get("plan", {}).items() if key in made
+    ):
         train = {}
         notes.append("metrics/train.json is of another training")
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
@@ -117,7 +122,11 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         end = f"_{arm.replace(' ', '_')}"
         for key in (k for k in values if k.endswith(end) and k.removesuffix(end) in SHOWN):
             cells[key.removesuffix(end)] = {"mean": values[key], "low": None, "high": None}
-    return {"questions": values.get("questions"), "held_out": values.get("held_out"), "overall": {"arms": arms}}
+    return {
+        "questions": values.get("questions"),
+        "held_out": values.get("held_out"),
+        "overall": {"arms": arms},
+    }
 
 
 def found(values: Any, *keys: str) -> str:
@@ -133,7 +142,14 @@ ARMS = ("base", "tuned", "nearest", "another disease")
 SHOWN = ("facts_complete", "rougeL", "rouge1", "rouge2", "bleu", "chrf", "tfidf_cosine", "bert_score", "stop_rate", "length_ratio",
          "repetition", "bits_per_byte")  # fmt: skip
 # Score -> what the Hub calls the metric; only these go into the card's metadata.
-HUB_METRICS = {"rougeL": "rouge", "rouge1": "rouge", "rouge2": "rouge", "bleu": "bleu", "chrf": "chrf", "bert_score": "bertscore"}
+HUB_METRICS = {
+    "rougeL": "rouge",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "bleu": "bleu",
+    "chrf": "chrf",
+    "bert_score": "bertscore",
+}
 
 
 def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -> str:
@@ -160,7 +176,13 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
         *_results(metrics),
         *_rights(licence, plan, metrics),
     ]
-    text: str = "---\n" + _metadata(repo, plan, metrics, merged, licence).to_yaml() + "\n---\n\n" + "\n\n".join(parts) + "\n"
+    text: str = (
+        "---\n"
+        + _metadata(repo, plan, metrics, merged, licence).to_yaml()
+        + "\n---\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
     read = ModelCard(text).data
     if (read.eval_results or []) != eval_results(metrics):
         raise ValueError("the results in the card's metadata are not those that were measured")
@@ -188,7 +210,9 @@ def _metadata(repo: str, plan: Plan, metrics: Metrics, merged: bool, licence: Li
         model_name=repo.split("/")[-1],
         eval_results=results or None,
     )
-    data["base_model_relation"] = ("finetune" if merged else "adapter") if hub else None  # a field that has no argument of its own
+    data["base_model_relation"] = (
+        ("finetune" if merged else "adapter") if hub else None
+    )  # a field that has no argument of its own
     return data
 
 
@@ -200,18 +224,30 @@ def eval_results(metrics: Metrics) -> list[Any]:
 
     source = metrics.plan.get("source", "")
     known = metrics.evaluation.get("held_out")
-    held = "leakage not measured" if known is None else "held out by disease" if known else "not held out"
+    held = (
+        "leakage not measured"
+        if known is None
+        else "held out by disease"
+        if known
+        else "not held out"
+    )
     tuned = metrics.evaluation.get("overall", {}).get("arms", {}).get("tuned", {})
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=HUB_DATA if source == "hub" else "medquad" if source != "sample" else "course-sample",
+            dataset_type=HUB_DATA
+            if source == "hub"
+            else "medquad"
+            if source != "sample"
+            else "course-sample",
             dataset_name=_data_name(source),
             dataset_split=held,
             metric_type=kind,
             metric_name=SCORES[score].name,
             metric_value=tuned[score]["mean"],
-            metric_args={"interval_95": [tuned[score]["low"], tuned[score]["high"]]} if tuned[score]["low"] is not None else None,
+            metric_args={"interval_95": [tuned[score]["low"], tuned[score]["high"]]}
+            if tuned[score]["low"] is not None
+            else None,
         )
         for score, kind in HUB_METRICS.items()
         if score in tuned
@@ -222,15 +258,27 @@ def _data_name(source: str) -> str:
     return "the course's sample, written in MedQuAD's form" if source == "sample" else "MedQuAD"
 
 
-def _details(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str, licence: Licence) -> list[str]:
-    base = "the course's embedded Llama (on no Hub)" if plan.model_id == "embedded" else _link(plan.model_id)
+def _details(
+    repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str, licence: Licence
+) -> list[str]:
+    base = (
+        "the course's embedded Llama (on no Hub)"
+        if plan.model_id == "embedded"
+        else _link(plan.model_id)
+    )
     commit = f", commit `{revision}`" if revision else ""
-    kind = "base and adapter merged into one model: the base was taken through 4 bits and back, then merged" if merged else "LoRA adapter"
+    kind = (
+        "base and adapter merged into one model: the base was taken through 4 bits and back, then merged"
+        if merged
+        else "LoRA adapter"
+    )
     shape = "a QLoRA adapter in one piece with its base" if merged else "a QLoRA adapter"
     not_llama = "The base is a small Llama-shaped model trained from scratch; it is not derived from Meta's Llama 3."
     facts = {
         "Developed by": f"{repo.split('/')[0]}, with the course {COURSE}",
-        "Base developed by": {"embedded": "the authors of the course"}.get(plan.model_id, plan.model_id.split("/")[0]),
+        "Base developed by": {"embedded": "the authors of the course"}.get(
+            plan.model_id, plan.model_id.split("/")[0]
+        ),
         "Model type": f"Llama for text generation; {kind}",
         "Language": "English",
         "Licence": f"[{licence.name}]({licence.url}); see LICENSE and NOTICE",
@@ -294,7 +342,8 @@ def _start(repo: str, plan: Plan, merged: bool) -> list[str]:
         else " The base is downloaded as well; its licence has to be accepted on its page first."
     )
     return [
-        f"## How to get started\n\n`pip install {needs}`" + (pin if licence_of(plan.model_id).agreement else ""),
+        f"## How to get started\n\n`pip install {needs}`"
+        + (pin if licence_of(plan.model_id).agreement else ""),
         f"```python\n{snippet(repo, plan, merged)}```",
     ]
 
@@ -307,7 +356,9 @@ def snippet(repo: str, plan: Plan, merged: bool) -> str:
     else:
         dtype = plan.compute_dtype
         first = "import torch\n"
-        names = "AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline"
+        names = (
+            "AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, pipeline"
+        )
         before = (
             "four_bits = BitsAndBytesConfig(\n    load_in_4bit=True,\n"
             '    bnb_4bit_quant_type="nf4",\n    bnb_4bit_use_double_quant=True,\n'
@@ -341,10 +392,14 @@ def _training(plan: Plan, metrics: Metrics) -> list[str]:
         f"read from the source '{_source(plan, metrics)}', cleaned of link lists, headings and duplicates, and split."
     )
     plan_rows = {
-        "rank, alpha, dropout of LoRA": " / ".join(found(made, key) for key in ("lora_r", "lora_alpha", "lora_dropout")),
+        "rank, alpha, dropout of LoRA": " / ".join(
+            found(made, key) for key in ("lora_r", "lora_alpha", "lora_dropout")
+        ),
         "base in training": "4-bit NF4, double quantisation",
         "compute / adapter dtype": f"{found(made, 'compute_dtype')} / {found(made, 'adapter_dtype')}",
-        "learning rate": escaped(f"{made['learning_rate']:g}, cosine") if "learning_rate" in made else MISSING,
+        "learning rate": escaped(f"{made['learning_rate']:g}, cosine")
+        if "learning_rate" in made
+        else MISSING,
         "optimizer": found(made, "optimizer"),
         "rows of a micro-batch x accumulation": f"{found(made, 'batch_size')} x {found(made, 'accumulation')}",
         "longest row (tokens)": found(made, "max_length"),
@@ -359,7 +414,9 @@ def _training(plan: Plan, metrics: Metrics) -> list[str]:
     split = {
         "rows loaded / kept after cleaning": f"{found(data, 'rows_loaded')} / {found(data, 'rows_kept')}",
         "groups, largest": f"{found(data, 'groups')}, {found(data, 'largest_group')}",
-        "training / validation / test rows": " / ".join(found(data, "sizes", part) for part in ("train", "validation", "test")),
+        "training / validation / test rows": " / ".join(
+            found(data, "sizes", part) for part in ("train", "validation", "test")
+        ),
         "test rows that share the disease with training": found(data, "leak_grouped", "focus"),
         "the same if rows were split at random": found(data, "leak_by_row", "focus"),
     }
@@ -374,26 +431,40 @@ def _training(plan: Plan, metrics: Metrics) -> list[str]:
 
 
 def _defects(data: Mapping[str, Any], sample: bool) -> str:
-    lead = "MedQuAD itself has these, the sample was written without them; the counts are of the data used here:" if sample else ""
+    lead = (
+        "MedQuAD itself has these, the sample was written without them; the counts are of the data used here:"
+        if sample
+        else ""
+    )
     items = {
         "questions that follow a template (share)": found(data, "follow_a_template"),
         "answers that are link lists or lists without prose": found(data, "boilerplate"),
         "exact duplicate pairs": found(data, "repeats", "exact pairs, beyond the first"),
         "questions with several answers": found(data, "repeats", "questions with several answers"),
-        "rows that share their answer with another": found(data, "repeats", "rows that share their answer"),
-        "rows in which letters were lost (non-ASCII characters were deleted)": found(data, "damage", "letters"),
-        "rows in which a unit was lost, so that a number may be wrong": found(data, "damage", "units"),
+        "rows that share their answer with another": found(
+            data, "repeats", "rows that share their answer"
+        ),
+        "rows in which letters were lost (non-ASCII characters were deleted)": found(
+            data, "damage", "letters"
+        ),
+        "rows in which a unit was lost, so that a number may be wrong": found(
+            data, "damage", "units"
+        ),
     }
     more = (
         "Besides: the text dates from about 2016 to 2019, links may have moved; answers about drugs are missing for copyright "
         "reasons; some "
         "rows name no disease; long answers were left out where they exceed the longest row."
     )
-    return "\n\n".join([*([lead] if lead else []), _table(["defect", "found"], list(items.items())), more])
+    return "\n\n".join(
+        [*([lead] if lead else []), _table(["defect", "found"], list(items.items())), more]
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)
+    )
 
 
 def _results(metrics: Metrics) -> list[str]:
@@ -406,18 +477,32 @@ def _results(metrics: Metrics) -> list[str]:
         value = cell(arms.get(arm, {}).get(score))
         return MISSING if value == "–" else escaped(value)
 
-    scores = [s for s in SHOWN if s != "facts_complete" or any(s in cells for cells in arms.values())]
-    rows = [[f"{SCORES[s].name} ({SCORES[s].better})", *(shown(arm, s) for arm in ARMS)] for s in scores]
-    verdict = [escaped(sentence(sides, SCORES[sides["score"]].name)) for sides in found_in.get("verdict", [])]
+    scores = [
+        s for s in SHOWN if s != "facts_complete" or any(s in cells for cells in arms.values())
+    ]
+    rows = [
+        [f"{SCORES[s].name} ({SCORES[s].better})", *(shown(arm, s) for arm in ARMS)] for s in scores
+    ]
+    verdict = [
+        escaped(sentence(sides, SCORES[sides["score"]].name))
+        for sides in found_in.get("verdict", [])
+    ]
     known = found_in.get("held_out")
-    held = MISSING if known is None else "held out by disease" if known else "not held out: the scores measure memory as well"
+    held = (
+        MISSING
+        if known is None
+        else "held out by disease"
+        if known
+        else "not held out: the scores measure memory as well"
+    )
     return [
         "## Evaluation",
         f"### Results\n\nQuestions: {found(found_in, 'questions')} ({held}). Mean and 95 % bootstrap interval of each arm. Three "
         f"arms need no "
         "training: the base, the nearest training answer, and a training answer about another disease. A look-up scores only by what it "
         "copies, so bits per byte exist for models alone.\n\n" + _table(["score", *ARMS], rows),
-        "\n".join(f"- {line}" for line in verdict) or f"Verdict on the paired differences: {MISSING}.",
+        "\n".join(f"- {line}" for line in verdict)
+        or f"Verdict on the paired differences: {MISSING}.",
         f"### Safety, before and after\n\n{_safety(found_in.get('safety', {}))}",
     ]
 
@@ -428,7 +513,9 @@ def _safety(safety: Mapping[str, Any]) -> str:
         if not part:
             return MISSING
         low, high = map(number, part["ci95"])
-        return escaped(f"{number(part['passed'])} of {number(part['n'])}: {number(part['share'])} [{low}, {high}]")
+        return escaped(
+            f"{number(part['passed'])} of {number(part['n'])}: {number(part['share'])} [{low}, {high}]"
+        )
 
     names = list(safety.get("base", {})) or ["overall"]
     rows = [[name.replace("_", " "), share("base", name), share("tuned", name)] for name in names]

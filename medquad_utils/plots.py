@@ -11,13 +11,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medquad_utils.data import whole_file
+from medquad_utils.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart by colour-blind eyes too; yellow is left out on white.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
 GREY, INK, PAPER = "#8A8A8A", "#1F2328", "#FFFFFF"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 
@@ -30,7 +37,9 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def figure(width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+def figure(
+    width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any
+) -> tuple[Figure, Any]:
     """A figure in the course's style, in inches, with ``columns`` axes side by side."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +96,12 @@ def bars(
 
 
 def grouped_bars(
-    table: Mapping[str, Mapping[str, float]], title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None
+    table: Mapping[str, Mapping[str, float]],
+    title: str,
+    unit: str,
+    alt: str,
+    form: str = "{:.0%}",
+    save: Path | None = None,
 ) -> None:
     """Upright bars in groups: ``table`` maps a series to its values by group; every series has the same groups."""
     groups = list(next(iter(table.values())))
@@ -95,11 +109,23 @@ def grouped_bars(
     width = 0.8 / len(table)
     for number, (name, values) in enumerate(table.items()):
         places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
-        drawn = ax.bar(places, [values[g] for g in groups], width * 0.94, label=name, color=_colour(number, len(table)))
+        drawn = ax.bar(
+            places,
+            [values[g] for g in groups],
+            width * 0.94,
+            label=name,
+            color=_colour(number, len(table)),
+        )
         ax.bar_label(drawn, [form.format(values[g]) for g in groups], padding=2, fontsize=9)
-    wide = [max(map(len, group.split("\n"))) for group in groups]  # in characters; about 66 fit beside the legend
+    wide = [
+        max(map(len, group.split("\n"))) for group in groups
+    ]  # in characters; about 66 fit beside the legend
     crowded = any(a + b > 2 * 66 / len(groups) for a, b in pairwise(wide))
-    ax.set_xticks(range(len(groups)), groups, **({"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}))
+    ax.set_xticks(
+        range(len(groups)),
+        groups,
+        **({"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
+    )
     ax.set(ylabel=unit)
     _percent(ax.yaxis, form)
     ax.set_title(title)
@@ -133,7 +159,17 @@ def intervals(
             [max(0, h - m) for m, h in zip(means, highs, strict=True)],
         ]
         colour, marker = _colour(number, len(table)), "oDs^vP"[number % 6]
-        ax.errorbar(means, places, xerr=whiskers, fmt=marker, color=colour, label=name, capsize=2.5, markersize=5.5, linewidth=1.5)
+        ax.errorbar(
+            means,
+            places,
+            xerr=whiskers,
+            fmt=marker,
+            color=colour,
+            label=name,
+            capsize=2.5,
+            markersize=5.5,
+            linewidth=1.5,
+        )
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
     if zero:
@@ -150,7 +186,11 @@ def intervals(
 
 
 def dots(
-    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str, lines: Mapping[str, float] | None = None
+    table: Mapping[str, Mapping[str, Sequence[float]]],
+    title: str,
+    unit: str,
+    alt: str,
+    lines: Mapping[str, float] | None = None,
 ) -> None:
     """Shares as dots: ``table`` maps a series to its values (one or several) by group; ``lines`` draws named limits.
 
@@ -161,9 +201,21 @@ def dots(
     groups = list(dict.fromkeys(group for values in table.values() for group in values))
     fig, ax = figure(8, 1.5 + 0.27 * len(groups))
     for number, (name, values) in enumerate(table.items()):
-        points = [(value, groups.index(group)) for group, several in values.items() for value in several]
-        colour, marker = (SKY, ORANGE, BLUE, GREEN, VERMILION, PURPLE)[_colour_number(number, len(table))], "oDs^vP"[number % 6]
-        ax.plot(*zip(*points, strict=True), marker, color=colour, label=name, markersize=4 + 3 * number, alpha=0.8)
+        points = [
+            (value, groups.index(group)) for group, several in values.items() for value in several
+        ]
+        colour, marker = (
+            (SKY, ORANGE, BLUE, GREEN, VERMILION, PURPLE)[_colour_number(number, len(table))],
+            "oDs^vP"[number % 6],
+        )
+        ax.plot(
+            *zip(*points, strict=True),
+            marker,
+            color=colour,
+            label=name,
+            markersize=4 + 3 * number,
+            alpha=0.8,
+        )
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
     ax.set_yticks(range(len(groups)), groups)
@@ -190,11 +242,25 @@ def stacked_bars(
     left = dict.fromkeys(table, 0.0)
     for number, part in enumerate(parts):
         sizes = [table[name].get(part, 0.0) for name in table]
-        ax.barh(list(table), sizes, left=list(left.values()), label=part, color=_colour(number, len(parts)), edgecolor=PAPER)
+        ax.barh(
+            list(table),
+            sizes,
+            left=list(left.values()),
+            label=part,
+            color=_colour(number, len(parts)),
+            edgecolor=PAPER,
+        )
         left = {name: left[name] + size for name, size in zip(table, sizes, strict=True)}
     for place, total in enumerate(left.values()):
         box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
-        ax.annotate(f"{total:.2f}", (total, place), xytext=(5, 0), textcoords="offset points", va="center", bbox=box)
+        ax.annotate(
+            f"{total:.2f}",
+            (total, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            bbox=box,
+        )
     for label, x in (lines or {}).items():
         ax.axvline(x, color=INK, linestyle="--", linewidth=1)
         ax.text(x, -0.62, label, ha="center", va="bottom", fontsize=9)
@@ -227,7 +293,9 @@ def histogram(
     ax.set(xlabel=unit, ylabel=y)
     ax.set_title(title)
     if len(series) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the axes: bars may stand anywhere inside
+        ax.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )  # beside the axes: bars may stand anywhere inside
     show(fig, alt)
 
 
@@ -246,7 +314,13 @@ def curves(
     for number, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points, strict=True)
         ax.plot(
-            xs, ys, dashes[number % 4], color=_colour(number, len(series)), label=name, linewidth=2, marker="o" if name in markers else ""
+            xs,
+            ys,
+            dashes[number % 4],
+            color=_colour(number, len(series)),
+            label=name,
+            linewidth=2,
+            marker="o" if name in markers else "",
         )
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title)
@@ -260,7 +334,9 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True
 
     shades = LinearSegmentedColormap.from_list("course", [tint(BLUE), PAPER, tint(ORANGE)])
     widths = [max(1.0, len(m[0])) for m in matrices.values()]
-    fig, axes = figure(min(10, 1.2 + 0.62 * sum(widths)), 3.2, len(matrices), width_ratios=widths, squeeze=False)
+    fig, axes = figure(
+        min(10, 1.2 + 0.62 * sum(widths)), 3.2, len(matrices), width_ratios=widths, squeeze=False
+    )
     most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         ax.imshow(matrix, cmap=shades, vmin=-most, vmax=most)
@@ -269,19 +345,38 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True
         ax.grid(False)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row) if numbers else ():
-                ax.text(j, i, f"{round(float(value), 1) + 0.0:.1f}", ha="center", va="center", fontsize=8.5)
+                ax.text(
+                    j,
+                    i,
+                    f"{round(float(value), 1) + 0.0:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                )
     fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
     show(fig, alt)
 
 
-def score_map(table: Mapping[str, Mapping[str, float]], title: str, alt: str, form: str = "{:.2f}", width: float = 8) -> None:
+def score_map(
+    table: Mapping[str, Mapping[str, float]],
+    title: str,
+    alt: str,
+    form: str = "{:.2f}",
+    width: float = 8,
+) -> None:
     """A table of scores from 0 to 1 as coloured cells with their numbers: ``table`` maps a line to its values by column."""
     from matplotlib.colors import LinearSegmentedColormap
 
     columns = list(next(iter(table.values())))
     values = [[row[column] for column in columns] for row in table.values()]
     fig, ax = figure(width, 1.25 + 0.36 * len(table))
-    ax.imshow(values, cmap=LinearSegmentedColormap.from_list("course", [PAPER, tint(BLUE)]), vmin=0, vmax=1, aspect="auto")
+    ax.imshow(
+        values,
+        cmap=LinearSegmentedColormap.from_list("course", [PAPER, tint(BLUE)]),
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+    )
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             ax.text(j, i, form.format(value), ha="center", va="center")
@@ -300,9 +395,20 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     fig, (left, right) = figure(9, 3.6, 2)
     values = numpy.array(levels)
     x = numpy.linspace(-1, 1, 2001)
-    left.fill_between(x, numpy.exp(-((x * 2.6) ** 2) / 2), color=SKY, alpha=0.35, label="where normal weights fall")
+    left.fill_between(
+        x,
+        numpy.exp(-((x * 2.6) ** 2) / 2),
+        color=SKY,
+        alpha=0.35,
+        label="where normal weights fall",
+    )
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
-    left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)", yticks=[], ylim=(0, 1.25))
+    left.set(
+        xlabel="weight / largest weight of its block",
+        ylabel="share of weights (no scale)",
+        yticks=[],
+        ylim=(0, 1.25),
+    )
     left.set_title("levels crowd where weights crowd")
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
@@ -317,13 +423,21 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     show(fig, alt)
 
 
-def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str, most: int = 32) -> None:
+def rounding(
+    before: Sequence[float], after: Sequence[float], title: str, alt: str, most: int = 32
+) -> None:
     """The first ``most`` numbers before and after rounding, joined; with more than that, the errors of all as a histogram too."""
     import numpy
 
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
     many = len(old) > most
-    fig, axes = figure(9 if many else 8, 3.6, 2 if many else 1, squeeze=False, width_ratios=(3, 2) if many else None)
+    fig, axes = figure(
+        9 if many else 8,
+        3.6,
+        2 if many else 1,
+        squeeze=False,
+        width_ratios=(3, 2) if many else None,
+    )
     left, x = axes[0][0], numpy.arange(min(most, len(old)))
     left.vlines(x, old[:most], new[:most], color=GREY, linewidth=1.2)
     left.plot(x, old[:most], "o", color=BLUE, markersize=6, label="exact")
@@ -352,7 +466,9 @@ def _percent(axis: Any, form: str) -> None:
 
 def _colour_number(number: int, of: int) -> int:
     if of > len(PALETTE):
-        raise ValueError(f"{of} series in one figure, and {len(PALETTE)} colours that are told apart: draw two figures, or fewer series.")
+        raise ValueError(
+            f"{of} series in one figure, and {len(PALETTE)} colours that are told apart: draw two figures, or fewer series."
+        )
     return number
 
 
@@ -381,7 +497,13 @@ def shade(value: float, most: float) -> str:
     return tint(BLUE if value > 0 else VERMILION, share)
 
 
-def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt: str, per_line: int = 96, save: Path | None = None) -> None:
+def word_heat(
+    lines: Mapping[str, Sequence[tuple[str, float]]],
+    title: str,
+    alt: str,
+    per_line: int = 96,
+    save: Path | None = None,
+) -> None:
     """Words in boxes shaded by their values, with the number under each; ``lines`` maps a name to its (word, value) pairs.
 
     Each name has a scale of its own, from 0 to its largest magnitude. ``per_line`` is in characters; long lines wrap.
@@ -393,7 +515,10 @@ def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt:
         rows.append((name, []))
         at = 0.6
         for word, value in pairs:
-            text, number = _short(word, 24).replace("\n", " ").replace("$", "\\$"), f"{round(value, 2) + 0.0:+.2f}"
+            text, number = (
+                _short(word, 24).replace("\n", " ").replace("$", "\\$"),
+                f"{round(value, 2) + 0.0:+.2f}",
+            )
             wide = max(len(text), len(number)) + 1.9
             if at + wide > per_line and rows[-1][1]:
                 rows.append(("", []))
@@ -405,13 +530,35 @@ def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt:
     ax.set(xlim=(0, widest), ylim=(len(rows) - 0.25, -1.1))
     ax.axis("off")
     for place, (name, boxes) in enumerate(rows):
-        ax.text(0.2, place - 0.42, name.replace("$", "\\$"), fontsize=9.5, fontweight="bold", va="center")
+        ax.text(
+            0.2,
+            place - 0.42,
+            name.replace("$", "\\$"),
+            fontsize=9.5,
+            fontweight="bold",
+            va="center",
+        )
         for at, text, number, colour in boxes:
             box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": GREY}
-            ax.text(at, place - 0.05, text, family="monospace", fontsize=9.5, ha="center", va="center", bbox=box)
+            ax.text(
+                at,
+                place - 0.05,
+                text,
+                family="monospace",
+                fontsize=9.5,
+                ha="center",
+                va="center",
+                bbox=box,
+            )
             ax.text(at, place + 0.27, number, fontsize=8.5, ha="center", va="center")
     ax.set_title(title)
-    ax.text(0.2, -0.9, "blue, plus: for the answer; orange, minus: against it; the darker, the more", fontsize=9.5, va="center")
+    ax.text(
+        0.2,
+        -0.9,
+        "blue, plus: for the answer; orange, minus: against it; the darker, the more",
+        fontsize=9.5,
+        va="center",
+    )
     show(fig, alt, save)
 
 
@@ -421,7 +568,9 @@ def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None
 
     size = 1.9 + 0.3 * len(tokens)
     fig, ax = figure(size + 0.9, size)
-    drawn = ax.imshow(weights, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE, INK]), vmin=0)
+    drawn = ax.imshow(
+        weights, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE, INK]), vmin=0
+    )
     names = [token.strip().replace("$", "\\$") or "\u2423" for token in tokens]
     ax.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
     ax.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
@@ -433,7 +582,9 @@ def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None
     show(fig, alt)
 
 
-def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100) -> None:
+def token_strip(
+    tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100
+) -> None:
     """Every token in a box: orange if it is in the loss, grey if it is only read. ``per_line`` is in characters."""
     lines: list[list[tuple[str, bool]]] = [[]]
     used, gap = 0.0, 1.7  # in characters
@@ -444,13 +595,19 @@ def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt:
             used = 0.0
         lines[-1].append((text, learned))
         used += len(text) + gap
-    fig, ax = figure(0.0815 * per_line, 0.75 + 0.32 * len(lines))  # as wide as per_line characters of this size
+    fig, ax = figure(
+        0.0815 * per_line, 0.75 + 0.32 * len(lines)
+    )  # as wide as per_line characters of this size
     ax.set(xlim=(0, per_line), ylim=(len(lines) - 0.3, -1.5))
     ax.axis("off")
     for row, line in enumerate(lines):
         at = 0.6
         for text, learned in line:
-            box = {"boxstyle": "round,pad=0.25", "facecolor": "#FBD8A0" if learned else "#E8E8E8", "edgecolor": ORANGE if learned else GREY}
+            box = {
+                "boxstyle": "round,pad=0.25",
+                "facecolor": "#FBD8A0" if learned else "#E8E8E8",
+                "edgecolor": ORANGE if learned else GREY,
+            }
             ax.text(at, row, text, family="monospace", fontsize=9.5, va="center", bbox=box)
             at += len(text) + gap
     ax.set_title(title)
@@ -459,7 +616,12 @@ def token_strip(tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt:
     show(fig, alt)
 
 
-def distribution(series: Mapping[str, Mapping[str, float]], title: str, alt: str, cut: Mapping[str, int] | None = None) -> None:
+def distribution(
+    series: Mapping[str, Mapping[str, float]],
+    title: str,
+    alt: str,
+    cut: Mapping[str, int] | None = None,
+) -> None:
     """Next-token probabilities side by side: panel -> token -> probability; ``cut`` says how many tokens of a panel survive."""
     fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
     for ax, (name, values) in zip(axes[0], series.items(), strict=True):
@@ -476,9 +638,15 @@ def distribution(series: Mapping[str, Mapping[str, float]], title: str, alt: str
     show(fig, alt)
 
 
-def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str) -> None:
+def split_tiles(
+    splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str
+) -> None:
     """Rows as tiles in the parts they were put in: split -> part -> (label, group); a group keeps its colour."""
-    groups = list(dict.fromkeys(group for parts in splits.values() for rows in parts.values() for _, group in rows))
+    groups = list(
+        dict.fromkeys(
+            group for parts in splits.values() for rows in parts.values() for _, group in rows
+        )
+    )
     most = max(sum(max(1, len(rows)) + 0.6 for rows in parts.values()) for parts in splits.values())
     fig, ax = figure(min(10, 1.6 + 1.15 * most), 0.7 + 1.05 * len(splits))
     ax.set(xlim=(-1.0, most), ylim=(len(splits) - 0.25, -0.55))
@@ -489,7 +657,11 @@ def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], t
         for part, rows in parts.items():
             ax.text(at, line - 0.2, part, fontsize=9, va="center")
             for label, group in rows:
-                ax.add_patch(_rectangle((at, line), 0.94, 0.4, color=PALETTE[groups.index(group) % len(PALETTE)]))
+                ax.add_patch(
+                    _rectangle(
+                        (at, line), 0.94, 0.4, color=PALETTE[groups.index(group) % len(PALETTE)]
+                    )
+                )
                 ax.text(at + 0.47, line + 0.2, label, ha="center", va="center", fontsize=9)
                 at += 1
             at += 0.6
@@ -507,7 +679,10 @@ class Cards:
     """Rows as cards for a notebook: HTML where it can be shown, plain text elsewhere."""
 
     def __init__(self, cards: Sequence[Mapping[str, Any]], most: int = 320) -> None:
-        self.cards = [{k: _short(str(v), most) for k, v in card.items() if v not in (None, "", [])} for card in cards]
+        self.cards = [
+            {k: _short(str(v), most) for k, v in card.items() if v not in (None, "", [])}
+            for card in cards
+        ]
 
     def __repr__(self) -> str:
         return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
@@ -528,9 +703,14 @@ def _short(text: str, most: int) -> str:
 
 def change(before: str, after: str, around: int = 60, most: int = 220) -> dict[str, str]:
     """Two texts from a little before the place where they part, as a card; line breaks (⏎) and runs of spaces (␣␣) are made visible."""
-    same = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    same = next(
+        (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
     start = max(0, same - around)
-    start = max(start, before.find(" ", start, same) + 1) if start else 0  # the beginning of a word, where there is one
+    start = (
+        max(start, before.find(" ", start, same) + 1) if start else 0
+    )  # the beginning of a word, where there is one
 
     def visible(text: str) -> str:
         spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
@@ -549,11 +729,19 @@ class Table:
     def __repr__(self) -> str:
         lines = ([self.header] if self.header else []) + self.rows
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f'<th style="text-align:left">{html.escape(h)}</th>' for h in self.header)
-        body = "".join("<tr>" + "".join(f'<td style="text-align:left">{html.escape(v)}</td>' for v in row) + "</tr>" for row in self.rows)
+        body = "".join(
+            "<tr>"
+            + "".join(f'<td style="text-align:left">{html.escape(v)}</td>' for v in row)
+            + "</tr>"
+            for row in self.rows
+        )
         return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
 
 

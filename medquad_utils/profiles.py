@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.metadata
 import itertools
 import os
-import platform
-import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medquad_utils import CourseError, machine
+from medquad_utils.machine import (
+    Hardware,
+    _friendly_errors,
+    default_out,
+    detect,
+    hub_reachable,
+    hub_token,
+    on_colab,
+    processes,
+    token_gap,
+)
 from medquad_utils.memory import Micro, training_memory
 from medquad_utils.memory import Shape as Shape  # part of this module's face
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = ("sample", "hub", "xml", "csv", "jsonl", "parquet")
-DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
-
-
-class CourseError(Exception):
-    """A mistake that the reader can mend; the message says what is wrong, what was expected and what to do next."""
 
 
 @dataclass(frozen=True)
@@ -89,83 +92,6 @@ def sized(profile: Profile, source: str) -> Profile:
     if profile.name == "tiny" and source != "sample":
         return dataclasses.replace(profile, rows=240, eval_rows=40, max_length=512, epochs=2)
     return profile
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the machine offers. ``memory_gb`` is the memory a model can use: the card's, or the RAM of a CPU run."""
-
-    device: str  # "cpu", "cuda" or "mps"
-    name: str
-    memory_gb: float
-    capability: tuple[int, int] | None = None  # CUDA compute capability
-    bf16_cpu: bool = False  # AVX512-BF16 or AMX: without it bf16 matrix products crawl
-    cores: int = 1
-    gpus: int = 0  # on this machine; a run takes one of them for each process
-
-
-def processes() -> int:
-    """How many processes share the run: what ``torchrun`` or ``accelerate launch`` says, 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-
-
-def local_rank() -> int:
-    """Which process of this machine this is, and so which GPU is its own; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def detect() -> Hardware:
-    """Look at this machine. Imports torch.
-
-    CUDA is judged by compute capability, not by ``torch.cuda.is_bf16_supported()``: that counts emulation, and a T4
-    would crawl.
-
-    Raises:
-        CourseError: a launcher started more processes than there are GPUs, or CUDA had started on several GPUs before.
-    """
-    import psutil
-    import torch
-
-    gpus = _take_one_gpu()
-    ram = psutil.virtual_memory().total / 1e9
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if torch.cuda.is_available():
-        own, visible = local_rank(), torch.cuda.device_count()
-        if own >= visible:
-            raise CourseError(f"process {own} has no GPU of its own: {visible} visible. Launch as many processes as there are GPUs.")
-        properties = torch.cuda.get_device_properties(own)  # this starts CUDA, and from here on the count is final
-        if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-            raise CourseError(
-                "CUDA had started on several GPUs before the plan was made, and a trainer without a launcher takes one. "
-                "Restart the kernel and make the plan first, or set CUDA_VISIBLE_DEVICES=0."
-            )
-        capability = (properties.major, properties.minor)
-        return Hardware("cuda", properties.name, properties.total_memory / 1e9, capability, False, cores, gpus)
-    bf16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    if torch.backends.mps.is_available():
-        return Hardware("mps", "Apple GPU", ram, None, False, cores)
-    return Hardware("cpu", platform.processor() or platform.machine(), ram, None, bf16, cores)
-
-
-def _take_one_gpu() -> int:
-    """How many GPUs there are; without a launcher all but the first are hidden from this process and those it starts.
-
-    One process trains on one GPU: on several, ``transformers`` would split every batch over them (``nn.DataParallel``),
-    which TRL refuses. CUDA reads ``CUDA_VISIBLE_DEVICES`` once, when it starts, so this has to come first. All of them
-    stay listed in ``MEDQUAD_GPUS``, for the lessons that ``medquad run`` starts and for a launcher started in a notebook.
-    """
-    import torch
-
-    if "LOCAL_RANK" in os.environ:
-        if listed := os.environ.pop("MEDQUAD_GPUS", ""):
-            os.environ["CUDA_VISIBLE_DEVICES"] = listed
-        return torch.cuda.device_count()
-    found = torch.cuda.device_count()  # asks the driver's management library: does not start CUDA
-    if found > 1:
-        os.environ["MEDQUAD_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["MEDQUAD_GPUS"].split(",")[0]
-    listed = os.environ.get("MEDQUAD_GPUS", "")
-    return len(listed.split(",")) if found and listed else found
 
 
 @dataclass(frozen=True)
@@ -242,12 +168,24 @@ class Plan:
         """
         if self.processes > 1 or self.gpus < 2:
             return ""
-        count = max(n for n in _shares(self.accumulation * self.pack_length, self.max_length) if n <= self.gpus)
-        return f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}" if count > 1 else ""
+        count = max(
+            n
+            for n in _shares(self.accumulation * self.pack_length, self.max_length)
+            if n <= self.gpus
+        )
+        return (
+            f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}"
+            if count > 1
+            else ""
+        )
 
     def table(self) -> list[tuple[str, str]]:
         """The plan as (what, value) pairs in plain words."""
-        steps = f"{self.max_steps} steps" if self.max_steps else f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        steps = (
+            f"{self.max_steps} steps"
+            if self.max_steps
+            else f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        )
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         return [
@@ -269,8 +207,8 @@ class Plan:
 
     def _kept(self) -> str:
         """Where results lie on Colab, and what becomes of them when the session ends."""
-        if self.folder.is_relative_to(DRIVE):
-            return f"on Drive, in {self.folder.relative_to(DRIVE)}: a later session goes on from there"
+        if self.folder.is_relative_to(machine.DRIVE):
+            return f"on Drive, in {self.folder.relative_to(machine.DRIVE)}: a later session goes on from there"
         return "on this runtime's disk, lost with the session: mount Drive (folder icon > Mount Drive) and run this cell again"
 
     def __str__(self) -> str:
@@ -291,7 +229,10 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file; no path of this machine in it."""
         values = dataclasses.asdict(self)
-        return {k: (Path(v).name if k in ("model_path", "data_path", "out") and v else v) for k, v in values.items()}
+        return {
+            k: (Path(v).name if k in ("model_path", "data_path", "out") and v else v)
+            for k, v in values.items()
+        }
 
 
 def compute_dtype(hardware: Hardware) -> str:
@@ -302,7 +243,13 @@ def compute_dtype(hardware: Hardware) -> str:
 
 
 def micro_batch(
-    profile: str, hardware: Hardware, rank: int, rows: int, length: int, checkpoint: int = 0, dropout: float | None = None
+    profile: str,
+    hardware: Hardware,
+    rank: int,
+    rows: int,
+    length: int,
+    checkpoint: int = 0,
+    dropout: float | None = None,
 ) -> Micro:
     """A micro-batch of ``rows`` x ``length`` tokens in the numbers that the hardware computes in."""
     compute = compute_dtype(hardware)
@@ -322,57 +269,6 @@ ADAPTER_DTYPE = "float32"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face Hub answers; ``HF_HUB_OFFLINE=1`` counts as no."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    import httpx
-
-    try:
-        httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=timeout, follow_redirects=True).raise_for_status()
-    except (httpx.HTTPError, OSError):
-        return False
-    return True
-
-
-def on_colab() -> bool:
-    """Whether this process is a notebook on Google Colab, which loads its own package before the first cell."""
-    return "google.colab" in sys.modules
-
-
-_colab_kept = ""  # why Colab did not give its secret; huggingface_hub asks once a session, and so the first answer stays
-
-
-def hub_token() -> str | None:
-    """The Hub token of the environment, of the Hub's own login, or of Colab's secrets; ``None`` if there is none.
-
-    ``token_gap`` says what to do about a missing one.
-    """
-    import huggingface_hub
-
-    global _colab_kept
-    token: str | None = None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            token = huggingface_hub.get_token()
-        except Exception as error:  # only Colab's vault gets here: what it raises on a time-out is no error of the Hub's
-            if not on_colab():
-                raise
-            _colab_kept = f"Colab's secrets do not answer ({type(error).__name__})"
-            huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True  # else every download would ask, and fail, again
-    if any("not been granted" in str(warning.message) for warning in said):
-        _colab_kept = "this notebook may not read Colab's secret HF_TOKEN: key icon > Notebook access, then Runtime > Restart session"
-    return token
-
-
-def token_gap() -> str:
-    """Why ``hub_token`` found none, in one line with the next step; "" where nothing but the token itself is missing."""
-    if _colab_kept or not on_colab():
-        return _colab_kept
-    return "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, then Runtime > Restart session"
-
-
 def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
     """The profile that ``auto`` takes, and why, with the step that leads to the next one up; ``gap`` is why there is no token."""
     if hardware.memory_gb < 2:
@@ -380,30 +276,24 @@ def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> t
     if not reachable:
         return "tiny", "auto: the Hugging Face Hub is out of reach; with a network, 'small' is next"
     if hardware.device != "cuda":
-        return "small", "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
+        return (
+            "small",
+            "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama",
+        )
     if not token:
         reason = f" ({gap})" if gap else ""
-        return "small", f"auto: a GPU but no HF_TOKEN{reason}; accept the Llama 3 licence on the Hub and set the token for a Llama"
+        return (
+            "small",
+            f"auto: a GPU but no HF_TOKEN{reason}; accept the Llama 3 licence on the Hub and set the token for a Llama",
+        )
     if hardware.memory_gb >= 14:
         return "llama-8b", "auto: a GPU with room for 8 B in 4 bits, and a token"
     if hardware.memory_gb >= 4:
-        return "llama-1b", f"auto: a GPU with {hardware.memory_gb:.0f} GB and a token; 'llama-8b' needs 14 GB"
+        return (
+            "llama-1b",
+            f"auto: a GPU with {hardware.memory_gb:.0f} GB and a token; 'llama-8b' needs 14 GB",
+        )
     return "small", f"auto: a GPU with {hardware.memory_gb:.0f} GB; 'llama-1b' needs 4 GB"
-
-
-def default_out() -> str:
-    """``$MEDQUAD_OUT``; on Colab with Drive mounted ``medquad-runs`` there; else ``runs`` at the root of the checkout around
-    the working folder, or in it.
-
-    What lies on Colab's own disk is lost with the session.
-    """
-    if chosen := os.environ.get("MEDQUAD_OUT"):
-        return chosen
-    if on_colab() and DRIVE.is_dir():
-        return str(DRIVE / "medquad-runs")
-    here = Path.cwd()
-    root = next((p for p in (here, *here.parents) if (p / "medquad_utils").is_dir() and (p / "pyproject.toml").is_file()), here)
-    return str(root / "runs")
 
 
 def resolve(
@@ -429,7 +319,9 @@ def resolve(
     """
     _friendly_errors()
     if profile not in ("auto", *PROFILES):
-        raise CourseError(f"unknown profile {profile!r}: expected auto, {', '.join(PROFILES)}. Set profile to one of these.")
+        raise CourseError(
+            f"unknown profile {profile!r}: expected auto, {', '.join(PROFILES)}. Set profile to one of these."
+        )
     hardware = hardware or detect()
     why = "as asked"
     if profile == "auto":
@@ -443,7 +335,9 @@ def resolve(
     fit = fit_step(chosen, shape, hardware, lora_r or chosen.lora_r, processes())
     cuda = hardware.device == "cuda"
     dtype = compute_dtype(hardware)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # as accelerate launch sets it
+    sharded = (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    )  # as accelerate launch sets it
     return Plan(
         profile=profile, model_id=chosen.model_id, revision=chosen.revision, model_path=model_path,
         source=source, data_path=data_path, device="cuda" if cuda else "cpu",
@@ -472,7 +366,9 @@ class Fit:
     memory_gb: float
 
 
-def fit_step(profile: Profile, shape: Shape, hardware: Hardware, rank: int, processes: int = 1) -> Fit:
+def fit_step(
+    profile: Profile, shape: Shape, hardware: Hardware, rank: int, processes: int = 1
+) -> Fit:
     """The fastest step that the memory holds.
 
     Longest rows come first: what is too long is left out of the data. Then follow rows that are packed as long as possible
@@ -486,9 +382,16 @@ def fit_step(profile: Profile, shape: Shape, hardware: Hardware, rank: int, proc
         )
 
     def need(tokens: int, checkpoint: int) -> float:
-        return sum(training_memory(shape, micro_batch(profile.name, hardware, rank, 1, tokens, checkpoint)).values())
+        return sum(
+            training_memory(
+                shape, micro_batch(profile.name, hardware, rank, 1, tokens, checkpoint)
+            ).values()
+        )
 
-    share, most = profile.tokens_per_step // processes, MAX_PACK["cuda" if hardware.device == "cuda" else "cpu"]
+    share, most = (
+        profile.tokens_per_step // processes,
+        MAX_PACK["cuda" if hardware.device == "cuda" else "cpu"],
+    )
     for length in (profile.max_length, profile.max_length // 2, profile.max_length // 4):
         packs = _halved(min(most, share), length)
         for checkpoint, tokens in itertools.product((0, 1), packs):
@@ -522,33 +425,16 @@ def _check_source(source: str, data_path: str) -> None:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
     if source not in ("sample", "hub") and not data_path:
         kind = "folder" if source == "xml" else "file"
-        raise CourseError(f"source {source!r} needs data_path: the {kind} to read. Add -p data_path=... (medquad data: --path ...)")
+        raise CourseError(
+            f"source {source!r} needs data_path: the {kind} to read. Add -p data_path=... (medquad data: --path ...)"
+        )
 
 
 def _shape_in(folder: str) -> Shape:
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").is_file():
-        raise CourseError(f"model_path {folder!r} holds no config.json: expected a model folder in the Hub's layout.")
+        raise CourseError(
+            f"model_path {folder!r} holds no config.json: expected a model folder in the Hub's layout."
+        )
     return Shape.of(AutoConfig.from_pretrained(folder))
-
-
-def _friendly_errors() -> None:
-    """In a notebook, show one clear message for a ``CourseError`` and for a cell that was run out of order."""
-    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
-        return
-
-    def handler(shell: Any, kind: type[BaseException], error: BaseException, trace: Any, tb_offset: int | None = None) -> list[str]:
-        text = str(error)
-        if isinstance(error, NameError):
-            text += ". A cell above has not been run yet: choose Run > Run All Above Selected Cell, then run this one again."
-        shell._showtraceback(kind, text, [f"{kind.__name__}: {text}"])
-        return [text]
-
-    shell.set_custom_exc((CourseError, NameError), handler)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that the course stands on."""
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
-    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}

@@ -14,9 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medquad_utils.data import whole_folder
-from medquad_utils.model_card import DOI, LICENCES, TAG, Licence, attribution, card, licence_of, read_metrics
-from medquad_utils.profiles import CourseError, Plan, hub_token
+from medquad_utils import CourseError
+from medquad_utils.files import whole_folder
+from medquad_utils.machine import hub_token
+from medquad_utils.model_card import (
+    DOI,
+    LICENCES,
+    TAG,
+    Licence,
+    attribution,
+    card,
+    licence_of,
+    read_metrics,
+)
+from medquad_utils.profiles import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +37,14 @@ FILES = re.compile(
     r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
     r"(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja|README\.md|LICENSE|NOTICE"
 )
-NEEDED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE", "NOTICE")
+NEEDED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+)
 INCOMPLETE = "THIS FILE IS A PLACEHOLDER"  # opens a LICENSE that still lacks the agreement
 ROUTE = "dequantised"  # of the merged routes the one that drifts least from what was trained
 
@@ -44,7 +62,9 @@ def check_name(repo: str, model_id: str) -> None:
         validate_repo_id(repo)
         user, name = repo.split("/")
     except (HFValidationError, ValueError) as error:
-        raise CourseError(f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', for example me/my-model.") from error
+        raise CourseError(
+            f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', for example me/my-model."
+        ) from error
     licence = licence_of(model_id)
     if licence.agreement and not re.match(r"llama[-_. ]?3", name, re.IGNORECASE):
         raise CourseError(
@@ -53,7 +73,14 @@ def check_name(repo: str, model_id: str) -> None:
         )
 
 
-def build(plan: Plan, repo: str, folder: Path, merged: bool = False, adapter: Path | None = None, licence: Path | None = None) -> Path:
+def build(
+    plan: Plan,
+    repo: str,
+    folder: Path,
+    merged: bool = False,
+    adapter: Path | None = None,
+    licence: Path | None = None,
+) -> Path:
     """Write the folder that goes to the Hub, whole or not at all, in place of an older one; returns ``folder``.
 
     It is the adapter, or with ``merged`` (and always where the base is on no Hub) base and adapter as one model, each with
@@ -69,23 +96,37 @@ def build(plan: Plan, repo: str, folder: Path, merged: bool = False, adapter: Pa
     source = adapter or plan.folder / "adapter"
     check_adapter(plan, source)
     if folder.exists():
-        strange = [p.name for p in folder.iterdir() if not FILES.fullmatch(p.name)] if folder.is_dir() else [folder.name]
+        strange = (
+            [p.name for p in folder.iterdir() if not FILES.fullmatch(p.name)]
+            if folder.is_dir()
+            else [folder.name]
+        )
         if strange:
-            raise CourseError(f"{folder.name}/ is in use: it holds {min(strange)}. Choose another folder with --out.")
+            raise CourseError(
+                f"{folder.name}/ is in use: it holds {min(strange)}. Choose another folder with --out."
+            )
     merged = merged or not plan.on_hub
     revision = base_revision(plan) if plan.on_hub else ""
     text = agreement(plan, revision, licence)
     try:
         with whole_folder(folder) as fresh:
             tokenizer = load_tokenizer(plan)
-            _write_model(plan, tokenizer, source, fresh) if merged else _write_adapter(plan, tokenizer, source, fresh, revision)
+            _write_model(plan, tokenizer, source, fresh) if merged else _write_adapter(
+                plan, tokenizer, source, fresh, revision
+            )
             metrics = read_metrics(plan, source)
-            (fresh / "README.md").write_text(card(repo, plan, metrics, merged, revision), encoding="utf-8")
+            (fresh / "README.md").write_text(
+                card(repo, plan, metrics, merged, revision), encoding="utf-8"
+            )
             (fresh / "LICENSE").write_text(text, encoding="utf-8")
-            (fresh / "NOTICE").write_text(notice(plan, metrics.plan.get("source", plan.source)), encoding="utf-8")
+            (fresh / "NOTICE").write_text(
+                notice(plan, metrics.plan.get("source", plan.source)), encoding="utf-8"
+            )
             check(fresh, repo)
     except OSError as error:
-        raise CourseError(f"cannot write {folder.name}/: {error.strerror or error}. Nothing was changed; free some space.") from error
+        raise CourseError(
+            f"cannot write {folder.name}/: {error.strerror or error}. Nothing was changed; free some space."
+        ) from error
     return folder
 
 
@@ -99,7 +140,12 @@ def base_revision(plan: Plan) -> str:
 
     if plan.revision:
         return plan.revision
-    record = Path(constants.HF_HUB_CACHE) / f"models--{plan.model_id.replace('/', '--')}" / "refs" / "main"
+    record = (
+        Path(constants.HF_HUB_CACHE)
+        / f"models--{plan.model_id.replace('/', '--')}"
+        / "refs"
+        / "main"
+    )
     if record.is_file():
         return record.read_text(encoding="utf-8").strip()
     raise CourseError(
@@ -107,13 +153,17 @@ def base_revision(plan: Plan) -> str:
     )
 
 
-def _write_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path) -> None:
+def _write_model(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path
+) -> None:
     from medquad_utils import merging
 
     merging.save(merging.merge(plan, ROUTE, adapter), tokenizer, folder)
 
 
-def _write_adapter(plan: Plan, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path, revision: str) -> None:
+def _write_adapter(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, adapter: Path, folder: Path, revision: str
+) -> None:
     from transformers import GenerationConfig
 
     from medquad_utils.chat import end_ids
@@ -121,12 +171,17 @@ def _write_adapter(plan: Plan, tokenizer: PreTrainedTokenizerBase, adapter: Path
     folder.mkdir()
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": plan.model_id, "revision": revision}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     tokenizer.padding_side = "left"  # as generation wants them
     tokenizer.save_pretrained(folder)
     ends = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, do_sample=False
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
     )
     ends.save_pretrained(folder)
 
@@ -147,11 +202,15 @@ def agreement(plan: Plan, revision: str = "", given: Path | None = None) -> str:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CourseError(f"cannot read --licence {file.name}: expected the text of the {licence.name}.") from error
+            raise CourseError(
+                f"cannot read --licence {file.name}: expected the text of the {licence.name}."
+            ) from error
         if _is_agreement(text, licence):
             return text
         if given:
-            raise CourseError(f"--licence {file.name} is not the {licence.name}: expected a text with the title {licence.agreement}.")
+            raise CourseError(
+                f"--licence {file.name} is not the {licence.name}: expected a text with the title {licence.agreement}."
+            )
     return (
         f"{INCOMPLETE}\n\nThis model is derived from {plan.model_id} and is under the {licence.name}.\nThe full agreement stands at "
         f"{licence.url}\nand in the file LICENSE (or LICENSE.txt) of https://huggingface.co/{plan.model_id}\n\nThe licence asks for "
@@ -166,7 +225,11 @@ def _cached_agreements(plan: Plan, revision: str) -> Iterator[Path]:
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("LICENSE", "LICENSE.txt"):
-        found = Path(plan.model_path) / name if plan.model_path else try_to_load_from_cache(plan.model_id, name, revision=revision or None)
+        found = (
+            Path(plan.model_path) / name
+            if plan.model_path
+            else try_to_load_from_cache(plan.model_id, name, revision=revision or None)
+        )
         if isinstance(found, str | Path) and Path(found).is_file():
             yield Path(found)
 
@@ -189,8 +252,16 @@ def _apache() -> str:
 def notice(plan: Plan, source: str) -> str:
     """The text of NOTICE: the line that the base's licence asks for, the base, and the data."""
     licence = licence_of(plan.model_id)
-    base = "the embedded base of the QLoRA course" if plan.model_id == "embedded" else f"https://huggingface.co/{plan.model_id}"
-    lines = [*([licence.notice, licence.built] if licence.notice else []), f"Derived from {base} ({licence.name}).", attribution(source)]
+    base = (
+        "the embedded base of the QLoRA course"
+        if plan.model_id == "embedded"
+        else f"https://huggingface.co/{plan.model_id}"
+    )
+    lines = [
+        *([licence.notice, licence.built] if licence.notice else []),
+        f"Derived from {base} ({licence.name}).",
+        attribution(source),
+    ]
     return "\n\n".join(lines) + "\n"
 
 
@@ -199,12 +270,16 @@ def notice(plan: Plan, source: str) -> str:
 SECRETS = {
     "a token of the Hub": re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}"),
     "a token of GitHub": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}"),
-    "an access key": re.compile(r"\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "an access key": re.compile(
+        r"\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    ),
 }
 PATHS = re.compile(
     r"(?<![\w.:/])(/(home|Users|root|tmp|mnt|data|workspace|work|content|kaggle|scratch|private|var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
-NO_NAMES = frozenset({"root", "user", "admin", "ubuntu", "jupyter", "runner", "colab", "docker"})  # nobody's own
+NO_NAMES = frozenset(
+    {"root", "user", "admin", "ubuntu", "jupyter", "runner", "colab", "docker"}
+)  # nobody's own
 
 
 def scan(folder: Path, repo: str) -> None:
@@ -223,17 +298,27 @@ def scan(folder: Path, repo: str) -> None:
     except (OSError, KeyError):  # a container without a user database
         name = ""
     ordinary = Path(__file__).with_name("model_card.py").read_text(encoding="utf-8").lower()
-    person = name if len(name) > 2 and name.lower() not in NO_NAMES and name.lower() not in ordinary else ""
+    person = (
+        name
+        if len(name) > 2 and name.lower() not in NO_NAMES and name.lower() not in ordinary
+        else ""
+    )
     for file in sorted(folder.rglob("*")):
         where = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(where):
-            raise CourseError(f"{where} does not belong in a published model: remove it from {folder.name}/.")
+            raise CourseError(
+                f"{where} does not belong in a published model: remove it from {folder.name}/."
+            )
         text = _text(file).replace(repo, "")
         if token and token in text:
-            raise CourseError(f"{where} holds your Hub token: remove it, and renew the token if the file was ever shared.")
+            raise CourseError(
+                f"{where} holds your Hub token: remove it, and renew the token if the file was ever shared."
+            )
         for what, pattern in SECRETS.items():
             if pattern.search(text):
-                raise CourseError(f"{where} holds {what}: remove it, and renew it if the file was ever shared.")
+                raise CourseError(
+                    f"{where} holds {what}: remove it, and renew it if the file was ever shared."
+                )
         if path := next((p for p in own if p in text), ""):
             raise CourseError(f"{where} holds a path of this machine ({path}): remove it.")
         if where in ("tokenizer.json", "LICENSE"):
@@ -270,17 +355,29 @@ def check(folder: Path, repo: str) -> None:
     data = ModelCard(text).data
     licence = LICENCES.get(str(data.get("license")))
     if licence is None or TAG not in (data.get("tags") or []):
-        raise CourseError(f"README.md is no card of medquad publish (its metadata lack the licence or the tag {TAG}): build it again.")
+        raise CourseError(
+            f"README.md is no card of medquad publish (its metadata lack the licence or the tag {TAG}): build it again."
+        )
     if DOI not in text or DOI not in (folder / "NOTICE").read_text(encoding="utf-8"):
-        raise CourseError(f"README.md and NOTICE must attribute MedQuAD (doi {DOI}), whose licence is CC BY 4.0: build the folder again.")
+        raise CourseError(
+            f"README.md and NOTICE must attribute MedQuAD (doi {DOI}), whose licence is CC BY 4.0: build the folder again."
+        )
     if licence.agreement:
         check_name(repo, str(data.get("base_model") or ""))
-        if licence.built not in text or licence.notice not in (folder / "NOTICE").read_text(encoding="utf-8"):
-            raise CourseError(f"README.md must say '{licence.built}' and NOTICE hold Meta's line ({licence.name}): build the folder again.")
+        if licence.built not in text or licence.notice not in (folder / "NOTICE").read_text(
+            encoding="utf-8"
+        ):
+            raise CourseError(
+                f"README.md must say '{licence.built}' and NOTICE hold Meta's line ({licence.name}): build the folder again."
+            )
     if (config := folder / "adapter_config.json").is_file():
         values = json.loads(config.read_text(encoding="utf-8"))
-        if values.get("base_model_name_or_path") != data.get("base_model") or not values.get("revision"):
-            raise CourseError("adapter_config.json must name the Hub id and the revision of its base: build the folder again.")
+        if values.get("base_model_name_or_path") != data.get("base_model") or not values.get(
+            "revision"
+        ):
+            raise CourseError(
+                "adapter_config.json must name the Hub id and the revision of its base: build the folder again."
+            )
     scan(folder, repo)
     _check_ends(folder)
 
@@ -291,13 +388,20 @@ def _check_ends(folder: Path) -> None:
 
     from medquad_utils.chat import end_ids
 
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    tokenizer, config = (
+        AutoTokenizer.from_pretrained(folder),
+        GenerationConfig.from_pretrained(folder),
+    )
     given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     missing = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
     if missing:
-        raise CourseError(f"generation_config.json does not stop at {missing[0]}, so answers would run on: build the folder again.")
+        raise CourseError(
+            f"generation_config.json does not stop at {missing[0]}, so answers would run on: build the folder again."
+        )
     if config.pad_token_id is None or config.pad_token_id in given:
-        raise CourseError("generation_config.json must pad with a token that ends nothing: build the folder again.")
+        raise CourseError(
+            "generation_config.json must pad with a token that ends nothing: build the folder again."
+        )
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path, adapter: Path | None = None) -> None:
@@ -308,9 +412,16 @@ def check_numbers(plan: Plan, repo: str, folder: Path, adapter: Path | None = No
     Raises:
         CourseError: names the line; or the commit of the base is not known.
     """
-    merged, metrics = (folder / "config.json").is_file(), read_metrics(plan, adapter or plan.folder / "adapter")
-    made = set(card(repo, plan, metrics, merged, base_revision(plan) if plan.on_hub else "").splitlines())
-    for number, line in enumerate((folder / "README.md").read_text(encoding="utf-8").splitlines(), start=1):
+    merged, metrics = (
+        (folder / "config.json").is_file(),
+        read_metrics(plan, adapter or plan.folder / "adapter"),
+    )
+    made = set(
+        card(repo, plan, metrics, merged, base_revision(plan) if plan.on_hub else "").splitlines()
+    )
+    for number, line in enumerate(
+        (folder / "README.md").read_text(encoding="utf-8").splitlines(), start=1
+    ):
         if line not in made and re.search(r"\d", line):
             raise CourseError(
                 f"README.md line {number} holds a number that no metric of the run gives ({line.strip()[:80]}): nobody types a result. "
@@ -326,7 +437,9 @@ def snippet_of(folder: Path) -> str:
     """
     text = (folder / "README.md").read_text(encoding="utf-8")
     if not (code := re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)):
-        raise CourseError(f"the card in {folder.name}/ shows no Python code: build the folder again.")
+        raise CourseError(
+            f"the card in {folder.name}/ shows no Python code: build the folder again."
+        )
     return code.group(1)
 
 
@@ -346,9 +459,17 @@ def run_snippet(folder: Path, repo: str) -> str:
             link.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError:  # Windows asks for a privilege that few have
             shutil.copytree(folder, link)
-        done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, encoding="utf-8", check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=empty,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
     if done.returncode:
-        raise CourseError(f"the snippet of the card in {folder.name}/ fails: {(done.stderr.strip().splitlines() or ['no word'])[-1][:200]}")
+        raise CourseError(
+            f"the snippet of the card in {folder.name}/ fails: {(done.stderr.strip().splitlines() or ['no word'])[-1][:200]}"
+        )
     return done.stdout.strip()
 
 
@@ -370,7 +491,9 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
 
     check(folder, repo)
     if (folder / "LICENSE").read_text(encoding="utf-8").startswith(INCOMPLETE):
-        raise CourseError("LICENSE lacks the agreement, and the licence asks for a copy: give it with --licence FILE. The folder is kept.")
+        raise CourseError(
+            "LICENSE lacks the agreement, and the licence asks for a copy: give it with --licence FILE. The folder is kept."
+        )
     token = hub_token()
     if not token:
         raise CourseError(
@@ -380,15 +503,24 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, token=token)
     try:
         before, parent = _claim(api, repo)
-        names = sorted((p.name for p in folder.iterdir()), key=lambda name: (name == "README.md", name))
-        stale = [CommitOperationDelete(name) for name in sorted(before - {*names, ".gitattributes"})]
+        names = sorted(
+            (p.name for p in folder.iterdir()), key=lambda name: (name == "README.md", name)
+        )
+        stale = [
+            CommitOperationDelete(name) for name in sorted(before - {*names, ".gitattributes"})
+        ]
         commit = api.create_commit(
             repo,
             [*stale, *(CommitOperationAdd(name, folder / name) for name in names)],
             commit_message="Publish with medquad",
             parent_commit=parent,
         )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # a RuntimeError where the upload of a large file broke off
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a RuntimeError where the upload of a large file broke off
         raise CourseError(f"{explain(error, repo)} {_kept(folder)}") from error
     return str(commit.repo_url)
 
@@ -423,7 +555,11 @@ def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
 
 def explain(error: Exception, repo: str) -> str:
     """What went wrong in a push, and what to do, in one line."""
-    cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+    cause = (
+        error.__cause__
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+        else error
+    )
     response = getattr(cause, "response", None)
     status = getattr(response, "status_code", 0)
     known = {

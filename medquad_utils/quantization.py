@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils.memory import BLOCK
-from medquad_utils.memory import bits_per_parameter as bits_per_parameter  # part of this module's face
+from medquad_utils.memory import (
+    bits_per_parameter as bits_per_parameter,
+)  # part of this module's face
 from medquad_utils.profiles import Plan, Shape
 
 if TYPE_CHECKING:
@@ -29,14 +31,18 @@ def nf4_levels(offset: float = 0.9677083) -> torch.Tensor:
     probability at which the outermost level sits: 1 - (1/30 + 1/32) / 2, the middle between the last half-bins of a
     15- and a 16-level grid.
     """
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    normal = torch.distributions.Normal(
+        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    )
     positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
     return (levels / levels.max()).float()
 
 
-def quantize_blocks(weights: torch.Tensor, levels: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(
+    weights: torch.Tensor, levels: torch.Tensor, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round ``weights`` (any shape, a multiple of ``block`` values) to ``levels``, block by block.
 
     Returns:
@@ -55,7 +61,9 @@ def quantize_blocks(weights: torch.Tensor, levels: torch.Tensor, block: int = BL
     return codes, scales
 
 
-def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+def dequantize_blocks(
+    codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, shape: torch.Size | None = None
+) -> torch.Tensor:
     """The weights that ``quantize_blocks`` stands for: level times scale, fp32, in ``shape`` if it is given."""
     weights = levels[codes] * scales[:, None]
     return weights if shape is None else weights.reshape(shape)
@@ -109,7 +117,9 @@ def measured_memory(model: torch.nn.Module) -> dict[str, int]:
     for parameter in {id(p): p for p in model.parameters()}.values():
         if isinstance(parameter, bitsandbytes.nn.Params4bit):
             sizes["4-bit codes"] += parameter.numel() * parameter.element_size()
-            sizes["4-bit scales"] += sum(t.numel() * t.element_size() for t in _tensors(parameter.quant_state))
+            sizes["4-bit scales"] += sum(
+                t.numel() * t.element_size() for t in _tensors(parameter.quant_state)
+            )
         else:
             sizes["16/32-bit weights"] += parameter.numel() * parameter.element_size()
     return sizes
@@ -125,7 +135,9 @@ def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: list[str]) ->
     total, count = 0.0, 0
     with torch.inference_mode():
         for text in texts:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(
+                next(model.parameters()).device
+            )
             logits = model(input_ids=ids).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1

@@ -13,9 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medquad_utils import CourseError
 from medquad_utils.chat import grounded_messages, prompt_ids
-from medquad_utils.data import COLUMNS, Row, normalise, read_records
-from medquad_utils.profiles import CourseError
+from medquad_utils.data import read_records
+from medquad_utils.files import COLUMNS, Row
+from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +28,9 @@ REFERENCES = ("answer", "answers", "reference", "references")
 OPTIONAL = ("qtype", "source", "focus", "url")
 
 # Control characters, marks that turn the direction of writing, halves of surrogate pairs; tabs and line breaks stay.
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 STEERING = re.compile(
     r"<\|[^|]*\|>|\[/?INST\]|<</?SYS>>|\b(?:ignore|disregard|forget)\b.{0,30}\b(?:instructions?|prompts?|rules)\b|\bsystem prompt\b",
     re.IGNORECASE | re.DOTALL,
@@ -64,7 +68,12 @@ class Question:
     def row(self) -> Row:
         """The question as a row of the common schema; its answer is the first reference."""
         known = {column: getattr(self, column) for column in OPTIONAL}
-        return {**dict.fromkeys(COLUMNS), **known, "question": self.question, "answer": self.references[0]}
+        return {
+            **dict.fromkeys(COLUMNS),
+            **known,
+            "question": self.question,
+            "answer": self.references[0],
+        }
 
 
 @dataclass
@@ -93,12 +102,17 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     Raises:
         CourseError: no such file, not readable, a column is missing, or no question with an answer is left.
     """
-    records = [{str(k).strip().lower(): v for k, v in record.items()} for record in read_records(path, "question, answer")]
+    records = [
+        {str(k).strip().lower(): v for k, v in record.items()}
+        for record in read_records(path, "question, answer")
+    ]
     columns = {name for record in records for name in record}
     missing = [" or ".join(names) for names in (QUESTION, REFERENCES) if not columns & set(names)]
     if records and missing:
         has = ", ".join(sorted(columns))
-        raise CourseError(f"{path.name} lacks a column {' and a column '.join(missing)}: it has {has}. Rename what holds them.")
+        raise CourseError(
+            f"{path.name} lacks a column {' and a column '.join(missing)}: it has {has}. Rename what holds them."
+        )
     notes: dict[str, list[int]] = defaultdict(list)
     asked: dict[str, Question] = {}
     for number, record in enumerate(records, start=1):
@@ -108,16 +122,22 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
         key = normalise(question.question) or question.question
         if known := asked.get(key):
             notes[MERGED].append(number)
-            question = dataclasses.replace(known, references=tuple(dict.fromkeys(known.references + question.references)))
+            question = dataclasses.replace(
+                known, references=tuple(dict.fromkeys(known.references + question.references))
+            )
         asked[key] = question
     questions = Questions(path.name, list(asked.values()), dict(notes))
     if not asked:
         why = "; ".join(line.strip() for line in str(questions).splitlines()[1:]) or "it is empty"
-        raise CourseError(f"{path.name} holds no question with an answer ({why}). Give each row a question and an answer.")
+        raise CourseError(
+            f"{path.name} holds no question with an answer ({why}). Give each row a question and an answer."
+        )
     return _drawn(questions, limit, seed)
 
 
-def _question(number: int, record: Mapping[str, Any], notes: dict[str, list[int]]) -> Question | None:
+def _question(
+    number: int, record: Mapping[str, Any], notes: dict[str, list[int]]
+) -> Question | None:
     """One record as a question, or ``None`` where a part is missing; what was found odd goes to ``notes``."""
     asked = next((text for name in QUESTION for text in _texts(record.get(name))), "")
     references = [text for name in REFERENCES for text in _texts(record.get(name), several=True)]
@@ -133,7 +153,9 @@ def _question(number: int, record: Mapping[str, Any], notes: dict[str, list[int]
     for what, there in found.items():
         if there:
             notes[what].append(number)
-    known = {name: CONTROL.sub("", text) for name in OPTIONAL for text in _texts(record.get(name))[:1]}
+    known = {
+        name: CONTROL.sub("", text) for name in OPTIONAL for text in _texts(record.get(name))[:1]
+    }
     return Question(number, clean, tuple(dict.fromkeys(answers)), **known)
 
 
@@ -143,7 +165,11 @@ def _texts(value: Any, several: bool = False) -> list[str]:
         with suppress(ValueError):  # a text that opens with a bracket
             value = json.loads(value)
     values = value if isinstance(value, list) else [value]
-    return [v.strip() for v in values if isinstance(v, str) and CONTROL.sub("", v).strip().lower() not in ("", "nan")]
+    return [
+        v.strip()
+        for v in values
+        if isinstance(v, str) and CONTROL.sub("", v).strip().lower() not in ("", "nan")
+    ]
 
 
 def _foreign(text: str) -> bool:
@@ -164,7 +190,9 @@ def _drawn(questions: Questions, limit: int, seed: int) -> Questions:
     return Questions(questions.name, [asked[n] for n in sorted(chosen)], notes)
 
 
-def fitted(tokenizer: PreTrainedTokenizerBase, question: str, room: int, passages: Sequence[str] = ()) -> tuple[list[dict[str, str]], bool]:
+def fitted(
+    tokenizer: PreTrainedTokenizerBase, question: str, room: int, passages: Sequence[str] = ()
+) -> tuple[list[dict[str, str]], bool]:
     """The messages that ask ``question`` over ``passages`` in at most ``room`` tokens, and whether the question had to be cut.
 
     Passages get shorter first, and are left out next; then the question is cut at a word.
@@ -179,11 +207,15 @@ def fitted(tokenizer: PreTrainedTokenizerBase, question: str, room: int, passage
     whole = " ".join(question.split())
     text = whole[: WIDEST * max(0, room)]
     for words in (PASSAGE_WORDS, PASSAGE_WORDS // 2, PASSAGE_WORDS // 4, 0):
-        messages = grounded_messages(text, [" ".join(passage.split()[:words]) for passage in passages if words])
+        messages = grounded_messages(
+            text, [" ".join(passage.split()[:words]) for passage in passages if words]
+        )
         if fits(messages):
             return messages, len(text) < len(whole)
     if not fits(grounded_messages("")):
-        raise CourseError(f"a prompt has room for {room} tokens, less than the empty one takes: lower max_new_tokens.")
+        raise CourseError(
+            f"a prompt has room for {room} tokens, less than the empty one takes: lower max_new_tokens."
+        )
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2

@@ -14,13 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medquad_utils import course
-from medquad_utils.profiles import CourseError, default_out, resolve
+from medquad_utils import CourseError, course
+from medquad_utils.machine import default_out
+from medquad_utils.profiles import resolve
 
 PACKAGE = "medquad-qlora"
 BESIDE_GB = 1.0  # a browser and JupyterLab beside a lesson's kernel, in GB of RAM
 DISK_GB = 1.0  # results of the nine lessons are under 0.1 GB on tiny, and lesson 05 and 08 write a merged model for a while
-PORTS = {8888: "JupyterLab takes the next free one: read the address that it prints", 7860: "start the chat with: medquad demo --port 7861"}
+PORTS = {
+    8888: "JupyterLab takes the next free one: read the address that it prints",
+    7860: "start the chat with: medquad demo --port 7861",
+}
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 
@@ -64,21 +68,49 @@ def packages() -> list[Finding]:
     try:
         about = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("packages", PROBLEM, f"{PACKAGE} is not installed", "make course, or: pip install -e .")]
-    asked = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or () if "extra ==" not in line]
+        return [
+            Finding(
+                "packages",
+                PROBLEM,
+                f"{PACKAGE} is not installed",
+                "make course, or: pip install -e .",
+            )
+        ]
+    asked = [
+        Requirement(line)
+        for line in importlib.metadata.requires(PACKAGE) or ()
+        if "extra ==" not in line
+    ]
     have = {need.name: _installed(need.name) for need in asked}
-    wrong = [need for need in asked if not (have[need.name] and need.specifier.contains(have[need.name], prereleases=True))]
+    wrong = [
+        need
+        for need in asked
+        if not (have[need.name] and need.specifier.contains(have[need.name], prereleases=True))
+    ]
     found = []
     python, range_ = platform.python_version(), about["Requires-Python"]
     if not SpecifierSet(range_).contains(python):
-        found.append(Finding("python", PROBLEM, f"{python}, and the course needs {range_}", "make a .venv with another Python"))
+        found.append(
+            Finding(
+                "python",
+                PROBLEM,
+                f"{python}, and the course needs {range_}",
+                "make a .venv with another Python",
+            )
+        )
     for need in wrong:
         said = f"{need.name} {have[need.name] or 'is missing'}, expected {need.specifier}"
         found.append(Finding("packages", PROBLEM, said, f'pip install "{need}"'))
-    other = [f"{name} {have[name]} (tested: {pin})" for name, pin in _pins().items() if have.get(name) and _public(have[name]) != pin]
+    other = [
+        f"{name} {have[name]} (tested: {pin})"
+        for name, pin in _pins().items()
+        if have.get(name) and _public(have[name]) != pin
+    ]
     if other and not wrong:
         todo = "touch environment.yml && make course (it installs the tested ones)"
-        found.append(Finding("packages", WARNING, f"in range, other than tested: {', '.join(other)}", todo))
+        found.append(
+            Finding("packages", WARNING, f"in range, other than tested: {', '.join(other)}", todo)
+        )
     return found or [Finding("packages", OK, f"Python {python}, {len(asked)} packages as tested")]
 
 
@@ -116,7 +148,14 @@ def model() -> list[Finding]:
         (answer,) = generation.ask(generation.load_base(plan), tokenizer, ["What is asthma?"], 1)
     except Exception as error:  # whatever a broken file, a broken package or too little memory raises: here it is a finding
         said = f"the embedded model does not answer: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        return [Finding("model", PROBLEM, said, "restore it with: git checkout medquad_utils/assets; then see the packages above")]
+        return [
+            Finding(
+                "model",
+                PROBLEM,
+                said,
+                "restore it with: git checkout medquad_utils/assets; then see the packages above",
+            )
+        ]
     return [Finding("model", OK, f"loads in 4 bits and answers ({answer.tokens} token asked for)")]
 
 
@@ -126,14 +165,23 @@ def lessons() -> list[Finding]:
     stale = [course.title(path) for path in paths if not _stamped(path)]
     if stale:
         todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
-        return [Finding("lessons", WARNING, f"changed since their outputs were made: {', '.join(stale)}", todo)]
+        return [
+            Finding(
+                "lessons",
+                WARNING,
+                f"changed since their outputs were made: {', '.join(stale)}",
+                todo,
+            )
+        ]
     return [Finding("lessons", OK, f"{len(paths)} lessons, outputs of their own sources")]
 
 
 def _stamped(path: Path) -> bool:
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        return bool(notebook["metadata"][course.STAMP]["source"] == course.source_hash(notebook["cells"]))
+        return bool(
+            notebook["metadata"][course.STAMP]["source"] == course.source_hash(notebook["cells"])
+        )
     except (KeyError, ValueError, TypeError):
         return False
 
@@ -141,7 +189,9 @@ def _stamped(path: Path) -> bool:
 def timings() -> Mapping[str, Mapping[str, float]]:
     """Lesson number -> seconds and peak_gb, as the run that stamped the lessons measured them; empty without a record."""
     try:
-        record: Mapping[str, Mapping[str, float]] = json.loads((course.notebooks_folder() / "timings.json").read_text(encoding="utf-8"))
+        record: Mapping[str, Mapping[str, float]] = json.loads(
+            (course.notebooks_folder() / "timings.json").read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return {}
     return record
@@ -152,9 +202,19 @@ def memory() -> list[Finding]:
     import psutil
 
     peaks = {number: measured["peak_gb"] for number, measured in timings().items()}
-    need, free = max(peaks.values(), default=1.0) + BESIDE_GB, psutil.virtual_memory().available / 1e9
+    need, free = (
+        max(peaks.values(), default=1.0) + BESIDE_GB,
+        psutil.virtual_memory().available / 1e9,
+    )
     said = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (lesson {max(peaks, key=lambda n: peaks[n], default='?')} and a browser)"
-    return [Finding("memory", OK if free >= need else PROBLEM, said, "" if free >= need else "close other programs and notebooks")]
+    return [
+        Finding(
+            "memory",
+            OK if free >= need else PROBLEM,
+            said,
+            "" if free >= need else "close other programs and notebooks",
+        )
+    ]
 
 
 def _existing(folder: Path) -> Path:
@@ -167,7 +227,9 @@ def disk(folder: Path) -> list[Finding]:
     free = shutil.disk_usage(_existing(folder)).free / 1e9
     said = f"{free:.1f} GB free for results, {DISK_GB:.1f} GB needed"
     todo = "free some space, or set MEDQUAD_OUT to a folder on another disk"
-    return [Finding("disk", OK if free >= DISK_GB else PROBLEM, said, "" if free >= DISK_GB else todo)]
+    return [
+        Finding("disk", OK if free >= DISK_GB else PROBLEM, said, "" if free >= DISK_GB else todo)
+    ]
 
 
 def results(folder: Path) -> list[Finding]:
@@ -177,13 +239,22 @@ def results(folder: Path) -> list[Finding]:
             return [Finding("results", OK, f"{folder.name}/ can be written")]
     except OSError as error:
         said = f"{folder.name}/ cannot be written ({error.strerror})"
-        return [Finding("results", PROBLEM, said, "set MEDQUAD_OUT to a folder of yours, or run the course in one")]
+        return [
+            Finding(
+                "results",
+                PROBLEM,
+                said,
+                "set MEDQUAD_OUT to a folder of yours, or run the course in one",
+            )
+        ]
 
 
 def port(number: int, todo: str) -> Finding:
     """Whether a program could listen on this port of this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is nobody's
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # a connection that has just ended is nobody's
         try:
             probe.bind(("127.0.0.1", number))
         except OSError as error:
@@ -195,7 +266,11 @@ def port(number: int, todo: str) -> Finding:
 def auto() -> list[Finding]:
     """The profile that notebooks take by default here, and why (Hub, token and card are in ``medquad doctor``)."""
     plan = resolve("auto")
-    return [Finding("auto", OK, f"notebooks take {plan.profile} here: {plan.why.removeprefix('auto: ')}")]
+    return [
+        Finding(
+            "auto", OK, f"notebooks take {plan.profile} here: {plan.why.removeprefix('auto: ')}"
+        )
+    ]
 
 
 def table(found: Sequence[Finding]) -> str:

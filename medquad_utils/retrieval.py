@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy
 
-from medquad_utils.cleaning import Row
-from medquad_utils.data import draw, read_rows, template_of, write_json, write_rows
-from medquad_utils.profiles import CourseError
+from medquad_utils import CourseError
+from medquad_utils.files import Row, read_rows, write_json, write_rows
+from medquad_utils.splits import draw, template_of
 
 ARCHIVED = "archived NIH text, collected about 2016-2019; links may have moved"
 COURSE_TEXT = "text written for this course, not NIH text"
@@ -33,7 +33,9 @@ NO_SOURCE = "no close source was found"
 
 RANK_CONSTANT = 60  # the k of Cormack et al.
 CANDIDATES = 20  # as many of the best fused rows are put in the order of their scores
-DEPTH = 1000  # a row further down either ranking adds less than 1/1060: it moves no row into a top ten
+DEPTH = (
+    1000  # a row further down either ranking adds less than 1/1060: it moves no row into a top ten
+)
 FALSE_SOURCES = 0.05  # at most this share of questions about unknown diseases may be given a source
 THRESHOLD = 0.79  # what ``calibrate`` found on the validation part of the real MedQuAD; the tests hold it to that
 VERSION, CARD, ROWS = 1, "index.json", "rows.parquet"
@@ -80,7 +82,9 @@ class Hit:
     @property
     def title(self) -> str:
         """The disease, or the question without the gaps that MedQuAD's templates leave before the question mark."""
-        return " ".join((self.row["focus"] or re.sub(r"[\s?]*\?\s*$", "?", self.row["question"])).split())
+        return " ".join(
+            (self.row["focus"] or re.sub(r"[\s?]*\?\s*$", "?", self.row["question"])).split()
+        )
 
     @property
     def source(self) -> str | None:
@@ -100,7 +104,9 @@ class Hit:
         return COURSE_TEXT if self.source == "course sample" else ARCHIVED
 
     def __str__(self) -> str:
-        about = [part for part in (self.source, self.url, f"score {self.score:.2f}", self.note) if part]
+        about = [
+            part for part in (self.source, self.url, f"score {self.score:.2f}", self.note) if part
+        ]
         return f"{self.title} ({'; '.join(about)})"
 
 
@@ -109,10 +115,14 @@ class _Archive(ABC):
 
     def __init__(self, rows: Sequence[Row]):
         if not any(words(_whole(row)) for row in rows):
-            raise CourseError(f"an index needs rows with text: got {len(rows)} rows. Load some with data.prepare(plan).train.")
+            raise CourseError(
+                f"an index needs rows with text: got {len(rows)} rows. Load some with data.prepare(plan).train."
+            )
         self.rows = list(rows)
 
-    def search(self, questions: Sequence[str], k: int = 3, without: Sequence[Collection[int]] | None = None) -> list[list[Hit]]:
+    def search(
+        self, questions: Sequence[str], k: int = 3, without: Sequence[Collection[int]] | None = None
+    ) -> list[list[Hit]]:
         """For each question its at most ``k`` best rows, best first; equals stand in the order of the rows.
 
         ``without`` holds for each question the numbers of rows that must not be found (its own row, in an evaluation).
@@ -122,15 +132,26 @@ class _Archive(ABC):
             CourseError: ``questions`` is one text, ``k`` is under 1, or ``without`` does not fit questions and rows.
         """
         if isinstance(questions, str):
-            raise CourseError("search takes a list of questions: put the one question into brackets, search([question]).")
+            raise CourseError(
+                "search takes a list of questions: put the one question into brackets, search([question])."
+            )
         if k < 1:
             raise CourseError(f"k={k}: expected 1 or more rows for each question.")
-        barred: list[Sequence[int]] = [()] * len(questions) if without is None else [sorted(numbers) for numbers in without]
+        barred: list[Sequence[int]] = (
+            [()] * len(questions) if without is None else [sorted(numbers) for numbers in without]
+        )
         if len(barred) != len(questions):
-            raise CourseError(f"without has {len(barred)} sets for {len(questions)} questions: give one set for each, empty ones too.")
+            raise CourseError(
+                f"without has {len(barred)} sets for {len(questions)} questions: give one set for each, empty ones too."
+            )
         if strange := [n for numbers in barred for n in numbers if not 0 <= n < len(self.rows)]:
-            raise CourseError(f"without names row {strange[0]}: the index has rows 0 to {len(self.rows) - 1}.")
-        return [self._hits(words(question), k, numbers) for question, numbers in zip(questions, barred, strict=True)]
+            raise CourseError(
+                f"without names row {strange[0]}: the index has rows 0 to {len(self.rows) - 1}."
+            )
+        return [
+            self._hits(words(question), k, numbers)
+            for question, numbers in zip(questions, barred, strict=True)
+        ]
 
     @abstractmethod
     def _hits(self, asked: list[str], k: int, barred: Sequence[int]) -> list[Hit]: ...
@@ -148,7 +169,10 @@ def _bm25s() -> Any:
 def _bm25(texts: Iterable[str]) -> Any:
     bm25s = _bm25s()
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(texts), token_pattern=WORD, stopwords=None, show_progress=False), show_progress=False)
+    index.index(
+        bm25s.tokenize(list(texts), token_pattern=WORD, stopwords=None, show_progress=False),
+        show_progress=False,
+    )
     return index
 
 
@@ -182,7 +206,12 @@ class Index(_Archive):
         CourseError: no rows, or no row with a word in it.
     """
 
-    def __init__(self, rows: Sequence[Row], threshold: float = THRESHOLD, _rankings: tuple[Any, Any] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        threshold: float = THRESHOLD,
+        _rankings: tuple[Any, Any] | None = None,
+    ):
         super().__init__(rows)
         self.threshold = threshold
         self._rankings = _rankings or (_bm25(map(_heading, rows)), _bm25(map(_whole, rows)))
@@ -191,12 +220,20 @@ class Index(_Archive):
         self._naming = Counter(word for names in self._names for word in set().union(*names))
 
     def _hits(self, asked: list[str], k: int, barred: Sequence[int]) -> list[Hit]:
-        headings, wholes = (ranking.get_scores_from_ids(ranking.get_tokens_ids(asked)) for ranking in self._rankings)
+        headings, wholes = (
+            ranking.get_scores_from_ids(ranking.get_tokens_ids(asked)) for ranking in self._rankings
+        )
         headings[list(barred)] = wholes[list(barred)] = 0
         merit = reciprocal_ranks(headings, max(k, DEPTH)) + reciprocal_ranks(wholes, max(k, DEPTH))
-        fused = [int(i) for i in numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)] if merit[i] > 0]
+        fused = [
+            int(i)
+            for i in numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)]
+            if merit[i] > 0
+        ]
         scores = dict(zip(fused, self._scores(frozenset(asked), fused), strict=True))
-        best = sorted(fused, key=lambda i: (-scores[i], -headings[i]))  # of one disease, first the row whose question is most alike
+        best = sorted(
+            fused, key=lambda i: (-scores[i], -headings[i])
+        )  # of one disease, first the row whose question is most alike
         return [Hit(self.rows[i], scores[i]) for i in best[:k]]
 
     def _scores(self, asked: frozenset[str], numbers: Iterable[int]) -> list[float]:
@@ -204,7 +241,11 @@ class Index(_Archive):
 
         def closeness(name: frozenset[str]) -> float:
             common = asked & name
-            return self.mass(common, question=True) / whole * self.mass(common) / self.mass(name) if common else 0.0
+            return (
+                self.mass(common, question=True) / whole * self.mass(common) / self.mass(name)
+                if common
+                else 0.0
+            )
 
         return [max(map(closeness, self._names[number]), default=0.0) for number in numbers]
 
@@ -213,7 +254,11 @@ class Index(_Archive):
         return math.fsum(self._weight(word, question) for word in some)
 
     def _weight(self, word: str, question: bool) -> float:
-        vocabulary, starts, n = self._rankings[1].vocab_dict, self._rankings[1].scores["indptr"], len(self.rows)
+        vocabulary, starts, n = (
+            self._rankings[1].vocab_dict,
+            self._rankings[1].scores["indptr"],
+            len(self.rows),
+        )
         found = int(starts[i + 1] - starts[i]) if (i := vocabulary.get(word)) is not None else 0
         share = self._naming[word] / found if question and found else 1.0
         return share * math.log(1 + (n - found + 0.5) / (found + 0.5))
@@ -247,8 +292,15 @@ class Index(_Archive):
                     (folder / file).parent.mkdir(exist_ok=True)
                     (new / file).replace(folder / file)
         except OSError as error:
-            raise CourseError(f"cannot write the index to {str(folder)!r}: {error}. Free some space or choose another folder.") from error
-        card = {"version": VERSION, "rows": len(self.rows), "threshold": float(self.threshold), "sha256": hashes}
+            raise CourseError(
+                f"cannot write the index to {str(folder)!r}: {error}. Free some space or choose another folder."
+            ) from error
+        card = {
+            "version": VERSION,
+            "rows": len(self.rows),
+            "threshold": float(self.threshold),
+            "sha256": hashes,
+        }
         write_json(folder / CARD, card)
 
     @classmethod
@@ -263,13 +315,20 @@ class Index(_Archive):
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             if card["version"] != VERSION:
                 raise ValueError(f"version {card['version']}, expected {VERSION}")
-            if changed := [name for name, known in card["sha256"].items() if _hash(folder / name) != known]:
+            if changed := [
+                name for name, known in card["sha256"].items() if _hash(folder / name) != known
+            ]:
                 raise ValueError(f"{', '.join(changed)} changed after it was saved")
-            headings, wholes = (_bm25s().BM25.load(folder / name, show_progress=False) for name in ("headings", "wholes"))
+            headings, wholes = (
+                _bm25s().BM25.load(folder / name, show_progress=False)
+                for name in ("headings", "wholes")
+            )
             return cls(read_rows(folder / ROWS), float(card["threshold"]), (headings, wholes))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, CourseError) as error:
             advice = "Make it again with Index(rows).save(folder)."
-            raise CourseError(f"no whole index in {str(folder)!r} ({type(error).__name__}: {error}). {advice}") from error
+            raise CourseError(
+                f"no whole index in {str(folder)!r} ({type(error).__name__}: {error}). {advice}"
+            ) from error
 
 
 def _hash(file: Path) -> str:
@@ -290,7 +349,9 @@ class TfidfIndex(_Archive):
 
         super().__init__(rows)
         self._vectorizer = TfidfVectorizer(token_pattern=WORD)
-        self._postings = self._vectorizer.fit_transform(map(_whole, rows)).T.tocsr()  # (words, rows): a question reads its own words only
+        self._postings = self._vectorizer.fit_transform(
+            map(_whole, rows)
+        ).T.tocsr()  # (words, rows): a question reads its own words only
 
     def _hits(self, asked: list[str], k: int, barred: Sequence[int]) -> list[Hit]:
         cosine = (self._vectorizer.transform([" ".join(asked)]) @ self._postings).toarray().ravel()
@@ -309,14 +370,22 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
     asked = []
     for number, row in enumerate(draw(rows, most, seed)):
         names = _names(row)
-        asked.append(FORMS[number % len(FORMS)].format(name=names[number // len(FORMS) % len(names)], qtype=row["qtype"]))
+        asked.append(
+            FORMS[number % len(FORMS)].format(
+                name=names[number // len(FORMS) % len(names)], qtype=row["qtype"]
+            )
+        )
     return asked
 
 
 def _best_scores(index: Index, questions: Sequence[str]) -> numpy.ndarray:
     if not questions:
-        raise CourseError("a threshold needs questions inside and outside the archive: got none. Make some with probes(rows).")
-    return numpy.array([max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)])
+        raise CourseError(
+            "a threshold needs questions inside and outside the archive: got none. Make some with probes(rows)."
+        )
+    return numpy.array(
+        [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
+    )
 
 
 def error_rates(index: Index, inside: Sequence[str], outside: Sequence[str]) -> dict[str, float]:
@@ -328,7 +397,10 @@ def error_rates(index: Index, inside: Sequence[str], outside: Sequence[str]) -> 
     Raises:
         CourseError: no questions.
     """
-    missed, false = _best_scores(index, inside) < index.threshold, _best_scores(index, outside) >= index.threshold
+    missed, false = (
+        _best_scores(index, inside) < index.threshold,
+        _best_scores(index, outside) >= index.threshold,
+    )
     return {"missed": float(missed.mean()), "false": float(false.mean())}
 
 
@@ -345,5 +417,7 @@ def calibrate(index: Index, inside: Sequence[str], outside: Sequence[str]) -> fl
     outer = numpy.sort(_best_scores(index, outside))[::-1]
     highest = outer[int(FALSE_SOURCES * len(outer))]
     above = (scores := _best_scores(index, inside))[scores > highest]
-    index.threshold = float((highest + above.min()) / 2 if len(above) else numpy.nextafter(highest, 2))
+    index.threshold = float(
+        (highest + above.min()) / 2 if len(above) else numpy.nextafter(highest, 2)
+    )
     return index.threshold

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
+from medquad_utils import CourseError
 from medquad_utils.assets.sample import article, conditions, facts_of
 from medquad_utils.chat import end_ids, prompt_ids, without_tokens
-from medquad_utils.data import Row, normalise
-from medquad_utils.profiles import CourseError, Plan, hub_reachable
+from medquad_utils.files import Row
+from medquad_utils.machine import hub_reachable
+from medquad_utils.profiles import Plan
+from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +35,11 @@ Interval = tuple[float, float, float]  # the value, and the lower and upper end 
 GENERAL = Path(__file__).parent / "assets" / "general.toml"
 
 # The model and the layer that the authors of BERTScore chose for English, at a fixed commit.
-BERT_MODEL, BERT_REVISION, BERT_LAYER = "FacebookAI/roberta-large", "722cf37b1afa9454edce342e7895e588b6ff1d59", 17
+BERT_MODEL, BERT_REVISION, BERT_LAYER = (
+    "FacebookAI/roberta-large",
+    "722cf37b1afa9454edce342e7895e588b6ff1d59",
+    17,
+)
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,63 @@ class Score:
 
 SCORES: dict[str, Score] = {
     "rouge1": Score("ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order"),
-    "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared with the reference"),
-    "rougeL": Score("ROUGE-L", "0 to 1", "up", "the longest run of words that both hold in the same order, gaps allowed"),
-    "bleu": Score("BLEU", "0 to 1", "up", "runs of one to four words that the reference holds too; short answers lose"),
-    "chrf": Score("chrF", "0 to 1", "up", "runs of one to six characters shared with the reference; what is left out costs most"),
-    "tfidf_cosine": Score("TF-IDF cosine", "0 to 1", "up", "words shared with the reference, rare words counting more"),
-    "bert_score": Score("BERTScore", "up to 1", "up", "each word matched with the closest in meaning, by a language model's vectors"),
-    "facts_complete": Score("all facts", "share", "up", "answers that hold every fact of the reference (embedded sample only)"),
-    "length_ratio": Score("length", "x reference", "near 1", "words of the answer for each word of the reference"),
-    "repetition": Score("repetition", "0 to 1", "down", "runs of four words that the same answer has said before"),
-    "stop_rate": Score("stopped", "share", "up", "answers that end by themselves before the length limit"),
-    "bits_per_byte": Score("bits per byte", "bits", "down", "how badly the model predicts the reference, for each byte of it"),
-    "perplexity": Score("perplexity", "tokens", "down", "among how many tokens the model is torn at each step, on average"),
+    "rouge2": Score(
+        "ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared with the reference"
+    ),
+    "rougeL": Score(
+        "ROUGE-L",
+        "0 to 1",
+        "up",
+        "the longest run of words that both hold in the same order, gaps allowed",
+    ),
+    "bleu": Score(
+        "BLEU",
+        "0 to 1",
+        "up",
+        "runs of one to four words that the reference holds too; short answers lose",
+    ),
+    "chrf": Score(
+        "chrF",
+        "0 to 1",
+        "up",
+        "runs of one to six characters shared with the reference; what is left out costs most",
+    ),
+    "tfidf_cosine": Score(
+        "TF-IDF cosine", "0 to 1", "up", "words shared with the reference, rare words counting more"
+    ),
+    "bert_score": Score(
+        "BERTScore",
+        "up to 1",
+        "up",
+        "each word matched with the closest in meaning, by a language model's vectors",
+    ),
+    "facts_complete": Score(
+        "all facts",
+        "share",
+        "up",
+        "answers that hold every fact of the reference (embedded sample only)",
+    ),
+    "length_ratio": Score(
+        "length", "x reference", "near 1", "words of the answer for each word of the reference"
+    ),
+    "repetition": Score(
+        "repetition", "0 to 1", "down", "runs of four words that the same answer has said before"
+    ),
+    "stop_rate": Score(
+        "stopped", "share", "up", "answers that end by themselves before the length limit"
+    ),
+    "bits_per_byte": Score(
+        "bits per byte",
+        "bits",
+        "down",
+        "how badly the model predicts the reference, for each byte of it",
+    ),
+    "perplexity": Score(
+        "perplexity",
+        "tokens",
+        "down",
+        "among how many tokens the model is torn at each step, on average",
+    ),
 }
 
 
@@ -74,14 +126,24 @@ def _rows(answers: Sequence[str], references: References) -> list[tuple[str, lis
         several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
         known = [text for text in several if isinstance(text, str)]
         if not known:
-            raise CourseError(f"row {number} has no reference answer: expected at least one. Leave the row out of the scoring.")
+            raise CourseError(
+                f"row {number} has no reference answer: expected at least one. Leave the row out of the scoring."
+            )
         rows.append((_text(answer), known))
     return rows
 
 
-def _best(answers: Sequence[str], references: References, score: Callable[[str, str], float]) -> numpy.ndarray:
+def _best(
+    answers: Sequence[str], references: References, score: Callable[[str, str], float]
+) -> numpy.ndarray:
     """The best score of each answer over its references."""
-    return numpy.array([max(score(answer, text) for text in known) for answer, known in _rows(answers, references)], dtype=float)
+    return numpy.array(
+        [
+            max(score(answer, text) for text in known)
+            for answer, known in _rows(answers, references)
+        ],
+        dtype=float,
+    )
 
 
 # ---- likeness -------------------------------------------------------------------------------------------------------
@@ -94,7 +156,9 @@ def _rouge_scorer() -> Any:
 
     scorer = RougeScorer(["rouge1", "rouge2"], use_stemmer=True)
     stems = lru_cache(1 << 16)(scorer._tokenizer.tokenize)
-    scorer._tokenizer.tokenize = lru_cache(1 << 12)(lambda text: [token for word in text.split() for token in stems(word)])
+    scorer._tokenizer.tokenize = lru_cache(1 << 12)(
+        lambda text: [token for word in text.split() for token in stems(word)]
+    )
     return scorer
 
 
@@ -117,8 +181,14 @@ def rouge(answers: Sequence[str], references: References) -> dict[str, numpy.nda
     It keeps a-z and 0-9 only: text in another script has no words and scores 0, and an accent parts a word in two.
     """
     scorer = _rouge_scorer()
-    found = [[scorer.score(text, answer) for text in known] for answer, known in _rows(answers, references)]
-    shared = {kind: numpy.array([max(s[kind].fmeasure for s in row) for row in found], dtype=float) for kind in ("rouge1", "rouge2")}
+    found = [
+        [scorer.score(text, answer) for text in known]
+        for answer, known in _rows(answers, references)
+    ]
+    shared = {
+        kind: numpy.array([max(s[kind].fmeasure for s in row) for row in found], dtype=float)
+        for kind in ("rouge1", "rouge2")
+    }
     return shared | {"rougeL": rouge_l(answers, references)}
 
 
@@ -143,7 +213,9 @@ def bleu(answers: Sequence[str], references: References) -> numpy.ndarray:
     from sacrebleu.metrics import BLEU
 
     scorer = BLEU(effective_order=True)
-    return _best(answers, references, lambda a, r: min(1.0, scorer.sentence_score(a, [r]).score / 100))  # 100.00000000000004 happens
+    return _best(
+        answers, references, lambda a, r: min(1.0, scorer.sentence_score(a, [r]).score / 100)
+    )  # 100.00000000000004 happens
 
 
 def chrf(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -176,11 +248,16 @@ def _of_corpus(scorer: Any, answers: Sequence[str], references: References) -> f
     if not rows:
         raise CourseError("no answers to score: expected at least one row.")
     # sacrebleu wants streams: all first references, all second ones, and so on; None where a row has no more.
-    streams = [[known[n] if n < len(known) else None for _, known in rows] for n in range(max(len(known) for _, known in rows))]
+    streams = [
+        [known[n] if n < len(known) else None for _, known in rows]
+        for n in range(max(len(known) for _, known in rows))
+    ]
     return float(scorer.corpus_score([answer for answer, _ in rows], streams).score) / 100
 
 
-def tfidf_cosine(answers: Sequence[str], references: References, corpus: Sequence[str] | None = None) -> numpy.ndarray:
+def tfidf_cosine(
+    answers: Sequence[str], references: References, corpus: Sequence[str] | None = None
+) -> numpy.ndarray:
     """Cosine of the TF-IDF vectors of answer and best reference, 0 to 1 (Salton and Buckley, 1988; scikit-learn).
 
     How rare a word is, ``corpus`` says (the training answers), or else the references. A word that it lacks is not seen.
@@ -190,8 +267,13 @@ def tfidf_cosine(answers: Sequence[str], references: References, corpus: Sequenc
     flat = [text for _, known in rows for text in known]
     best = numpy.zeros(len(rows))
     if (vectoriser := _vectoriser(tuple(flat if corpus is None else corpus))) is not None and rows:
-        said, known = vectoriser.transform([answer for answer, _ in rows]), vectoriser.transform(flat)
-        numpy.maximum.at(best, places, numpy.asarray(said[places].multiply(known).sum(axis=1)).ravel())
+        said, known = (
+            vectoriser.transform([answer for answer, _ in rows]),
+            vectoriser.transform(flat),
+        )
+        numpy.maximum.at(
+            best, places, numpy.asarray(said[places].multiply(known).sum(axis=1)).ravel()
+        )
     return best.clip(0, 1)
 
 
@@ -234,7 +316,9 @@ def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray
     """
     complete = []
     for answer, row in zip(answers, rows, strict=True):
-        facts = facts_of(row["focus"] or "", row["qtype"]) if row["source"] == "course sample" else []
+        facts = (
+            facts_of(row["focus"] or "", row["qtype"]) if row["source"] == "course sample" else []
+        )
         if facts:
             said = f" {normalise(_text(answer))} "
             complete.append(all(f" {normalise(fact)} " in said for fact in facts))
@@ -245,7 +329,11 @@ def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray
 
 
 def bert_score(
-    answers: Sequence[str], references: References, model_source: str = BERT_MODEL, layer: int | None = None, batch_size: int = 32
+    answers: Sequence[str],
+    references: References,
+    model_source: str = BERT_MODEL,
+    layer: int | None = None,
+    batch_size: int = 32,
 ) -> numpy.ndarray:
     """BERTScore F1, best reference (Zhang et al., 2020, arXiv 1904.09675), without idf weights and without rescaling.
 
@@ -263,11 +351,15 @@ def bert_score(
     from transformers import AutoModel, AutoTokenizer
 
     rows = _rows(answers, references)
-    pairs = [(number, answer, text) for number, (answer, known) in enumerate(rows) for text in known]
+    pairs = [
+        (number, answer, text) for number, (answer, known) in enumerate(rows) for text in known
+    ]
     pairs.sort(key=lambda pair: len(pair[1]) + len(pair[2]))
     ours = model_source == BERT_MODEL
     revision = BERT_REVISION if ours else None
-    tokenizer = AutoTokenizer.from_pretrained(model_source, revision=revision, add_prefix_space=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_source, revision=revision, add_prefix_space=True
+    )
     model = AutoModel.from_pretrained(model_source, revision=revision, dtype=torch.float32).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     chosen = layer if layer is not None else BERT_LAYER if ours else -1
@@ -275,12 +367,17 @@ def bert_score(
     def embed(texts: Sequence[str]) -> list[tuple[Any, Any]]:
         """(unit vectors, which of them count) of each text; shapes (tokens, width) and (tokens,)."""
         texts, length = [text.strip() for text in texts], min(tokenizer.model_max_length, 512)
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(model.device)
         with torch.inference_mode():
             hidden = model(**batch, output_hidden_states=True).hidden_states[chosen]
         edges = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id], device=model.device)
         real, counted = batch["attention_mask"].bool(), ~torch.isin(batch["input_ids"], edges)
-        return [(torch.nn.functional.normalize(h[r], dim=-1), c[r]) for h, r, c in zip(hidden, real, counted, strict=True)]
+        return [
+            (torch.nn.functional.normalize(h[r], dim=-1), c[r])
+            for h, r, c in zip(hidden, real, counted, strict=True)
+        ]
 
     best = numpy.full(len(rows), -1.0)
     for start in range(0, len(pairs), batch_size):
@@ -288,14 +385,20 @@ def bert_score(
         for number, (a, in_a), (b, in_b) in zip(numbers, embed(said), embed(known), strict=True):
             alike, f1 = a @ b.T, 0.0
             if in_a.any() and in_b.any():
-                precision, recall = alike.amax(1)[in_a].mean().item(), alike.amax(0)[in_b].mean().item()
+                precision, recall = (
+                    alike.amax(1)[in_a].mean().item(),
+                    alike.amax(0)[in_b].mean().item(),
+                )
                 f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
             best[number] = max(best[number], f1)
     return best
 
 
 def bert_score_or_reason(
-    answers: Sequence[str], references: References, model_source: str = BERT_MODEL, layer: int | None = None
+    answers: Sequence[str],
+    references: References,
+    model_source: str = BERT_MODEL,
+    layer: int | None = None,
 ) -> tuple[numpy.ndarray | None, str]:
     """(BERTScore, "") where its model is to be had, else (None, why not).
 
@@ -305,17 +408,28 @@ def bert_score_or_reason(
     import torch
     from huggingface_hub import try_to_load_from_cache
 
-    name, revision = model_source.rsplit("/", 1)[-1], BERT_REVISION if model_source == BERT_MODEL else None
+    name, revision = (
+        model_source.rsplit("/", 1)[-1],
+        BERT_REVISION if model_source == BERT_MODEL else None,
+    )
     try:
-        here = Path(model_source).is_dir() or isinstance(try_to_load_from_cache(model_source, "config.json", revision=revision), str)
+        here = Path(model_source).is_dir() or isinstance(
+            try_to_load_from_cache(model_source, "config.json", revision=revision), str
+        )
         if not here and not hub_reachable():
             return None, f"the Hub is out of reach ({name} is not in the local cache)"
         if not here and not torch.cuda.is_available():
             fetch = f"hf download {model_source} --revision {revision}"
-            return None, f"{name} is a download of 1.4 GB and slow without a GPU: fetch it with {fetch}, and it is used"
+            return (
+                None,
+                f"{name} is a download of 1.4 GB and slow without a GPU: fetch it with {fetch}, and it is used",
+            )
         return bert_score(answers, references, model_source, layer), ""
     except Exception as error:  # a download can fail in many ways, and none of them may cost the reader the other scores
-        return None, f"{name} does not load ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
+        return (
+            None,
+            f"{name} does not load ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})",
+        )
 
 
 # ---- likelihood -----------------------------------------------------------------------------------------------------
@@ -350,14 +464,25 @@ def answer_loss(
 
 
 def text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 16, progress: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 16,
+    progress: str = "",
 ) -> Losses:
     """How likely ``model`` finds plain ``texts``, each from its first token on, after a begin-of-text token.
 
     NaN for a text that is empty or longer than the model's context.
     """
     begin = next(i for i in (tokenizer.bos_token_id, *end_ids(tokenizer)) if i is not None)
-    return _losses(model, tokenizer, [[begin]] * len(texts), [without_tokens(_text(text)) for text in texts], batch_size, progress)
+    return _losses(
+        model,
+        tokenizer,
+        [[begin]] * len(texts),
+        [without_tokens(_text(text)) for text in texts],
+        batch_size,
+        progress,
+    )
 
 
 def _losses(
@@ -370,20 +495,30 @@ def _losses(
 ) -> Losses:
     from tqdm.auto import tqdm
 
-    scored = [list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+    scored = [
+        list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for text in texts
+    ]
     pairs = list(zip(prompts, scored, strict=True))
     lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    kept = sorted((n for n, (_, ids) in enumerate(pairs) if ids and lengths[n] <= limit), key=lengths.__getitem__)
+    kept = sorted(
+        (n for n, (_, ids) in enumerate(pairs) if ids and lengths[n] <= limit),
+        key=lengths.__getitem__,
+    )
     losses = Losses(*(numpy.full(len(pairs), numpy.nan) for _ in Losses._fields))
-    for chosen in tqdm(list(_batches(kept, lengths, batch_size)), desc=progress, disable=not progress):
+    for chosen in tqdm(
+        list(_batches(kept, lengths, batch_size)), desc=progress, disable=not progress
+    ):
         losses.nats[chosen] = _nats(model, [pairs[n] for n in chosen])
         losses.tokens[chosen] = [len(scored[n]) for n in chosen]
         losses.bytes[chosen] = [len(texts[n].encode()) for n in chosen]
     return losses
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int = 8192) -> Iterator[list[int]]:
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int = 8192
+) -> Iterator[list[int]]:
     """``order``, shortest first, in batches of up to ``rows`` rows and ``tokens`` tokens with the padding; a long row goes alone."""
     batch: list[int] = []
     for n in order:
@@ -395,7 +530,9 @@ def _batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: in
         yield batch
 
 
-def _nats(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+def _nats(
+    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
     """Summed negative log-likelihood of the second list of ids after the first, for each pair: one right-padded batch.
 
     The head sees the positions before the scored tokens only, 512 at a time: logits of (batch, time, vocabulary) would be
@@ -404,7 +541,10 @@ def _nats(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[
     import torch
 
     width = max(len(prompt) + len(ids) for prompt, ids in pairs)
-    inputs, real = torch.zeros(len(pairs), width, dtype=torch.long), torch.zeros(len(pairs), width, dtype=torch.long)
+    inputs, real = (
+        torch.zeros(len(pairs), width, dtype=torch.long),
+        torch.zeros(len(pairs), width, dtype=torch.long),
+    )
     before = torch.zeros(len(pairs), width, dtype=torch.bool)
     for row, (prompt, ids) in enumerate(pairs):
         end = len(prompt) + len(ids)
@@ -413,13 +553,21 @@ def _nats(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[
         before[row, len(prompt) - 1 : end - 1] = True
     targets = torch.tensor([i for _, ids in pairs for i in ids], device=model.device)
     with torch.inference_mode():
-        hidden = model.get_decoder()(input_ids=inputs.to(model.device), attention_mask=real.to(model.device), use_cache=False)
-        states, head = hidden.last_hidden_state[before.to(model.device)], model.get_output_embeddings()
+        hidden = model.get_decoder()(
+            input_ids=inputs.to(model.device), attention_mask=real.to(model.device), use_cache=False
+        )
+        states, head = (
+            hidden.last_hidden_state[before.to(model.device)],
+            model.get_output_embeddings(),
+        )
         parts = [
             torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none")
             for s, t in zip(states.split(512), targets.split(512), strict=True)
         ]
-    return [part.double().sum().item() for part in torch.cat(parts).split([len(ids) for _, ids in pairs])]
+    return [
+        part.double().sum().item()
+        for part in torch.cat(parts).split([len(ids) for _, ids in pairs])
+    ]
 
 
 def plain_texts(plan: Plan) -> list[str]:
@@ -431,13 +579,18 @@ def plain_texts(plan: Plan) -> list[str]:
     if plan.model_id == "embedded" and not plan.model_path:
         rng = random.Random(0)
         return [article(condition, len(condition.facts), rng) for condition in conditions()[::3]]
-    return [paragraph["text"] for paragraph in tomllib.loads(GENERAL.read_text(encoding="utf-8"))["paragraph"]]
+    return [
+        paragraph["text"]
+        for paragraph in tomllib.loads(GENERAL.read_text(encoding="utf-8"))["paragraph"]
+    ]
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------
 
 
-def interval(values: numpy.ndarray | Sequence[float], seed: int = 0, resamples: int = 2000) -> Interval:
+def interval(
+    values: numpy.ndarray | Sequence[float], seed: int = 0, resamples: int = 2000
+) -> Interval:
     """(mean, low, high): the mean with its 95 % bootstrap interval (Efron, 1979; percentile method, scipy).
 
     NaN values are left out. Equal values, or a single one, give a point.
@@ -448,15 +601,21 @@ def interval(values: numpy.ndarray | Sequence[float], seed: int = 0, resamples: 
     return _bootstrap(lambda x, axis: x.mean(axis=axis), [values], seed, resamples)
 
 
-def paired_interval(before: numpy.ndarray | Sequence[float], after: numpy.ndarray | Sequence[float], seed: int = 0) -> Interval:
+def paired_interval(
+    before: numpy.ndarray | Sequence[float], after: numpy.ndarray | Sequence[float], seed: int = 0
+) -> Interval:
     """(mean, low, high) of ``after - before``, row by row: above 0 where ``after`` scores higher. See ``interval``."""
     a, b = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
     if a.shape != b.shape:
-        raise CourseError(f"{len(a)} and {len(b)} values cannot be paired: expected the same rows in the same order.")
+        raise CourseError(
+            f"{len(a)} and {len(b)} values cannot be paired: expected the same rows in the same order."
+        )
     return interval(b - a, seed)
 
 
-def mean_interval(values: numpy.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+def mean_interval(
+    values: numpy.ndarray, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
     """(low, high) of ``interval``."""
     return interval(values, seed, resamples)[1:]
 
@@ -470,7 +629,9 @@ def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, seed: int = 0) -> I
     Raises:
         CourseError: no row was scored.
     """
-    return _bootstrap(lambda n, b, axis: n.sum(axis=axis) / b.sum(axis=axis) / math.log(2), [nats, bytes], seed)
+    return _bootstrap(
+        lambda n, b, axis: n.sum(axis=axis) / b.sum(axis=axis) / math.log(2), [nats, bytes], seed
+    )
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Interval:
@@ -481,10 +642,14 @@ def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Int
     Raises:
         CourseError: no row was scored.
     """
-    return _bootstrap(lambda n, t, axis: numpy.exp(n.sum(axis=axis) / t.sum(axis=axis)), [nats, tokens], seed)
+    return _bootstrap(
+        lambda n, t, axis: numpy.exp(n.sum(axis=axis) / t.sum(axis=axis)), [nats, tokens], seed
+    )
 
 
-def _bootstrap(statistic: Callable[..., Any], samples: Sequence[Any], seed: int = 0, resamples: int = 2000) -> Interval:
+def _bootstrap(
+    statistic: Callable[..., Any], samples: Sequence[Any], seed: int = 0, resamples: int = 2000
+) -> Interval:
     """A statistic of paired samples with its 95 % percentile interval; rows with a NaN in any sample are left out."""
     from scipy.stats import bootstrap
 

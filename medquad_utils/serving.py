@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medquad_utils import CourseError
 from medquad_utils.chat import SYSTEM_PROMPT, end_ids
-from medquad_utils.data import whole_file
-from medquad_utils.profiles import CourseError
+from medquad_utils.files import whole_file
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -72,7 +72,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(folder: Path, port: int = 0, options: Sequence[str] = (), patience: float = 600.0) -> Server:
+def start(
+    folder: Path, port: int = 0, options: Sequence[str] = (), patience: float = 600.0
+) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
     ``port`` 0 takes a free one; ``options`` go to the command (``transformers serve --help``). It waits ``patience`` seconds at most.
@@ -84,27 +86,50 @@ def start(folder: Path, port: int = 0, options: Sequence[str] = (), patience: fl
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise CourseError("transformers serve lacks a package: pip install openai fastapi uvicorn, then try again.")
+        raise CourseError(
+            "transformers serve lacks a package: pip install openai fastapi uvicorn, then try again."
+        )
     if not (folder / "config.json").is_file():
-        what = "an adapter without its base" if (folder / "adapter_config.json").is_file() else "no model"
-        raise CourseError(f"{folder.name}/ holds {what}: a server wants a whole model, as medquad publish --merged --dry-run builds it.")
+        what = (
+            "an adapter without its base"
+            if (folder / "adapter_config.json").is_file()
+            else "no model"
+        )
+        raise CourseError(
+            f"{folder.name}/ holds {what}: a server wants a whole model, as medquad publish --merged --dry-run builds it."
+        )
     port = port or free_port()
     if _open(port):
-        raise CourseError(f"port {port} is in use: end what listens there, or take another port (0 finds a free one).")
-    line = [sys.executable, "-m", "transformers.cli.transformers", *_arguments(folder.name, port, options)]
+        raise CourseError(
+            f"port {port} is in use: end what listens there, or take another port (0 finds a free one)."
+        )
+    line = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        *_arguments(folder.name, port, options),
+    ]
     log, began = folder.with_name(LOG), time.perf_counter()
     with log.open("wb") as said:
         process = subprocess.Popen(
-            line, cwd=folder.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=said, stderr=subprocess.STDOUT
+            line,
+            cwd=folder.parent,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
         )
     server = Server(process, folder.name, f"http://{HOST}:{port}/v1", log, 0.0)
     atexit.register(server.stop)
     while not _healthy(port):
         if process.poll() is not None:
-            raise CourseError(f"transformers serve ended before it answered ({_last_line(log)}). All it said is in {log.name}.")
+            raise CourseError(
+                f"transformers serve ended before it answered ({_last_line(log)}). All it said is in {log.name}."
+            )
         if time.perf_counter() - began > patience:
             server.stop()
-            raise CourseError(f"transformers serve did not answer within {patience:g} s and was ended. All it said is in {log.name}.")
+            raise CourseError(
+                f"transformers serve did not answer within {patience:g} s and was ended. All it said is in {log.name}."
+            )
         time.sleep(0.1)
     server.seconds = time.perf_counter() - began
     return server
@@ -132,7 +157,9 @@ def _last_line(log: Path) -> str:
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def stream(client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **settings: Any) -> Iterator[str]:
+def stream(
+    client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **settings: Any
+) -> Iterator[str]:
     """The pieces of one answer as they come; ``settings`` are those of ``chat.completions.create``.
 
     Raises:
@@ -142,7 +169,9 @@ def stream(client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **
 
     came, ended = 0, False
     try:
-        for chunk in client.chat.completions.create(model=model, messages=list(messages), stream=True, **settings):
+        for chunk in client.chat.completions.create(
+            model=model, messages=list(messages), stream=True, **settings
+        ):
             for choice in chunk.choices[:1]:
                 ended = ended or choice.finish_reason is not None
                 if choice.delta.content:
@@ -150,7 +179,10 @@ def stream(client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **
                     yield choice.delta.content
     except openai.APIStatusError as error:
         raise CourseError(f"the server refused the request ({_detail(error)}).") from error
-    except (openai.APIError, json.JSONDecodeError) as error:  # the second: a line that was cut in the middle
+    except (
+        openai.APIError,
+        json.JSONDecodeError,
+    ) as error:  # the second: a line that was cut in the middle
         raise CourseError(_broken(came, " ".join(str(error).split())[:200])) from error
     if not ended:
         raise CourseError(_broken(came, "the stream ended without a finish_reason"))
@@ -184,7 +216,9 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """
 
     def rendered(messages: list[dict[str, str]], opening: bool = False) -> str:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening))
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        )
         return text.removeprefix(str(tokenizer.bos_token or ""))
 
     talk = [{"role": role, "content": f"«{n} {role}»"} for n, role in enumerate((*_ROLES, "user"))]
@@ -192,11 +226,17 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
         one = rendered([{"role": "system", "content": "«»"}])
         whole, closed = rendered(talk, opening=True), rendered(talk)
     except Exception as error:  # whatever a template raises on purpose or by mistake
-        raise CourseError(f"the chat template does not render a plain conversation ({type(error).__name__}: {error}).") from error
+        raise CourseError(
+            f"the chat template does not render a plain conversation ({type(error).__name__}: {error})."
+        ) from error
     turn = one.replace("system", "{{ .Role }}", 1).replace("«»", "{{ .Content }}", 1)
-    expected = "".join(turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk)
+    expected = "".join(
+        turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk
+    )
     if expected != closed or not whole.startswith(closed):
-        raise CourseError("the chat template has not one form for every turn: write Ollama's TEMPLATE by hand, from its rendering.")
+        raise CourseError(
+            "the chat template has not one form for every turn: write Ollama's TEMPLATE by hand, from its rendering."
+        )
     return f"{{{{ range .Messages }}}}{turn}{{{{ end }}}}{whole.removeprefix(closed)}"
 
 
@@ -226,7 +266,10 @@ def write_modelfile(tokenizer: PreTrainedTokenizerBase, folder: Path, most_token
     Raises:
         CourseError: what ``go_template`` raises.
     """
-    text, path = modelfile(tokenizer, f"./{folder.name}", most_tokens), folder.with_name("Modelfile")
+    text, path = (
+        modelfile(tokenizer, f"./{folder.name}", most_tokens),
+        folder.with_name("Modelfile"),
+    )
     with whole_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
     return path

@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from medquad_utils import launch
+from medquad_utils import CourseError, launch
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
-from medquad_utils.data import Row, Splits, draw, prepare, whole_folder, write_json
+from medquad_utils.data import prepare
+from medquad_utils.files import Row, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.lora import adapter_parameters, cast_adapters, dtype_census, lora_b_norms, lora_config, trainable_parameters
-from medquad_utils.profiles import PROFILES, CourseError, Plan, Shape, resolve
+from medquad_utils.lora import (
+    adapter_parameters,
+    cast_adapters,
+    dtype_census,
+    lora_b_norms,
+    lora_config,
+    trainable_parameters,
+)
+from medquad_utils.profiles import PROFILES, Plan, Shape, resolve
+from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +51,13 @@ def select(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Sp
         return len(encode(tokenizer, row).ids) <= plan.max_length
 
     train = draw(splits.train, plan.rows, plan.seed, fits)
-    validation, test = (draw(part, plan.eval_rows, plan.seed, fits) for part in (splits.validation, splits.test))
+    validation, test = (
+        draw(part, plan.eval_rows, plan.seed, fits) for part in (splits.validation, splits.test)
+    )
     if not (train and validation and test):
-        raise CourseError(f"no row of {plan.source!r} fits into {plan.max_length} tokens: choose a profile with a larger max_length.")
+        raise CourseError(
+            f"no row of {plan.source!r} fits into {plan.max_length} tokens: choose a profile with a larger max_length."
+        )
     return Splits(train, validation, test, splits.cleaning, splits.notes)
 
 
@@ -81,7 +94,9 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
     )
 
 
-def preflight(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], trainer: SFTTrainer) -> list[tuple[str, str, bool]]:
+def preflight(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], trainer: SFTTrainer
+) -> list[tuple[str, str, bool]]:
     """What must hold before the first step, as (what, found, right): looked up in what the trainer will really feed."""
     documents = list(_documents(trainer, 256))
     pad, ends, bos = tokenizer.pad_token_id, end_ids(tokenizer), tokenizer.bos_token_id
@@ -91,11 +106,20 @@ def preflight(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row
     prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
     trained = encode(tokenizer, rows[0])
     prefix = trained.ids[: sum(not x for x in trained.in_loss)]
-    turns = max(1, trained.ids.count(bos))  # 1, but where the BOS is what opens every turn, as in ChatML
-    begins = Counter(int((ids == bos).sum()) / turns for ids, _ in documents) if bos is not None else Counter({1.0: len(documents)})
+    turns = max(
+        1, trained.ids.count(bos)
+    )  # 1, but where the BOS is what opens every turn, as in ChatML
+    begins = (
+        Counter(int((ids == bos).sum()) / turns for ids, _ in documents)
+        if bos is not None
+        else Counter({1.0: len(documents)})
+    )
     stops = Counter(sum(int((labels == end).sum()) for end in ends) for _, labels in documents)
     census = dtype_census(trainer.model)["trained"]
-    count, expected = trainable_parameters(trainer.model), adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
+    count, expected = (
+        trainable_parameters(trainer.model),
+        adapter_parameters(Shape.of(trainer.model.config), plan.lora_r),
+    )
     return [
         ("BOS tokens per example", _counted(begins), set(begins) == {1}),
         ("end tokens in the loss per answer", _counted(stops), set(stops) == {1}),
@@ -105,7 +129,11 @@ def preflight(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row
         ("prompt in training = prompt in use", f"{len(prompt)} tokens", prefix == prompt),
         ("adapter dtype", ", ".join(census), list(census) == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
-        ("predicted memory", f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB", plan.memory_gb <= plan.card_gb),
+        (
+            "predicted memory",
+            f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB",
+            plan.memory_gb <= plan.card_gb,
+        ),
     ]
 
 
@@ -114,7 +142,11 @@ def _documents(trainer: SFTTrainer, most: int) -> Iterator[tuple[torch.Tensor, t
     for number in range(min(most, len(trainer.train_dataset))):
         batch = trainer.data_collator([trainer.train_dataset[number]])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist() if "position_ids" in batch else [0]
+        starts = (
+            (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+            if "position_ids" in batch
+            else [0]
+        )
         for start, end in itertools.pairwise([*starts, len(ids)]):
             yield ids[start:end], labels[start:end]
 
@@ -134,11 +166,18 @@ def require(checks: Sequence[tuple[str, str, bool]]) -> None:
     """
     failed = [f"{what}: {found}" for what, found, right in checks if not right]
     if failed:
-        raise CourseError("pre-flight check failed: " + "; ".join(failed) + ". Mend it before training.")
+        raise CourseError(
+            "pre-flight check failed: " + "; ".join(failed) + ". Mend it before training."
+        )
 
 
 def build_trainer(
-    plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Splits, folder: Path | None = None, **changes: Any
+    plan: Plan,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Splits,
+    folder: Path | None = None,
+    **changes: Any,
 ) -> SFTTrainer:
     """An ``SFTTrainer`` for the plan on a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
@@ -175,17 +214,33 @@ def watch(trainer: SFTTrainer) -> None:
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            args.logging_nan_inf_filter = False  # left on, the log shows the mean of the finite losses instead of a NaN
+            args.logging_nan_inf_filter = (
+                False  # left on, the log shows the mean of the finite losses instead of a NaN
+            )
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            logs: dict[str, float] | None = None,
+            **kwargs: Any,
+        ) -> None:
             loss = (logs or {}).get("loss", 0.0)
             if not math.isfinite(loss):
-                raise CourseError(f"the loss is {loss} at step {state.global_step}: halve the learning rate, or compute in float32.")
+                raise CourseError(
+                    f"the loss is {loss} at step {state.global_step}: halve the learning rate, or compute in float32."
+                )
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             if state.global_step == WATCHED:
                 require_learning(model)
-            if state.global_step % math.ceil(state.max_steps / 10) == 0 and state.global_step < state.max_steps:
+            if (
+                state.global_step % math.ceil(state.max_steps / 10) == 0
+                and state.global_step < state.max_steps
+            ):
                 # the last step of an epoch is saved after its validation, by the trainer: its loss belongs to the checkpoint
                 control.should_save = control.should_save or not float(state.epoch).is_integer()
 
@@ -204,7 +259,9 @@ def require_learning(model: torch.nn.Module) -> None:
     """
     norms = lora_b_norms(model)
     if wild := [name for name, norm in norms.items() if not math.isfinite(norm)]:
-        raise CourseError(f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32.")
+        raise CourseError(
+            f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32."
+        )
     if idle := [name for name, norm in norms.items() if norm == 0]:
         raise CourseError(
             f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: gradients do not reach them. "
@@ -218,7 +275,9 @@ def is_whole(checkpoint: Path, processes: int = 1) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return processes == 1 or all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes))
+    return processes == 1 or all(
+        (checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)
+    )
 
 
 def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
@@ -244,7 +303,11 @@ def resumable(plan: Plan) -> Path | None:
     processes = before.get("processes", 1)  # of the run that wrote them: more leave more behind
     found = last_checkpoint(folder, processes)
     if found and before:
-        differs = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if k not in OF_MACHINE and before.get(k) != now[k]]
+        differs = [
+            f"{k} was {before.get(k)!r}, now {now[k]!r}"
+            for k in now
+            if k not in OF_MACHINE and before.get(k) != now[k]
+        ]
         if differs:
             raise CourseError(
                 f"the checkpoints in {plan.profile}/checkpoints are of another plan ({'; '.join(differs)}). "
@@ -304,10 +367,17 @@ def save_adapter(
         with whole_folder(folder) as fresh:
             trainer.model.save_pretrained(fresh, state_dict=weights)
             trainer.processing_class.save_pretrained(fresh)
-            write_json(fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | dict(more or {}))
-    except (OSError, SafetensorError) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
+            write_json(
+                fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | dict(more or {})
+            )
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
         reason = getattr(error, "strerror", None) or error
-        raise CourseError(f"cannot save the adapter: {reason}. The older one is untouched; free some space.") from error
+        raise CourseError(
+            f"cannot save the adapter: {reason}. The older one is untouched; free some space."
+        ) from error
     return folder
 
 
@@ -367,7 +437,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the adapter without a notebook: data, 4-bit base, pre-flight, training, adapter and metrics.",
         epilog="On several GPUs: torchrun --nproc_per_node N -m medquad_utils.training [options]",
     )
-    parser.add_argument("--profile", default="auto", metavar="P", help=f"auto, {', '.join(PROFILES)} (default: auto)")
+    parser.add_argument(
+        "--profile",
+        default="auto",
+        metavar="P",
+        help=f"auto, {', '.join(PROFILES)} (default: auto)",
+    )
     for name, metavar, text in (
         ("source", "S", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
         ("data-path", "PATH", "the folder or file of an xml, csv, jsonl or parquet source"),
@@ -383,7 +458,13 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=text)
     text = "print the path of an accelerate config that ships here, for accelerate launch --config_file, and stop"
-    parser.add_argument("--print-launch", default="", choices=["", *launch.CONFIGS], metavar="|".join(launch.CONFIGS), help=text)
+    parser.add_argument(
+        "--print-launch",
+        default="",
+        choices=["", *launch.CONFIGS],
+        metavar="|".join(launch.CONFIGS),
+        help=text,
+    )
     return parser
 
 

@@ -20,7 +20,8 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from medquad_utils.cleaning import Effect, Row
+    from medquad_utils.cleaning import Effect
+    from medquad_utils.files import Row
     from medquad_utils.profiles import Plan
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -103,7 +104,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def tiny(out: str | Path = "", **options: Any) -> Plan:
     """The plan of profile ``tiny`` on a plain CPU, on every machine; results go to ``out``."""
-    from medquad_utils.profiles import Hardware, resolve
+    from medquad_utils.machine import Hardware
+    from medquad_utils.profiles import resolve
 
     return resolve("tiny", hardware=Hardware("cpu", "any", 16.0, cores=2), out=str(out), **options)
 

@@ -18,7 +18,7 @@ from conftest import tiny
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from medquad_utils import launch, profiles, training
+from medquad_utils import CourseError, launch, machine, training
 from medquad_utils.profiles import Plan
 
 STEPS, DIES_AT = 4, 3
@@ -53,7 +53,7 @@ class Seen(TrainerCallback):
         if state.global_step == DIES_AT and self.job == "ddp-killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == DIES_AT and self.job == "fsdp-stopped":
-            raise profiles.CourseError("stopped")
+            raise CourseError("stopped")
 
 
 def pretend_gpus() -> None:
@@ -76,12 +76,12 @@ def run(job: str, folder: str) -> int:
     if job.startswith("fsdp"):
         os.environ |= dict(line.split("=") for line in os.environ["TEST_FSDP"].split())
         pretend_gpus()
-    training.resolve = lambda *args, **kwargs: small(Path(folder), profiles.processes())
+    training.resolve = lambda *args, **kwargs: small(Path(folder), machine.processes())
     watch, prepare = training.watch, training.prepare
 
     def broken(plan: Plan) -> Any:
         assert launch.is_main(), "process 1 made data although process 0 could not"
-        raise profiles.CourseError("the disk is full")
+        raise CourseError("the disk is full")
 
     training.watch = lambda trainer: (watch(trainer), trainer.add_callback(Seen(job)))
     training.prepare = broken if job == "fails" else prepare

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import course
-from medquad_utils.data import whole_file, whole_folder, write_between, write_json
-from medquad_utils.profiles import CourseError, default_out, versions
+from medquad_utils import CourseError, course
+from medquad_utils.files import whole_file, whole_folder, write_between, write_json
+from medquad_utils.machine import default_out, versions
 
 ADAPTER = Path(__file__).parent / "adapter"
 

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from medquad_utils.assets import build, sample
 from medquad_utils.chat import end_ids
-from medquad_utils.data import clean, normalise, template_of
+from medquad_utils.data import clean
 from medquad_utils.evaluation import facts_complete
 from medquad_utils.generation import ask
 from medquad_utils.profiles import PROFILES, TINY_MODEL, Shape
+from medquad_utils.splits import normalise, template_of
 
 ALL, ROWS = sample.conditions(), sample.rows()
 SHIPPED = json.loads((TINY_MODEL / build.MANIFEST).read_text())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import benchmark
 
-from medquad_utils import data, estimate, evaluation, generation, profiles
+from medquad_utils import estimate, evaluation, files, generation, machine, profiles
 
-CPU = profiles.Hardware("cpu", "CPU", 24, cores=2)
+CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
 load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
 LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
@@ -21,7 +21,7 @@ KNOWN = {"all rows": (0.32, 0.29), "without boilerplate": (0.23, 0.19)}  # count
 
 @pytest.mark.parametrize("script", [*SPEEDS, "load_memory"])
 def test_readme_of_the_benchmarks_says_what_the_json_says(script: str) -> None:
-    page = data.between(common.README.read_text(encoding="utf-8"), common.marks(script))
+    page = files.between(common.README.read_text(encoding="utf-8"), common.marks(script))
     assert page == benchmark(script).page(SPEEDS.get(script, MEMORY))
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils.cleaning import DUPLICATE, NAMES, Effect, Row, clean, damage, is_boilerplate
+from medquad_utils.cleaning import DUPLICATE, NAMES, Effect, clean, damage, is_boilerplate
+from medquad_utils.files import Row
 
 
 def row(answer: str, question: str = "What causes Gout ?", **known: Any) -> Row:

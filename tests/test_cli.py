@@ -15,8 +15,7 @@ import psutil
 import pytest
 from conftest import REPO
 
-from medquad_utils import cli, course, profiles, readiness
-from medquad_utils.profiles import CourseError
+from medquad_utils import CourseError, cli, course, machine, profiles, readiness
 from medquad_utils.readiness import OK, PROBLEM, WARNING, Finding
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -33,12 +32,12 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
 
 
 def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(profiles, "hub_token", lambda: None)
+    monkeypatch.setattr(machine, "hub_token", lambda: None)
     assert cli.main(["doctor"]) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     facts = {line[0]: line[-1].strip() for line in lines}
     assert facts["auto takes"].startswith("tiny (the Hugging Face Hub is out of reach")
-    assert facts["HF_TOKEN"] == "not set" and facts["torch"] == profiles.versions()["torch"]
+    assert facts["HF_TOKEN"] == "not set" and facts["torch"] == machine.versions()["torch"]
 
 
 RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "demo"))

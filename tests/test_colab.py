@@ -27,8 +27,8 @@ import pytest
 from conftest import REPO
 from packaging.requirements import Requirement
 
-from medquad_utils import profiles
-from medquad_utils.profiles import Hardware
+from medquad_utils import machine, profiles
+from medquad_utils.machine import Hardware
 
 LESSONS = sorted((REPO / "notebooks").glob("0*_*.ipynb"))
 T4 = Hardware("cuda", "Tesla T4", 15.8, (7, 5), gpus=1)
@@ -230,10 +230,10 @@ def lesson(number: int, **parameters: Any) -> list[str]:
 
 
 LOOK = f"""
-from medquad_utils.profiles import Hardware
-token = profiles.hub_token()
+from medquad_utils.machine import Hardware
+token = machine.hub_token()
 print("token:", token)
-print(profiles.choose({T4!r}, True, bool(token), "" if token else profiles.token_gap()))
+print(profiles.choose({T4!r}, True, bool(token), "" if token else machine.token_gap()))
 import huggingface_hub
 print("headers:", "authorization" in huggingface_hub.utils.build_hf_headers())
 """
@@ -268,15 +268,15 @@ def test_results_go_to_drive_on_colab_only(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     drive = tmp_path / "drive" / "MyDrive"
     drive.mkdir(parents=True)
-    monkeypatch.setattr(profiles, "DRIVE", drive)
-    assert profiles.default_out() == str(tmp_path / "runs"), "a folder of that name proves nothing"
+    monkeypatch.setattr(machine, "DRIVE", drive)
+    assert machine.default_out() == str(tmp_path / "runs"), "a folder of that name proves nothing"
     monkeypatch.setitem(sys.modules, "google.colab", sys)
     plan = profiles.resolve("tiny", hardware=T4)
     assert plan.folder == drive / "medquad-runs" / "tiny"
     assert dict(plan.table())["results"].startswith("on Drive, in medquad-runs/tiny")
     assert profiles.resolve("tiny", hardware=T4, out="mine").folder == Path("mine", "tiny")
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "elsewhere"))
-    assert profiles.default_out() == str(tmp_path / "elsewhere")
+    assert machine.default_out() == str(tmp_path / "elsewhere")
     monkeypatch.delenv("MEDQUAD_OUT")
     drive.rmdir()
     plan = profiles.resolve("tiny", hardware=T4)

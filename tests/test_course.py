@@ -14,8 +14,8 @@ import pytest
 import stamp
 from conftest import REPO, tiny
 
-from medquad_utils import course, generation
-from medquad_utils.profiles import CourseError, versions
+from medquad_utils import CourseError, course, generation
+from medquad_utils.machine import versions
 
 PARAMETERS = 'profile = "auto"  # tiny, small\nrows = 0  # 0 is all\nrate = 0.5\nout = ""\n'
 WRITE = """import json, pathlib
@@ -85,7 +85,7 @@ def test_a_killed_kernel_is_one_message_about_memory(toys: Path) -> None:
 
 
 def test_a_mistake_in_a_notebook_is_one_line_and_a_bug_keeps_its_traceback() -> None:
-    setup = "from medquad_utils import profiles\nhardware = profiles.Hardware('cpu', 'any', 16.0)\n"
+    setup = "from medquad_utils import machine, profiles\nhardware = machine.Hardware('cpu', 'any', 16.0)\n"
     setup += "plan = profiles.resolve('tiny', hardware=hardware)"
     made = notebook(setup, "print(splits)", "profiles.resolve('huge')", "1 / 0", "print('on')")
     at = {"metadata": {"path": str(REPO)}}

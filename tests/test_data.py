@@ -1,4 +1,4 @@
-"""Sources, groups, splits, leakage, specialties and the files of the data stage."""
+"""Sources, groups, split, leakage, specialties and the written of the data stage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils import data
-from medquad_utils.data import COLUMNS, PARTS, REQUIRED, Loaded, Row, Specialty
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils import CourseError, data, files, splits
+from medquad_utils.data import Loaded, Specialty
+from medquad_utils.files import COLUMNS, REQUIRED, Row
+from medquad_utils.profiles import Plan
+from medquad_utils.splits import PARTS
 
 # What a grouped split must not share.
 SEALED = ("question", "normalised question", "focus", "answer but boilerplate")
@@ -73,12 +75,12 @@ def test_real_xml_and_csv_hold_the_counted_rows(real_rows: list[Row], medquad_cs
 
 @pytest.mark.full
 def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: list[Row]) -> None:
-    found = [data.template_of(r["question"]) for r in real_rows]
+    found = [splits.template_of(r["question"]) for r in real_rows]
     assert sum(f is not None for f in found) / ROWS > 0.997
-    assert len({f[0] for f in found if f}) == len(data.TEMPLATES), "a template without a question"
-    sizes = Counter(data.groups(real_rows))
+    assert len({f[0] for f in found if f}) == len(splits.TEMPLATES), "a template without a question"
+    sizes = Counter(splits.groups(real_rows))
     assert 3700 <= len(sizes) <= 3850 and 100 <= max(sizes.values()) <= 160
-    measured = data.focus_recovery(real_rows)
+    measured = splits.focus_recovery(real_rows)
     assert (measured["precision"], measured["found"] > 0.99) == (1, True)
     assert 0.2 < measured["leak"] < 0.4
 
@@ -87,26 +89,26 @@ def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: li
 def test_real_split_shares_no_disease(real_rows: Any, real_cleaned: Any, medquad_csv: Any) -> None:
     """Seed 0 and the chosen salt also give every large question type its share of each part."""
     for rows in (real_rows, real_cleaned[0], data.load_table(medquad_csv).rows):
-        splits = data.split(rows)
-        sizes = splits.sizes().values()
+        split = splits.split(rows)
+        sizes = split.sizes().values()
         assert sum(sizes) == len(rows)
         assert [n / len(rows) for n in sizes] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
-        report = data.leakage_report(splits)
+        report = splits.leakage_report(split)
         assert len(report.pop("boilerplate")) > 0
         for shares in report.values():
             assert {shares[name] for name in SEALED} == {0}
             assert 0 < shares["answer"] < 0.05
             assert rows is not real_rows or 0.2 < shares["8-gram"] < 0.4
         if any(r["url"] for r in rows):  # the salt was chosen for the columns of the XML
-            large = [share for name, share in splits.shares().items() if QTYPES[name] >= 70]
+            large = [share for name, share in split.shares().items() if QTYPES[name] >= 70]
             assert [share["test"] for share in large] == pytest.approx([0.1] * 14, abs=0.03)
             assert [share["validation"] for share in large] == pytest.approx([0.1] * 14, abs=0.035)
 
 
 @pytest.mark.full
 def test_real_split_by_row_leaks_as_measured(real_rows: list[Row]) -> None:
-    splits = data.split_by_row(real_rows)
-    shares = data.leakage(splits.train + splits.validation, splits.test)
+    split = splits.split_by_row(real_rows)
+    shares = splits.leakage(split.train + split.validation, split.test)
     for name, measured in {"focus": 0.858, "normalised question": 0.204, "question": 0.134}.items():
         assert shares[name] == pytest.approx(measured, abs=0.02)
     assert shares["answer"] > shares["answer but boilerplate"] > 0.005
@@ -222,7 +224,7 @@ def some_rows(seed: int, count: int) -> list[Row]:
 @pytest.mark.parametrize("seed", range(40))
 def test_groups_are_the_closure_of_what_two_rows_share(seed: int) -> None:
     rows = some_rows(seed, seed + 1)
-    foci = [data.focus_of(r) for r in rows]
+    foci = [splits.focus_of(r) for r in rows]
     most = {"cui": 5, "answer": 10}
     wide = [{("answer", r["answer"]), *(("cui", c) for c in r["cui"] or ())} for r in rows]
 
@@ -231,35 +233,35 @@ def test_groups_are_the_closure_of_what_two_rows_share(seed: int) -> None:
 
     keys = []
     for number, (r, mine) in enumerate(zip(rows, wide, strict=True)):
-        own = {foci[number], ("?", data.normalise(r["question"])), ("url", r["url"] or number)}
+        own = {foci[number], ("?", splits.normalise(r["question"])), ("url", r["url"] or number)}
         keys.append(own | set(filter(joins, mine)))
     reach = [{b for b, other in enumerate(keys) if key & other} for key in keys]
     for _ in rows:
         reach = [set().union(*(reach[b] for b in mine)) for mine in reach]
-    numbers = data.groups(rows)
+    numbers = splits.groups(rows)
     assert [{b for b, n in enumerate(numbers) if n == mine} for mine in numbers] == reach
 
 
 def test_rare_concept_or_answer_joins_diseases_and_a_common_one_does_not() -> None:
     for shared, most in (({"cui": ["C1"]}, 5), ({"answer": "the same words"}, 10)):
-        assert len(set(data.groups(diseases(most, **shared)))) == 1
-        assert len(set(data.groups(diseases(most + 1, **shared)))) == most + 1
-    assert len(set(data.groups(diseases(99, url="u")))) == 1
+        assert len(set(splits.groups(diseases(most, **shared)))) == 1
+        assert len(set(splits.groups(diseases(most + 1, **shared)))) == most + 1
+    assert len(set(splits.groups(diseases(99, url="u")))) == 1
     nameless = [row(f"tell me about {n}", f"Answer {n}.") for n in range(3)]
-    assert data.groups([*nameless, *diseases(2)]) == [0, 0, 0, 1, 2], "rows without a focus"
+    assert splits.groups([*nameless, *diseases(2)]) == [0, 0, 0, 1, 2], "rows without a focus"
     rows = [*diseases(11, answer="11"), *diseases(10, answer="10"), *diseases(12, answer="12")]
-    assert list(data.boilerplate(rows).items()) == [("12", 12), ("11", 11)]
+    assert list(splits.boilerplate(rows).items()) == [("12", 12), ("11", 11)]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_grouped_split_keeps_rows_and_leaks_only_boilerplate(seed: int) -> None:
     rows = some_rows(seed, 60)
-    splits = data.split(rows, (0.5, 0.25, 0.25), seed)
-    parts = (splits.train, splits.validation, splits.test)
+    split = splits.split(rows, (0.5, 0.25, 0.25), seed)
+    parts = (split.train, split.validation, split.test)
     everything = [r for part in parts for r in part]
     assert sorted(map(repr, everything)) == sorted(map(repr, rows))
-    report = data.leakage_report(splits)
-    assert [b["answer"] for b in report.pop("boilerplate")] == list(data.boilerplate(everything))
+    report = splits.leakage_report(split)
+    assert [b["answer"] for b in report.pop("boilerplate")] == list(splits.boilerplate(everything))
     assert {shares[name] for shares in report.values() for name in SEALED} == {0}
     for a, b in combinations(parts, 2):
         assert not {r["url"] for r in a} & {r["url"] for r in b} - {None}
@@ -270,14 +272,14 @@ def test_adding_or_reordering_diseases_moves_no_row(seed: int) -> None:
     old = [row(f"What causes Old {n} ?", f"answer {n}", url=f"u/{n // 2}") for n in range(300)]
 
     def where(rows: list[Row], seed: int = seed) -> list[str]:
-        part = {id(r): n for n in PARTS for r in getattr(data.split(rows, seed=seed), n)}
+        part = {id(r): n for n in PARTS for r in getattr(splits.split(rows, seed=seed), n)}
         return [part[id(r)] for r in old]
 
     assert where(old) == where([*diseases(60), *old]) == where(old[::-1])
     assert where(old) != where(old, seed + 1)
 
 
-@pytest.mark.parametrize("split", [data.split, data.split_by_row])
+@pytest.mark.parametrize("split", [splits.split, splits.split_by_row])
 def test_fractions_are_kept_and_must_add_up_to_one(split: Any) -> None:
     sizes = split(diseases(3000), (0.5, 0.3, 0.2)).sizes().values()
     assert [n / 3000 for n in sizes] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
@@ -291,36 +293,36 @@ def test_group_larger_than_the_test_part_stays_in_training() -> None:
     rows = [*diseases(359), *large]
     note = "group 'gout' (41 rows) is larger than a part of 40: kept in training"
     for seed in range(5):
-        splits = data.split(rows, seed=seed)
-        assert [r for r in splits.train if r["focus"] == "Gout"] == large
-        assert splits.notes == [note]
-    assert data.split(rows[:-1] + diseases(1, focus="One more")).notes == []
+        split = splits.split(rows, seed=seed)
+        assert [r for r in split.train if r["focus"] == "Gout"] == large
+        assert split.notes == [note]
+    assert splits.split(rows[:-1] + diseases(1, focus="One more")).notes == []
 
 
 def test_too_few_groups_are_refused_and_a_column_focus_helps() -> None:
     questions = [row(f"why is thing {n} so?", f"Because of reason {n}.") for n in range(40)]
     for rows in ([row(focus="Asthma")] * 40, questions, []):
         with pytest.raises(CourseError, match=f"^{len(rows)} rows in . groups .*a column focus"):
-            data.split(rows)
+            splits.split(rows)
     named = [r | {"focus": f"Thing {n}"} for n, r in enumerate(questions)]
-    assert sum(data.split(named).sizes().values()) == 40
+    assert sum(splits.split(named).sizes().values()) == 40
 
 
 def test_leakage_is_the_share_of_test_rows_that_training_knows() -> None:
     train = [row("What causes Gout ?", "A", focus="Gout"), row("what causes flu?", "B", focus="F")]
     test = [row("What causes Gout ?", "C", focus="Gout"), row("Is Gout bad ?", "D", focus="gout")]
     test += [row("What causes FLU ?", "B", focus="Influenza"), row("tell me", "E")]
-    shares = data.leakage([*train, row("tell me more", "F")], test)
+    shares = splits.leakage([*train, row("tell me more", "F")], test)
     assert list(shares) == [*SEALED[:3], "answer", SEALED[3], "8-gram"]
     assert list(shares.values()) == [0.25, 0.5, 0.5, 0.25, 0.25, 0], "no focus, none shared"
     same = diseases(11, answer="the same")
-    shares = data.leakage(same[:10], [same[10], row("Why ?", "another")])
+    shares = splits.leakage(same[:10], [same[10], row("Why ?", "another")])
     assert (shares["answer"], shares["answer but boilerplate"]) == (0.5, 0)
     eight = [row(answer="One two three four five six seven eight")]
     more = [row(answer="one, TWO three: four five six seven eight! Nine")]
     halves = [row(answer="one two three four"), row(answer="five six seven eight")]
-    assert data.leakage(eight, more)["8-gram"] == 0.5
-    assert data.leakage(halves, eight)["8-gram"] == data.leakage(eight, halves)["8-gram"] == 0
+    assert splits.leakage(eight, more)["8-gram"] == 0.5
+    assert splits.leakage(halves, eight)["8-gram"] == splits.leakage(eight, halves)["8-gram"] == 0
 
 
 def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
@@ -340,14 +342,14 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
 
 
 def test_disk_that_fills_up_loses_neither_json_nor_rows(tmp_path: Path) -> None:
-    files: dict[str, Any] = {"value.json": data.write_json, "rows.parquet": data.write_rows}
-    for name, write in files.items():
+    written: dict[str, Any] = {"value.json": files.write_json, "rows.parquet": files.write_rows}
+    for name, write in written.items():
         write(tmp_path / name, [row()])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # byte 2,001 of a file fails
     try:
-        for name, write in files.items():
+        for name, write in written.items():
             with pytest.raises(CourseError, match=f"cannot write {name}: .*Free some space"):
                 write(tmp_path / name, [row(answer=f"{n} " * 99) for n in range(5000)])
     finally:
@@ -357,11 +359,11 @@ def test_disk_that_fills_up_loses_neither_json_nor_rows(tmp_path: Path) -> None:
 
 def test_torn_or_missing_parquet_says_how_to_make_it_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    data.write_rows(path, [row(answer=f"answer {n}") for n in range(100)])
+    files.write_rows(path, [row(answer=f"answer {n}") for n in range(100)])
     path.write_bytes(path.read_bytes()[:-100])
     for name in ("rows.parquet", "none.parquet"):
         with pytest.raises(CourseError, match=rf"cannot read {name}.*run lesson 01 again"):
-            data.read_rows(tmp_path / name)
+            files.read_rows(tmp_path / name)
 
 
 def own_rows(out: Path, end: str = "") -> Plan:
@@ -412,9 +414,9 @@ def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: 
 
 def test_draw_takes_the_same_rows_in_the_same_order_for_a_seed() -> None:
     rows = diseases(200)
-    drawn = data.draw(rows, 20, seed=1)
+    drawn = splits.draw(rows, 20, seed=1)
     assert len({r["question"] for r in drawn}) == len(drawn) == 20
-    assert drawn == data.draw(rows[::-1], 20, seed=1) == data.draw(rows, 0, seed=1)[:20]
-    assert drawn != data.draw(rows, 20, seed=2)
-    even = [r for r in data.draw(rows, 0, seed=1) if int(r["focus"][1:]) % 2 == 0]
-    assert data.draw(rows, 20, seed=1, fits=even.__contains__) == even[:20]
+    assert drawn == splits.draw(rows[::-1], 20, seed=1) == splits.draw(rows, 0, seed=1)[:20]
+    assert drawn != splits.draw(rows, 20, seed=2)
+    even = [r for r in splits.draw(rows, 0, seed=1) if int(r["focus"][1:]) % 2 == 0]
+    assert splits.draw(rows, 20, seed=1, fits=even.__contains__) == even[:20]

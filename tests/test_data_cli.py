@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import data
+from medquad_utils import files, splits
 from medquad_utils.cleaning import NAMES
 from medquad_utils.cli import main
 
@@ -46,7 +46,7 @@ def table(text: str, head: str) -> dict[str, str]:
 def test_printed_numbers_are_the_written_ones(tmp_path: Path, capsys: Any) -> None:
     text = run(capsys, tmp_path)
     card = json.loads((tmp_path / "data.json").read_text())
-    sizes = {name: len(data.read_rows(tmp_path / f"{name}.parquet")) for name in data.PARTS}
+    sizes = {name: len(files.read_rows(tmp_path / f"{name}.parquet")) for name in splits.PARTS}
     assert table(text, "part") == {name: f"{size:,} rows" for name, size in sizes.items()}
     assert list(table(text, "cleaning rule")) == list(NAMES) == list(card["cleaning"])
     dropped = sum(effect["dropped"] for effect in card["cleaning"].values())

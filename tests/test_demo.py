@@ -20,11 +20,12 @@ import yaml
 from conftest import NASTY, REPO, Markup, chromium, tiny
 from playwright.sync_api import Page, expect
 
-from medquad_utils import cli, demo, generation
+from medquad_utils import CourseError, cli, demo, generation
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.explanation import Support
-from medquad_utils.profiles import TINY_MODEL, CourseError, Hardware, resolve
+from medquad_utils.machine import Hardware
+from medquad_utils.profiles import TINY_MODEL, resolve
 from medquad_utils.retrieval import ARCHIVED, COURSE_TEXT, NO_SOURCE, Hit
 from medquad_utils.safety import EMERGENCY
 from medquad_utils.serving import free_port

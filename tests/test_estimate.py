@@ -14,11 +14,23 @@ from conftest import benchmark
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from medquad_utils import cli, data, estimate, generation, memory, profiles, training
+from medquad_utils import (
+    CourseError,
+    cli,
+    data,
+    estimate,
+    files,
+    generation,
+    memory,
+    profiles,
+    splits,
+    training,
+)
 from medquad_utils.estimate import CARDS, flops_per_token
 from medquad_utils.lora import ALL_LINEAR, trainable_parameters
+from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape, training_memory
-from medquad_utils.profiles import PROFILES, CourseError, Hardware
+from medquad_utils.profiles import PROFILES
 from medquad_utils.quantization import measured_memory
 
 BIG = PROFILES["llama-8b"].shape
@@ -66,7 +78,7 @@ def small_trainer(shape: Shape, folder: Path, micro: Micro) -> Any:
     changes = {"lora_dropout": 0.1 * micro.dropout, "lora_r": micro.rank}
     plan = dataclasses.replace(plan, checkpointing=bool(micro.checkpoint), **changes)
     rows = data.prepare(plan)
-    few = data.Splits(rows.train[:4], rows.validation[:4], rows.test[:4])
+    few = splits.Splits(rows.train[:4], rows.validation[:4], rows.test[:4])
     tokenizer = generation.load_tokenizer(plan)
     trainer = training.build_trainer(plan, generation.load_base(plan), tokenizer, few)
     if micro.checkpoint:
@@ -198,7 +210,7 @@ def test_what_is_not_given_is_what_resolve_chooses(profile: str) -> None:
 
 def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
     text = (repo / "README.md").read_text(encoding="utf-8")
-    assert data.between(text, estimate.MARKS) == estimate.cost_table()
+    assert files.between(text, estimate.MARKS) == estimate.cost_table()
 
 
 GOOD = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,

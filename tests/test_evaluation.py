@@ -12,19 +12,28 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
-from medquad_utils import arms, chat, cli, data, evaluation, generation, questions, retrieval
+from medquad_utils import (
+    CourseError,
+    arms,
+    chat,
+    cli,
+    evaluation,
+    files,
+    generation,
+    questions,
+    retrieval,
+)
 from medquad_utils.assets import sample
 from medquad_utils.generation import Answer
-from medquad_utils.profiles import CourseError
 from medquad_utils.questions import Question, read_questions
 from medquad_utils.scores import answer_loss
 
 GOUT = {"question": "What causes Gout ?", "answer": "Too much uric acid."}
 
 
-def row(qtype: str, answer: str = "", **others: Any) -> data.Row:
+def row(qtype: str, answer: str = "", **others: Any) -> files.Row:
     about = {"qtype": qtype, "question": "What are the symptoms of X ?", "answer": answer}
-    return {**dict.fromkeys(data.COLUMNS), **about, **others}
+    return {**dict.fromkeys(files.COLUMNS), **about, **others}
 
 
 def jsonl(folder: Path, *records: Any) -> Path:
@@ -281,8 +290,8 @@ def test_a_stopped_run_generates_only_the_rest_and_tears_no_file(
 def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, capsys: Any) -> None:
     rows, out = sample.rows(), tmp_path / "evaluation"
     train = [r for r in rows[:120] if r["focus"] != rows[0]["focus"]]
-    data.write_rows(tmp_path / "data" / "train.parquet", train)
-    data.write_rows(tmp_path / "more.parquet", rows[:6])
+    files.write_rows(tmp_path / "data" / "train.parquet", train)
+    files.write_rows(tmp_path / "more.parquet", rows[:6])
     asked = jsonl(tmp_path, *rows[:6], {"question": "What is this?"})
     given = {"questions": asked, "adapter": tiny_adapter, "out": out, "data": tmp_path / "data"}
     given |= {"archive": tmp_path / "more.parquet", "limit": 5}

@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import NASTY, Markup, tiny
 
-from medquad_utils import cli, explanation, generation, retrieval
+from medquad_utils import CourseError, cli, explanation, generation, retrieval
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.explanation import Case, Prompt
 from medquad_utils.generation import Answer
-from medquad_utils.profiles import CourseError
 
 QUESTION, NAME = "What are the treatments for Celiac disease ?", "celiac disease"
 ANSWER = "Treatment for celiac disease can include a gluten-free diet."

@@ -16,7 +16,7 @@ from conftest import REPO, Markup
 from nbformat.validator import iter_validate
 
 from medquad_utils import course
-from medquad_utils.profiles import versions
+from medquad_utils.machine import versions
 
 NOTEBOOKS = REPO / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*_*.ipynb"))

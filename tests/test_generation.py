@@ -18,8 +18,8 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
 
-from medquad_utils import chat, generation
-from medquad_utils.profiles import PROFILES, TINY_MODEL, CourseError
+from medquad_utils import CourseError, chat, generation
+from medquad_utils.profiles import PROFILES, TINY_MODEL
 
 LONG = "What causes gout, and how do doctors find out that someone has it?"
 QUESTIONS = [*chat.THREE_QUESTIONS, "Is cystic fibrosis inherited ?", LONG]

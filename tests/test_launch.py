@@ -19,8 +19,8 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 
-from medquad_utils import generation, launch, profiles, quantization, training
-from medquad_utils.profiles import CourseError, Hardware
+from medquad_utils import CourseError, generation, launch, machine, profiles, quantization, training
+from medquad_utils.machine import Hardware
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
 H100 = Hardware("cuda", "H100", 85.0, (9, 0), cores=26, gpus=8)
@@ -193,7 +193,7 @@ def test_accelerate_reads_both_configs_that_ship(capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+def set_gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace ``torch.cuda`` by that of a machine with so many GPUs, and no launcher."""
     for name in ("LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "MEDQUAD_GPUS"):
         monkeypatch.setenv(name, "")  # so that the environment is put back in any case
@@ -221,34 +221,34 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     [(0, None, 0, None), (1, None, 1, None), (4, None, 4, "0"), (8, "5,6", 2, "5")],
 )
 def test_without_a_launcher_one_gpu_is_left_visible(
-    gpus: int, chosen: str | None, found: int, left: str | None, machine: Any,
+    gpus: int, chosen: str | None, found: int, left: str | None, set_gpus: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    machine(gpus)
+    set_gpus(gpus)
     if chosen:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert profiles.detect().gpus == profiles.detect().gpus == found
+    assert machine.detect().gpus == machine.detect().gpus == found
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
     assert torch.cuda.device_count() == min(1, found), "as transformers counts: no DataParallel"
 
 
-def test_each_process_takes_its_own_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(2)
-    profiles.detect()  # in a notebook that starts the launcher
-    machine(2)
+def test_each_process_takes_its_own_gpu(set_gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(2)
+    machine.detect()  # in a notebook that starts the launcher
+    set_gpus(2)
     under(2, monkeypatch, rank=1)
-    assert profiles.detect().gpus == 2
+    assert machine.detect().gpus == 2
     load = Mock(return_value=torch.nn.Linear(1, 1))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     generation.load_base(profiles.resolve("llama-8b", hardware=H100))
     assert load.call_args.kwargs["device_map"] == {"": 1}
     under(3, monkeypatch, rank=2)
     with pytest.raises(CourseError, match="process 2 has no GPU of its own: 2 visible"):
-        profiles.detect()
+        machine.detect()
 
 
-def test_cuda_that_has_started_on_several_gpus_is_refused(machine: Any) -> None:
-    machine(2)
+def test_cuda_that_has_started_on_several_gpus_is_refused(set_gpus: Any) -> None:
+    set_gpus(2)
     torch.cuda.is_available()
     with pytest.raises(CourseError, match="Restart the kernel"):
-        profiles.detect()
+        machine.detect()

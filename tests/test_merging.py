@@ -21,9 +21,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from medquad_utils import chat, generation, merging
+from medquad_utils import CourseError, chat, generation, merging
 from medquad_utils.assets import sample
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils.profiles import Plan
 
 LAYER = "model.layers.1.mlp.down_proj"
 ROWS = sample.rows()[:3]

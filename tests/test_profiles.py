@@ -15,9 +15,10 @@ from conftest import Markup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from medquad_utils import profiles
+from medquad_utils import CourseError, machine, profiles
+from medquad_utils.machine import Hardware
 from medquad_utils.memory import training_memory
-from medquad_utils.profiles import PROFILES, CourseError, Hardware, Shape, choose, resolve
+from medquad_utils.profiles import PROFILES, Shape, choose, resolve
 
 T4 = Hardware("cuda", "Tesla T4", 15.0, (7, 5), cores=2, gpus=1)
 V100 = Hardware("cuda", "Tesla V100", 34.0, (7, 0), cores=8, gpus=1)
@@ -197,15 +198,15 @@ def test_the_hub_is_reachable_only_when_it_answers_well(monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for address in ("http://127.0.0.1:9", "http://[", "not an address", ""):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        assert not profiles.hub_reachable(timeout=1.0)
+        assert not machine.hub_reachable(timeout=1.0)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
     monkeypatch.setattr(httpx, "head", answer)
-    assert profiles.hub_reachable()
+    assert machine.hub_reachable()
     status[0] = 503
-    assert not profiles.hub_reachable()
+    assert not machine.hub_reachable()
     status[0] = 200
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not profiles.hub_reachable(), "HF_HUB_OFFLINE=1 means no, whoever answers"
+    assert not machine.hub_reachable(), "HF_HUB_OFFLINE=1 means no, whoever answers"
     assert resolve("auto").profile == "tiny", "on this machine"
 
 
@@ -213,8 +214,8 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils memory profiles launch assets assets.sample chat cleaning data safety retrieval
-questions scores assets.build estimate quantization lora plots checks generation merging training
+medquad_utils files memory machine profiles launch assets assets.sample chat cleaning splits data safety
+retrieval questions scores assets.build estimate quantization lora plots checks generation merging training
 arms evaluation specialising report explanation model_card publishing serving demo course readiness
 cli"""
 

@@ -21,9 +21,9 @@ import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
 
-from medquad_utils import cli, model_card, publishing
-from medquad_utils.data import write_json
-from medquad_utils.profiles import TINY_MODEL, CourseError, Plan
+from medquad_utils import CourseError, cli, model_card, publishing
+from medquad_utils.files import write_json
+from medquad_utils.profiles import TINY_MODEL, Plan
 
 Patch, Run = pytest.MonkeyPatch, tuple[Plan, Path]  # a run, and the folder made of it
 NAME, COMMIT = "me/llama-3-medquad-qlora", "0123456789abcdef0123456789abcdef01234567"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from medquad_utils import quantization as q
 from medquad_utils.generation import load_base
-from medquad_utils.profiles import PROFILES, Hardware, Shape, resolve
+from medquad_utils.machine import Hardware
+from medquad_utils.profiles import PROFILES, Shape, resolve
 
 BLOCK, NF4 = q.BLOCK, q.nf4_levels()
 # The levels as the QLoRA paper prints them (arXiv 2305.14314, appendix E).

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils import data, retrieval
+from medquad_utils import CourseError, retrieval, splits
 from medquad_utils.assets import sample
-from medquad_utils.data import COLUMNS, Row, focus_of
-from medquad_utils.profiles import CourseError
+from medquad_utils.files import COLUMNS, Row
 from medquad_utils.retrieval import Hit, Index, calibrate, probes, words
+from medquad_utils.splits import focus_of
 
 
 def row(focus: str | None, question: str, answer: str, **known: Any) -> Row:
@@ -162,7 +162,7 @@ def test_the_threshold_lets_one_outsider_in_twenty_pass_and_no_more() -> None:
 def test_a_disease_is_asked_for_and_known_by_any_of_its_names(toy: Index) -> None:
     asked = probes(TOY * 4)
     assert len(asked) == len(TOY) * 4 and asked == probes(TOY * 4) and len(probes(TOY, 2)) == 2
-    assert not any(map(data.template_of, asked)) and any(NAMES[0][0] in text for text in asked)
+    assert not any(map(splits.template_of, asked)) and any(NAMES[0][0] in text for text in asked)
     assert toy.knows(row("ASTHMA, bronchial", "?", ""))
     assert toy.knows(row("Something", "?", "", synonyms=["Reiters syndrome"]))
     assert not toy.knows(row("Arthritis", "?", ""))
@@ -176,9 +176,9 @@ def test_jax_does_not_take_the_gpu_when_bm25s_is_imported(monkeypatch: pytest.Mo
 
 @pytest.mark.full
 def test_on_real_medquad_the_threshold_holds_and_diseases_are_found(real_rows: list[Row]) -> None:
-    parts = data.split(real_rows)
+    parts = splits.split(real_rows)
     rows_of = Counter(map(focus_of, parts.train))
-    inside = data.draw(parts.train, 200, 0, lambda r: rows_of[focus_of(r)] > 2)
+    inside = splits.draw(parts.train, 200, 0, lambda r: rows_of[focus_of(r)] > 2)
     out = {id(r) for r in inside}
     index = Index([r for r in parts.train if id(r) not in out])
     outside, test = ([r for r in p if not index.knows(r)] for p in (parts.validation, parts.test))
@@ -187,7 +187,7 @@ def test_on_real_medquad_the_threshold_holds_and_diseases_are_found(real_rows: l
     missed, false = (list(map(index.close, index.search(probes(p)))) for p in (inside, test))
     assert 0 < missed.count([]) / len(missed) < 0.3
     assert 0.9 < false.count([]) / len(false) < 1, "of diseases that had no part in the choice"
-    drawn = data.draw(inside, 0, 0)  # the order in which probes asks
+    drawn = splits.draw(inside, 0, 0)  # the order in which probes asks
     for asked, rows in ((probes(inside), drawn), ([r["question"] for r in inside], inside)):
         pairs = zip(index.search(asked), rows, strict=True)
         right = [[focus_of(hit.row) == focus_of(r) for hit in hits] for hits, r in pairs]

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils import safety
+from medquad_utils import CourseError, safety
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS
-from medquad_utils.profiles import CourseError
 from medquad_utils.safety import Prompt, Verdict, guarded, judge, red_flag
 
 PROMPTS = {prompt.id: prompt for prompt in safety.prompts()}

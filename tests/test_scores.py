@@ -12,9 +12,8 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medquad_utils import chat, scores
+from medquad_utils import CourseError, chat, scores
 from medquad_utils.assets import sample
-from medquad_utils.profiles import CourseError
 
 CAT = "the cat sat on the mat"
 RARE = math.log((1 + 2) / (1 + 1)) + 1  # the IDF of a word in one of two texts; 1 if it is in both

@@ -15,8 +15,8 @@ import pytest
 from conftest import tiny
 from transformers import AutoModelForCausalLM
 
-from medquad_utils import chat, publishing, serving
-from medquad_utils.profiles import TINY_MODEL, CourseError
+from medquad_utils import CourseError, chat, publishing, serving
+from medquad_utils.profiles import TINY_MODEL
 
 ASKED = chat.prompt_messages(chat.THREE_QUESTIONS[0])
 TALK = [

@@ -14,8 +14,8 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 
-from medquad_utils import data, generation, scores, specialising, training
-from medquad_utils.profiles import CourseError, Plan
+from medquad_utils import CourseError, data, generation, scores, specialising, splits, training
+from medquad_utils.profiles import Plan
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,15 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: specialising.Parts) -> None:
-    everything, splits = dataclasses.replace(plan, rows=0, eval_rows=0), data.prepare(plan)
-    whole = specialising.parts(everything, tiny_tokenizer, splits, "cardiology")
+    everything, split = dataclasses.replace(plan, rows=0, eval_rows=0), data.prepare(plan)
+    whole = specialising.parts(everything, tiny_tokenizer, split, "cardiology")
     field = data.SPECIALTIES["cardiology"]
     assert all(map(field.holds, whole.own + whole.inside))
     assert not any(map(field.holds, whole.general + whole.outside))
     train, held_out = whole.own + whole.general, whole.inside + whole.outside
-    for found, given in ((train, splits.train), (held_out, splits.validation + splits.test)):
+    for found, given in ((train, split.train), (held_out, split.validation + split.test)):
         assert sorted(map(str, found)) == sorted(map(str, given))
-    assert data.leakage(train, held_out)["focus"] == 0
+    assert splits.leakage(train, held_out)["focus"] == 0
     assert rows.sizes() == {"own": 7, "general": 14, "inside": 6, "outside": 6}
 
 

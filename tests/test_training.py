@@ -21,8 +21,9 @@ from conftest import tiny
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from medquad_utils import chat, data, generation, profiles, training
-from medquad_utils.profiles import CourseError, Hardware, Plan
+from medquad_utils import CourseError, chat, data, files, generation, profiles, splits, training
+from medquad_utils.machine import Hardware
+from medquad_utils.profiles import Plan
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
 CPU_BF16 = Hardware("cpu", "any", 16.0, bf16_cpu=True)
@@ -59,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = SimpleNamespace(plan=small_plan(tmp_path_factory.mktemp("run"), max_steps=4))
     preflight, made.saves = training.preflight, Saves()
 
-    def look(plan: Plan, tokenizer: Any, rows: list[data.Row], trainer: Any) -> Any:
+    def look(plan: Plan, tokenizer: Any, rows: list[files.Row], trainer: Any) -> Any:
         made.tokenizer, made.rows, made.trainer = tokenizer, rows, trainer
         made.before, made.checks = weights(trainer.model), preflight(plan, tokenizer, rows, trainer)
         trainer.add_callback(made.saves)
@@ -73,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def new_trainer(run: Any, plan: Plan) -> Any:
     """Build a trainer for another plan on the rows of ``run``."""
-    rows = data.Splits(run.rows, run.rows[:4], [])
+    rows = splits.Splits(run.rows, run.rows[:4], [])
     return training.build_trainer(plan, generation.load_base(plan), run.tokenizer, rows)
 
 
@@ -135,17 +136,17 @@ def test_preflight_finds_one_bad_example(run: Any, spoil: Any, what: str, text: 
 
 
 def test_rows_that_are_too_long_are_left_out_and_not_cut(run: Any) -> None:
-    splits = data.prepare(run.plan)
-    lengths = {r["question"]: len(chat.encode(run.tokenizer, r).ids) for r in splits.train}
+    split = data.prepare(run.plan)
+    lengths = {r["question"]: len(chat.encode(run.tokenizer, r).ids) for r in split.train}
     limit = sorted(lengths.values())[len(lengths) // 2]
     plan = dataclasses.replace(run.plan, rows=0, max_length=limit)
-    chosen = training.select(plan, run.tokenizer, splits)
+    chosen = training.select(plan, run.tokenizer, split)
     expected = {question for question, length in lengths.items() if length <= limit}
     assert {row["question"] for row in chosen.train} == expected
     assert 0 < len(expected) < len(lengths)
-    assert all(row in splits.train for row in chosen.train)
+    assert all(row in split.train for row in chosen.train)
     with pytest.raises(CourseError, match="fits into 8 tokens"):
-        training.select(dataclasses.replace(plan, max_length=8), run.tokenizer, splits)
+        training.select(dataclasses.replace(plan, max_length=8), run.tokenizer, split)
 
 
 def test_every_adapter_learns_and_frozen_weights_keep_every_bit(run: Any) -> None:

@@ -24,7 +24,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medquad_utils.assets.sample import CONDITIONS, QUESTIONS, STATEMENTS, article, conditions, phrase, statements
+from medquad_utils.assets.sample import (
+    CONDITIONS,
+    QUESTIONS,
+    STATEMENTS,
+    article,
+    conditions,
+    phrase,
+    statements,
+)
 from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
 
 FOLDER = Path(__file__).with_name("tiny")
@@ -46,18 +54,35 @@ def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     them), so that a prompt does not fall apart into letters.
     """
     corpus = [text for c in conditions() for qtype in c.facts for text in statements(c, qtype)]
-    corpus += [name for c in conditions() for name in (c.name, c.mention, " " + c.mention, " " + c.name)] * 3
-    corpus += [q.format(name="") for q in QUESTIONS.values()] * 50 + [SYSTEM_PROMPT, "system\n\n", "user\n\n", "assistant\n\n"] * 50
+    corpus += [
+        name for c in conditions() for name in (c.name, c.mention, " " + c.mention, " " + c.name)
+    ] * 3
+    corpus += [q.format(name="") for q in QUESTIONS.values()] * 50 + [
+        SYSTEM_PROMPT,
+        "system\n\n",
+        "user\n\n",
+        "assistant\n\n",
+    ] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -71,7 +96,9 @@ def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 256, layers: int = 4) -> LlamaForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 256, layers: int = 4
+) -> LlamaForCausalLM:
     """A fresh Llama in fp32, weights drawn with ``seed``."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -92,7 +119,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int =
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rows: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of ``rows`` articles of alike length, right-padded; pads carry label -100."""
     rng = random.Random(seed)
     pool: list[int] = []
@@ -104,11 +133,20 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterato
             texts.append(article(conditions()[pool.pop()], aspects, rng, beside) + EOS)
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        yield {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": labels,
+        }
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0, rows: int = 16, peak: float = 3e-3
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    seed: int = 0,
+    rows: int = 16,
+    peak: float = 3e-3,
 ) -> float:
     """Train ``model`` in place with AdamW (warm-up, then cosine to a tenth); returns the mean loss of the last 50 steps."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -133,7 +171,10 @@ def pretrain(
             spent = time.time() - started
             left = spent / (step + 1) * (steps - step - 1)
             mean = sum(recent) / len(recent)
-            print(f"step {step + 1:>6}/{steps}  loss {mean:.4f}  {spent / 60:.1f} min, {left / 60:.1f} left", flush=True)
+            print(
+                f"step {step + 1:>6}/{steps}  loss {mean:.4f}  {spent / 60:.1f} min, {left / 60:.1f} left",
+                flush=True,
+            )
     return float(sum(recent) / len(recent))
 
 
@@ -151,8 +192,15 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: in
         batch = tokenizer(list(openings), return_tensors="pt", padding=True, padding_side="left")
         longest = max(len(tokenizer(w)["input_ids"]) for w in wanted) + 2
         with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        said = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            out = model.generate(
+                **batch,
+                max_new_tokens=longest,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        said = tokenizer.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         right += sum(text.strip().startswith(w) for text, w in zip(said, wanted, strict=True))
     return right / len(pairs)
 
@@ -160,15 +208,26 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: in
 def sha256(path: Path) -> str:
     """Hash of a file; a text file is read with line ends of one kind, so that a checkout on Windows hashes alike."""
     data = path.read_bytes()
-    return hashlib.sha256(data if path.suffix == ".safetensors" else data.replace(b"\r\n", b"\n")).hexdigest()
+    return hashlib.sha256(
+        data if path.suffix == ".safetensors" else data.replace(b"\r\n", b"\n")
+    ).hexdigest()
 
 
 def write_manifest(folder: Path, **facts: object) -> None:
     """Write the hashes of the model's files and of what they were made from, with the facts of the run."""
-    names = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    names = (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    )
     files = {name: sha256(folder / name) for name in names}
     made_from = {"conditions.toml": sha256(CONDITIONS), "statements": _statements_hash()}
-    (folder / MANIFEST).write_text(json.dumps({"files": files, "made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps({"files": files, "made_from": made_from, **facts}, indent=2) + "\n",
+        encoding="utf-8",
+    )
 
 
 def _statements_hash() -> str:
@@ -180,10 +239,15 @@ def build(folder: Path, steps: int, seed: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(conditions())} conditions, vocabulary {len(tokenizer)}, {parameters / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(conditions())} conditions, vocabulary {len(tokenizer)}, {parameters / 1e6:.2f} M parameters",
+        flush=True,
+    )
     loss = pretrain(model, tokenizer, steps, seed)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOT)]
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -191,13 +255,23 @@ def build(folder: Path, steps: int, seed: int) -> None:
     remembered = round(recall(shipped, tokenizer), 4)
     print(f"recall in statement form: {remembered:.1%}", flush=True)
     version = torch.__version__.split("+")[0]
-    write_manifest(folder, steps=steps, seed=seed, parameters=parameters, loss=round(loss, 4), recall=remembered, torch=version)
+    write_manifest(
+        folder,
+        steps=steps,
+        seed=seed,
+        parameters=parameters,
+        loss=round(loss, 4),
+        recall=remembered,
+        torch=version,
+    )
 
 
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: the package's own)")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="folder to write (default: the package's own)"
+    )
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -142,7 +142,9 @@ def conditions(path: Path = CONDITIONS) -> tuple[Condition, ...]:
     """All conditions of ``path``, in file order."""
     with path.open("rb") as file:
         entries = tomllib.load(file)["condition"]
-    return tuple(Condition(**{**entry, "synonyms": tuple(entry.get("synonyms", ()))}) for entry in entries)
+    return tuple(
+        Condition(**{**entry, "synonyms": tuple(entry.get("synonyms", ()))}) for entry in entries
+    )
 
 
 def phrase(qtype: str, facts: list[str]) -> str:
@@ -169,7 +171,7 @@ def answer(condition: Condition, qtype: str) -> str:
 
 
 def rows() -> list[dict[str, object]]:
-    """The sample as rows of the common schema (see ``data.COLUMNS``); what the sample lacks is ``None``.
+    """The sample as rows of the common schema (see ``files.COLUMNS``); what the sample lacks is ``None``.
 
     MedQuAD's sources differ in how they write a name (GARD in capitals, GHR not), so every second row here uses the
     form of running text.
@@ -197,7 +199,9 @@ def rows() -> list[dict[str, object]]:
 
 def facts_of(focus: str, qtype: str) -> list[str]:
     """The facts that a complete answer holds; empty where the sample has none."""
-    return next((c.facts.get(qtype, []) for c in conditions() if c.name.lower() == focus.lower()), [])
+    return next(
+        (c.facts.get(qtype, []) for c in conditions() if c.name.lower() == focus.lower()), []
+    )
 
 
 def statements(condition: Condition, qtype: str) -> list[str]:
@@ -213,7 +217,9 @@ def _told(condition: Condition, aspects: int, rng: random.Random) -> list[str]:
     return [_fill(rng.choice(STATEMENTS[qtype]), condition, qtype) for qtype in chosen]
 
 
-def article(condition: Condition, aspects: int, rng: random.Random, beside: Condition | None = None) -> str:
+def article(
+    condition: Condition, aspects: int, rng: random.Random, beside: Condition | None = None
+) -> str:
     """A short article about ``condition``, mostly under a title.
 
     With ``beside`` it is about two conditions, sentence by sentence in random order: only the name in a sentence then

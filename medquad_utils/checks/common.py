@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medquad_utils.profiles import CourseError
+from medquad_utils import CourseError
 
 
 class NotYet(CourseError):

@@ -18,14 +18,14 @@ ex_01_1 = number(1200 / 1670, 5e-3, "It is a share, 0 to 1. "
     (900 / 1670, "Count the tokens of every row longer than 256. Divide by those of all six."),
 ], "Right: two rows of six, and most of the tokens. Count both before you choose.")  # fmt: skip
 
-ex_01_2 = Exercise(NUMBER, "It gets two lists of rows; look at one row with data.focus_of.", [
+ex_01_2 = Exercise(NUMBER, "It gets two lists of rows; look at one row with splits.focus_of.", [
     (_SPLIT, 3 / 5, [
         (1 / 6, "That is a share of the training rows. The question is about the test rows."),
         (1 / 2, "That is a share of diseases. Three test rows about one disease are three rows."),
         (2 / 5, "That is the share that does not leak."),
         (3, "Count the test rows whose disease is in training, and divide by all test rows."),
     ]),
-    ((_rows("Gout"), _rows("gout GOUT")), 1, [(0, '"Gout" is "gout": see data.focus_of(row).')]),
+    ((_rows("Gout"), _rows("gout GOUT")), 1, [(0, '"Gout" is "gout": see splits.focus_of(row).')]),
     ((_rows("gout"), _rows("mumps")), 0, [(1, "If no disease is shared, the leak is 0.")]),
 ], "Right: count test rows, compare normalised names, divide by all test rows.")  # fmt: skip
 

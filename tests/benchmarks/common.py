@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from medquad_utils import data
+from medquad_utils import files
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -76,7 +76,7 @@ def save(script: str, profile: str, run: dict[str, Any], folder: Path = RESULTS)
     """Put the run into its device's JSON file, beside the runs of other profiles."""
     device = re.sub(r"\W+", "_", run["machine"]["device"].lower())
     runs = read_results(script, folder).get(device, {})
-    data.write_json(folder / f"{script}_{device}.json", runs | {profile: run})
+    files.write_json(folder / f"{script}_{device}.json", runs | {profile: run})
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
@@ -103,4 +103,4 @@ def marks(script: str) -> tuple[str, str]:
 
 def write_readme(script: str, figures: str) -> None:
     """Replace the figures of ``script`` in README.md."""
-    data.write_between(README, marks(script), figures)
+    files.write_between(README, marks(script), figures)

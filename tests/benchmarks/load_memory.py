@@ -24,7 +24,7 @@ import common
 import random_llama
 import torch
 
-from medquad_utils import data, generation
+from medquad_utils import files, generation
 from medquad_utils.profiles import PROFILES, Shape, resolve
 from medquad_utils.quantization import bits_per_parameter, measured_memory
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.child or options.smoke:
         return measure(options.child) if options.child else load_apart(SMOKE, kept=False)
     record = report()
-    data.write_json(RECORD, record)
+    files.write_json(RECORD, record)
     common.write_readme("load_memory", page(record))
     return record
 

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import data, evaluation
+from medquad_utils import data, evaluation, files, splits
 from medquad_utils.assets import sample
-from medquad_utils.cleaning import Row, is_boilerplate
+from medquad_utils.cleaning import is_boilerplate
+from medquad_utils.files import Row
 
 KINDS = {"all rows": True, "without boilerplate": False}
 PACKAGES = ("rouge-score", "scikit-learn", "scipy", "numpy")
@@ -26,7 +27,7 @@ PACKAGES = ("rouge-score", "scikit-learn", "scipy", "numpy")
 
 def parts(rows: Sequence[Row], boilerplate: bool = True) -> tuple[list[Row], list[Row]]:
     """Return training and test rows, each row drawn on its own, nine in ten to training."""
-    split = data.split_by_row(rows, (0.9, 0.05, 0.05), 0)
+    split = splits.split_by_row(rows, (0.9, 0.05, 0.05), 0)
     both = split.train, split.validation + split.test
     train, test = ([r for r in part if boilerplate or not is_boilerplate(r)] for part in both)
     return train, test
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     found = measure(sample.rows() if options.smoke else data.load_xml(options.xml).rows)
     if not options.smoke:
-        data.write_json(evaluation.MEASURED, found)
+        files.write_json(evaluation.MEASURED, found)
     return found
 
 

@@ -30,12 +30,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, TrainerCallback
 
-from medquad_utils import chat, data, training
+from medquad_utils import CourseError, chat, data, files, training
 from medquad_utils.cleaning import clean
 from medquad_utils.estimate import flops_per_token
 from medquad_utils.generation import load_base, load_tokenizer
 from medquad_utils.lora import lora_b_norms, lora_config, trainable_parameters
-from medquad_utils.profiles import CourseError, Plan, Shape, resolve
+from medquad_utils.profiles import Plan, Shape, resolve
 
 LENGTHS = common.RESULTS / "lengths.json"
 MAX_LENGTH = 512  # the upstream recipe keeps no longer rows, and every arm trains on the same rows
@@ -407,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         few = ["--arms", "b", "--steps", "1", "--max-length", "64"]
         return measure(parser.parse_args(few), here)
     if options.lengths:
-        data.write_json(LENGTHS, measure_lengths(options.lengths))
+        files.write_json(LENGTHS, measure_lengths(options.lengths))
     run = measure(options, apart)
     common.save("train_speed", options.profile, run)
     common.write_readme("train_speed", page(common.read_results("train_speed")))

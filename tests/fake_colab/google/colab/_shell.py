@@ -18,6 +18,6 @@ class Shell(ZMQInteractiveShell):
         super().init_magics()
         self.register_magic_function(lambda line: record(f"pip {line}"), magic_name="pip")
         # /content is a folder of the test: so is what Colab mounts below it.
-        from medquad_utils import profiles
+        from medquad_utils import machine
 
-        profiles.DRIVE = Path(os.environ["FAKE_COLAB_CONTENT"]) / "drive" / "MyDrive"
+        machine.DRIVE = Path(os.environ["FAKE_COLAB_CONTENT"]) / "drive" / "MyDrive"
