@@ -22,6 +22,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check medquad_utils tests
 	$(BIN)/mypy
+	$(BIN)/deptry medquad_utils
 	$(PYTEST) -m "not full"
 
 # Before you push, and in CI: all of it, with the nine lessons executed once.
@@ -35,20 +36,19 @@ mutants: $(STAMP)
 # The newest release of every library, whatever the ranges say; then the nine lessons on real MedQuAD.
 weekly:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	sed -n 's/^ *- \([a-z0-9-]*\)==.*/\1/p' environment.yml | xargs $(NEWEST)/bin/python -m pip install --quiet --upgrade
+	sed 's/==.*//; /^#/d' constraints.txt | xargs $(NEWEST)/bin/python -m pip install --quiet --upgrade
 	$(NEWEST)/bin/python -m pip install --quiet --no-deps --editable .
 	test -d $(MEDQUAD) || git clone --depth 1 https://github.com/abachaa/MedQuAD $(MEDQUAD)
 	$(NEWEST)/bin/python -m pytest -q tests/test_signatures.py
-	$(NEWEST)/bin/medquad run --profile tiny --out runs/weekly \
+	$(NEWEST)/bin/medquad run --profile tiny --runs runs/weekly \
 	  -p source=xml -p data_path=$(MEDQUAD) -p rows=24 -p max_steps=12
 
-# The versions that were tested come from environment.yml; torch first, so that nothing pulls another one in.
-$(STAMP): pyproject.toml environment.yml
+# The tested version of every package; torch first, so that nothing pulls another one in.
+$(STAMP): pyproject.toml constraints.txt
 	@echo 'Installing the tested versions into $(VENV) (some minutes, once) ...'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@sed -n 's/^ *- \([a-z0-9-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $(STAMP)
 
 clean:

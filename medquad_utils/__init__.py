@@ -1,7 +1,7 @@
-"""Plumbing, plots and checks of a hands-on QLoRA course: MedQuAD, 4 bits, LoRA, SFT. Importing it imports no torch."""
+"""Plumbing, plots and checks of a hands-on QLoRA course on MedQuAD. Imports no torch."""
 
 __version__ = "0.1.0"
 
 
 class CourseError(Exception):
-    """A mistake that the reader can mend; the message says what is wrong, what was expected and what to do next."""
+    """A mistake that the reader can fix: what is wrong, what was expected, what to do next."""

@@ -1,11 +1,10 @@
-"""Small named rules that clean MedQuAD rows, each with its count, its examples and a switch."""
+"""Named rules that clean MedQuAD rows. Each has a count, examples and a switch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from medquad_utils import CourseError
 from medquad_utils.files import Row
@@ -14,114 +13,116 @@ LINK_LIST = re.compile(
     r"These resources (?:from MedlinePlus )?(?:address|offer)|The resources listed in this section",
     re.IGNORECASE,
 )
-# One heading or several in a row; a question to the reader ("Have you ever felt dizzy?") is no heading but how some texts begin.
+# One heading or several. A question to the reader ("Have you ever felt dizzy?") is text, not one.
 HEADING = re.compile(
-    r"(?:(?:what|how|is|are|can|who|do|does|why|where|which|when|will|has|have|should|could)\b(?![^?\n]{0,250}\byour?\b)"
-    r"(?:[^?.\n]|\.(?!\s)){2,250}\?(?:\s+|$))+",
+    r"(?:(?:what|how|is|are|can|who|do|does|why|where|which|when|will|has|have|should|could)\b"
+    r"(?![^?\n]{0,250}\byour?\b)(?:[^?.\n]|\.(?!\s)){2,250}\?(?:\s+|$))+",
     re.IGNORECASE,
 )
-# Each pattern with a word that must be there: looking for the word first is what keeps cleaning linear in the text.
-# The first runs from the sentence that announces the table of the Human Phenotype Ontology to the last one below it.
+# Each pattern below has a word that its matches contain. A search for the word comes first, which
+# keeps the time of cleaning linear in the length of a text.
+# The table of the Human Phenotype Ontology, from its announcement to the last sentence below it.
 PHENOTYPES = (
     "Human Phenotype Ontology provides",
-    re.compile(
-        r"The Human Phenotype Ontology provides the following list.*?(?:the sign or symptom may be rare or common\.|\Z)",
-        re.DOTALL,
-    ),
+    r"(?s:The Human Phenotype Ontology provides the following list"
+    r".*?(?:the sign or symptom may be rare or common\.|\Z))",
 )
-KEY_POINTS = (
-    "Key Points",
-    re.compile(r"\AKey Points\s*-.*?\n\s*\n\s*", re.DOTALL),
-)  # the bullets come back as headings below
-INSTITUTE = "NIH:", re.compile(r"NIH: *[^.\n]{3,120}\Z")
+KEY_POINTS = ("Key Points", r"(?s:\AKey Points\s*-.*?\n\s*\n\s*)")
+INSTITUTE = ("NIH:", r"NIH: *[^.\n]{3,120}\Z")
 NAVIGATION = (
-    ("Espaol", re.compile(r"\AEspaol\s*\n")),  # the name of a link, its n with a tilde lost
-    ("Summary", re.compile(r"\ASummary *: *")),
-    ("On this Page", re.compile(r"\AOn this Page\b(?:[^.?]*\?)+")),
-    (
-        "On this page",
-        re.compile(r"\bOn this page,? you(?:'ll| will|ll) find [^.]{0,300}\."),
-    ),  # a list without a full stop may precede
-    ("Top of page", re.compile(r"\bTop of page\b")),
-    ("More on:", re.compile(r"^[^\S\n]*More on:[^\n]*$", re.MULTILINE)),
-    ("(Watch the video", re.compile(r"\(Watch the video[^()]*(?:\([^()]*\)[^()]*)*\)")),
-    # A sentence, whose stops are not those within a number or an address; what is longer is a list with facts in it.
+    ("Espaol", r"\AEspaol\s*\n"),  # the name of a link, its n with a tilde lost
+    ("Summary", r"\ASummary *: *"),
+    ("On this Page", r"\AOn this Page\b(?:[^.?]*\?)+"),
+    # It need not begin a sentence: the list before it may have no full stop.
+    ("On this page", r"\bOn this page,? you(?:'ll| will|ll) find [^.]{0,300}\."),
+    ("Top of page", r"\bTop of page\b"),
+    ("More on:", r"(?m:^[^\S\n]*More on:[^\n]*$)"),
+    ("(Watch the video", r"\(Watch the video[^()]*(?:\([^()]*\)[^()]*)*\)"),
+    # One sentence, in which a full stop may be part of a number or an address. What is longer
+    # than 200 characters is a list with facts in it.
     (
         "lick here",
-        re.compile(
-            r"(?:(?<![^\n])|(?<=\.)(?![a-z\d]))(?:[^.\n]|\.(?=[a-z\d])){0,200}\b[Cc]lick here\b(?:[^.\n]|\.(?=[a-z\d]))*\.?"
-        ),
+        r"(?:(?<![^\n])|(?<=\.)(?![a-z\d]))(?:[^.\n]|\.(?=[a-z\d])){0,200}"
+        r"\b[Cc]lick here\b(?:[^.\n]|\.(?=[a-z\d]))*\.?",
     ),
-    ("", re.compile(r"\A\s*(?:Topics|Frequently Asked Que+stions \(FAQs\))\s*\Z")),
+    ("", r"\A\s*(?:Topics|Frequently Asked Que+stions \(FAQs\))\s*\Z"),
 )
+
+
+def _cut(answer: str, *patterns: tuple[str, str]) -> str:
+    matching = [pattern for word, pattern in patterns if word in answer]
+    for pattern in matching:
+        answer = re.sub(pattern, "", answer)
+    return answer.strip() if matching else answer
+
+
+def _drop_link_list(answer: str) -> str:
+    return "" if LINK_LIST.match(answer) else answer
+
+
+def _drop_phenotypes(answer: str) -> str:
+    prose = _cut(answer, PHENOTYPES)
+    alone = PHENOTYPES[0] in answer and (not prose or HEADING.fullmatch(prose))
+    return "" if alone else answer
+
+
+def _cut_phenotypes(answer: str) -> str:
+    # A table alone is the work of the rule before, which may be off.
+    return _cut(answer, PHENOTYPES) if _drop_phenotypes(answer) else answer
+
+
+def _drop_heading(answer: str) -> str:
+    return "" if HEADING.fullmatch(answer) else answer
+
+
+def _cut_heading(answer: str) -> str:
+    match = HEADING.match(answer)
+    return answer[match.end() :] or answer if match else answer
+
+
+def _drop_short(answer: str) -> str:
+    return answer if len(answer.split()) >= 5 else ""
+
+
+def tidy_space(text: str) -> str:
+    """Leave one space between words and one line break between paragraphs."""
+    return "\n".join(tidy for line in text.split("\n") if (tidy := " ".join(line.split())))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of cleaning: ``apply`` maps an answer to what is kept of it; an empty result drops the row."""
+    """A rule of cleaning. ``apply`` returns the new answer; "" drops the row."""
 
     name: str
     what: str
     apply: Callable[[str], str]
 
 
-def _without(*marked: tuple[str, re.Pattern[str]]) -> Callable[[str], str]:
-    def apply(answer: str) -> str:
-        found = [pattern for word, pattern in marked if word in answer]
-        for pattern in found:
-            answer = pattern.sub("", answer)
-        return answer.strip() if found else answer
-
-    return apply
-
-
-def _is_heading(answer: str) -> bool:
-    return HEADING.fullmatch(answer) is not None
-
-
-def _without_heading(answer: str) -> str:
-    found = HEADING.match(answer)
-    return answer[found.end() :] or answer if found else answer
-
-
-def _drop_if(wrong: Callable[[str], Any]) -> Callable[[str], str]:
-    return lambda answer: "" if wrong(answer) else answer
-
-
-def _phenotypes_alone(answer: str) -> bool:
-    prose = _without(PHENOTYPES)(answer)
-    return PHENOTYPES[0] in answer and (not prose or _is_heading(prose))
-
-
-def _phenotypes_behind_prose(answer: str) -> str:
-    return answer if _phenotypes_alone(answer) else _without(PHENOTYPES)(answer)
-
-
-def tidy_space(text: str) -> str:
-    """One space between words, one line break between paragraphs, none at the ends."""
-    return "\n".join(tidy for line in text.split("\n") if (tidy := " ".join(line.split())))
-
-
 RULES = (
-    Rule("link list", "a list of links without a sentence: dropped", _drop_if(LINK_LIST.match)),
-    Rule("phenotype list", "a table of the Human Phenotype Ontology without prose: dropped", _drop_if(_phenotypes_alone)),
-    Rule("phenotype tail", "such a table behind prose: the prose stays", _phenotypes_behind_prose),
-    Rule("navigation", "words for a web page's reader (top of page, click here): cut; dropped where nothing else is left",
-         _without(*NAVIGATION)),
-    Rule("Key Points", "the summary in bullets that repeats the text below it: cut", _without(KEY_POINTS)),
-    Rule("heading alone", "a heading without a text: dropped", _drop_if(_is_heading)),
-    Rule("heading repeated", "a first sentence that repeats the question: cut", _without_heading),
-    Rule("institute tail", "a last line that names the institute: cut", _without(INSTITUTE)),
-    Rule("white space", "runs of spaces and empty lines: one", tidy_space),
-    Rule("under five words", "too short to answer anything: dropped", _drop_if(lambda answer: len(answer.split()) < 5)),
-)  # fmt: skip
+    Rule("link list", "a list of links without a sentence: dropped", _drop_link_list),
+    Rule("phenotype list", "a table of phenotypes without prose: dropped", _drop_phenotypes),
+    Rule("phenotype tail", "a table of phenotypes after prose: cut", _cut_phenotypes),
+    Rule(
+        "navigation",
+        "hints for a web page's reader (click here): cut; dropped if nothing else is left",
+        lambda answer: _cut(answer, *NAVIGATION),
+    ),
+    Rule(
+        "Key Points", "bullets that repeat the text: cut", lambda answer: _cut(answer, KEY_POINTS)
+    ),
+    Rule("heading alone", "a heading without a text: dropped", _drop_heading),
+    Rule("heading repeated", "a first sentence that repeats the question: cut", _cut_heading),
+    Rule("institute tail", "the institute's name: cut", lambda answer: _cut(answer, INSTITUTE)),
+    Rule("white space", "several spaces or empty lines: one", tidy_space),
+    Rule("under five words", "too short to answer anything: dropped", _drop_short),
+)
 DUPLICATE = "exact duplicate"
 NAMES = (*(rule.name for rule in RULES), DUPLICATE)
 
 
 @dataclass
 class Effect:
-    """What one rule did: rows changed, rows dropped, and up to three (before, after) answers; after is "" for a dropped row."""
+    """Rows that one rule changed or dropped, with up to three (before, after) answers."""
 
     changed: int = 0
     dropped: int = 0
@@ -138,12 +139,9 @@ class Effect:
 
 
 def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], dict[str, Effect]]:
-    """Apply ``RULES`` in order, but those named in ``without``, then drop exact duplicates.
+    """Apply ``RULES`` in order, except those named in ``without``, then drop exact duplicates.
 
-    Returns the rows kept and the effect of each rule that was on.
-
-    Raises:
-        CourseError: ``without`` names a rule that there is not.
+    Returns the cleaned rows, and the effect of each rule that was on.
     """
     off = set(without)
     if unknown := sorted(off - set(NAMES)):
@@ -152,7 +150,7 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
         )
     effects = {name: Effect() for name in NAMES if name not in off}
     rules = [rule for rule in RULES if rule.name in effects]
-    kept: list[Row] = []
+    cleaned: list[Row] = []
     seen: set[tuple[str, str]] = set()
     for row in rows:
         answer, question = row["answer"], row["question"]
@@ -171,39 +169,33 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
                 effects[DUPLICATE].note(answer, "")
                 continue
             seen.add((question, answer))
-        kept.append({**row, "question": question, "answer": answer})
-    return kept, effects
+        cleaned.append({**row, "question": question, "answer": answer})
+    return cleaned, effects
 
 
 def is_boilerplate(row: Row) -> bool:
-    """Whether an answer was written by a template: a list of links or a table of the Human Phenotype Ontology."""
+    """Return whether a template wrote the answer: a list of links, or a phenotype table."""
     return bool(LINK_LIST.match(row["answer"])) or PHENOTYPES[0] in row["answer"]
 
 
-# ---- damage that is reported, not mended ----------------------------------------------------------------------------
-
-# Letters outside ASCII were deleted upstream. What is left shows in words that cannot be right, and in units without their prefix.
-LOST_LETTERS = re.compile(
-    r"\b(?:(?:do|does|did|is|are|was|ca|wo|has|have)nt|youre|theyre|Sjgrens?|Mnires?|Behets?|Guillain-Barr|Crohns|Parkinsons|Alzheimers)\b"
-)
-LOST_UNIT = re.compile(r"\b\d[\d,.]{0,12} ?(?:g/L|g/mL|mol/L)(?!\w)")
+# Characters outside ASCII were deleted upstream. This is reported, not repaired: some words can
+# only be wrong, and some units may have lost a micro sign, so that 300 g/L can mean 300 µg/L.
+DAMAGE = {
+    "letters": re.compile(
+        r"\b(?:(?:do|does|did|is|are|was|ca|wo|has|have)nt|youre|theyre|Sjgrens?|Mnires?|Behets?"
+        r"|Guillain-Barr|Crohns|Parkinsons|Alzheimers)\b"
+    ),
+    "units": re.compile(r"\b\d[\d,.]{0,12} ?(?:g/L|g/mL|mol/L)(?!\w)"),
+}
 
 
 def damage(rows: Sequence[Row]) -> dict[str, list[tuple[int, str]]]:
-    """Where characters were lost upstream, as (row number, the words around); nothing is guessed or mended.
-
-    ``"letters"``: words that lost an apostrophe or an accent. ``"units"``: numbers whose unit may have lost its prefix (a
-    micro sign), so that 300 g/L can mean 300 µg/L: a reader must look them up.
-    """
-    found: dict[str, list[tuple[int, str]]] = {"letters": [], "units": []}
+    """List lost ``letters`` and doubtful ``units`` as (row number, the words around)."""
+    places: dict[str, list[tuple[int, str]]] = {name: [] for name in DAMAGE}
     for number, row in enumerate(rows):
         answer = row["answer"]
-        for name, pattern in (("letters", LOST_LETTERS), ("units", LOST_UNIT)):
+        for name, pattern in DAMAGE.items():
             for match in pattern.finditer(answer):
-                found[name].append(
-                    (
-                        number,
-                        " ".join(answer[max(0, match.start() - 40) : match.end() + 20].split()),
-                    )
-                )
-    return found
+                around = answer[max(0, match.start() - 40) : match.end() + 20]
+                places[name].append((number, " ".join(around.split())))
+    return places

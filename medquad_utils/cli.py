@@ -1,394 +1,276 @@
-"""``medquad``: the thin command line. Imports what a command needs only when it runs."""
+"""The command ``medquad``. Each command imports what it needs only when it runs."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from medquad_utils import CourseError, __version__, machine, splits
+from medquad_utils import CourseError, __version__
 from medquad_utils.profiles import PROFILES
 
-HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers: run the lessons, ask the model, look at this machine."
+if TYPE_CHECKING:
+    from medquad_utils.profiles import Plan
+
+HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
+RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)")
+PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
+MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
+SHARED = (PROFILE, MODEL, RUNS)
+QUESTION = ("question", None, None, "in quotes")
+
+# Command -> (its help, its options). An option is (flag, metavar, default, help). The default
+# decides the type: False makes a switch, [] collects repeated values, None is a required value.
+COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = {
+    "doctor": ("check this machine: hardware, Hub, packages, lessons, memory, disk, ports", ()),
+    "run": ("run the lessons with papermill", (
+        *SHARED,
+        ("--only", "02,04", "", "numbers of the lessons to run (default: all)"),
+        ("-p", "NAME=VALUE", [], "a notebook parameter, for example -p source=xml"),
+    )),
+    "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
+        RUNS,
+        ("--source", "S", "sample", "sample, hub, xml, csv, jsonl or parquet (default: sample)"),
+        ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
+        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data)"),
+        ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
+        ("--specialty", "NAME", "", "only one field, for example cardiology"),
+        ("--seed", "N", 0, "seed of the split (default: 0)"),
+    )),
+    "train": ("train the adapter without a notebook", ()),  # options: see _Parser
+    "ask": ("ask the tuned model one question", (QUESTION, *SHARED)),
+    "evaluate": ("score the tuned model on a file of questions, beside baselines", (
+        *SHARED,
+        ("--questions", "FILE", None, "CSV, JSONL or parquet with columns question and answer"),
+        ("--adapter", "DIR", "", "the adapter (default: <runs>/<profile>/adapter)"),
+        ("--data", "DIR", "", "folder of the train.parquet that the adapter was trained on"),
+        ("--archive", "FILE", "", "more rows that the grounded answers may use"),
+        ("--out", "DIR", "", "where the report goes (default: <runs>/<profile>/evaluation)"),
+        ("--limit", "N", 1000, "questions at most, drawn if there are more (default: 1000)"),
+        ("--batch", "N", 32, "questions answered at a time (default: 32)"),
+    )),
+    "explain": ("answer one question with sources and attributions, as one HTML page", (
+        QUESTION,
+        *SHARED,
+        ("--out", "FILE.html", "", "the page to write (default: <runs>/<profile>/explain.html)"),
+    )),
+    "demo": ("chat with the tuned model in a browser; or write the folder of a Space", (
+        *SHARED,
+        ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)"),
+        ("--port", "N", 7860, "port to listen on (default: 7860)"),
+        ("--space", "DIR", "", "serve nothing: write the folder of a Hugging Face Space"),
+        ("--repo", "USER/NAME", "", "the published model that the Space shows (with --space)"),
+    )),
+    "publish": ("build the folder with card and licences, and push it to the Hub", (
+        *SHARED,
+        ("--repo", "USER/NAME", None, "the repository; for a Llama 3 NAME begins with llama-3"),
+        ("--out", "DIR", "", "where the folder goes (default: <runs>/<profile>/published)"),
+        ("--merged", None, False, "publish base and adapter as one model (always so for tiny)"),
+        ("--licence", "FILE", "", "a copy of the base's agreement, if its licence asks for one"),
+        ("--dry-run", None, False, "build and check the folder, send nothing"),
+    )),
+    "estimate": ("estimate memory, tokens/s, minutes and price of training, on any card", (
+        ("--profile", "P", "llama-8b", f"{', '.join(PROFILES)} (default: llama-8b)"),
+        ("--model", "OWNER/NAME|DIR", "", "another Llama, or the path of its config.json"),
+        ("--gpu", "CARD", "T4", "T4, L4, A10G, A100-40, A100-80, H100, H200, RTX 4090 or CPU"),
+        ("--length", "N", 0, "tokens of a row (default: the plan's)"),
+        ("--rank", "R", 0, "rank of the adapters (default: the profile's)"),
+        ("--packing", None, True, "let short rows share a long one (default: on)"),
+        ("--checkpointing", "C", "", "off, full, or N for every N-th block (default: the plan's)"),
+        ("--price", "X", 0.0, "price of the card for an hour (default: show no price)"),
+        ("--tokens", "N", 0, "tokens of an epoch (default: MedQuAD's training part)"),
+        ("--out", "FILE.png", "", "also draw the memory as a picture"),
+    )),
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that imports the options of ``medquad train``, and torch with them, at first use."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.prog.endswith(" train"):
+            from medquad_utils import training
+
+            training.add_arguments(self)
+        return super().parse_known_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="medquad", description=HELP)
+    """Build the grammar of the command line from ``COMMANDS``."""
+    top = _Parser(prog="medquad", description=HELP)
     top.add_argument("--version", action="version", version=f"medquad {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    profile = f"auto, {', '.join(PROFILES)}"
-
-    commands.add_parser(
-        "doctor", help="hardware, versions, Hub, token, and the profile that auto takes"
-    )
-
-    run = commands.add_parser("run", help="run the lessons with papermill")
-    run.add_argument("--profile", default="auto", metavar="P", help=profile)
-    run.add_argument(
-        "--only", default="", metavar="02,04", help="numbers of the lessons to run (default: all)"
-    )
-    run.add_argument(
-        "-p",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a notebook parameter, for example -p source=xml",
-    )
-    run.add_argument("--out", default="", metavar="DIR", help="where results go (default: runs)")
-
-    class_ = commands.add_parser(
-        "course",
-        help="run all lessons on tiny, as make course does; --check: is this machine ready for a class?",
-    )
-    class_.add_argument(
-        "--check",
-        action="store_true",
-        help="run nothing: look at packages, model, lessons, memory, disk and ports",
-    )
-
-    prepare = commands.add_parser(
-        "data", help="load, clean and split MedQuAD, and count what leaks"
-    )
-    prepare.add_argument(
-        "--source", default="sample", metavar="S", help="sample, hub, xml, csv, jsonl or parquet"
-    )
-    prepare.add_argument(
-        "--path",
-        default="",
-        metavar="PATH",
-        help="the folder or file of an xml, csv, jsonl or parquet source",
-    )
-    prepare.add_argument(
-        "--out", default="", metavar="DIR", help="where the parts go (default: runs/tiny/data)"
-    )
-    prepare.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help="a cleaning rule to leave out; may be repeated",
-    )
-    prepare.add_argument(
-        "--specialty", default="", metavar="NAME", help="only a sub-corpus, for example cardiology"
-    )
-    prepare.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the split (default: 0)"
-    )
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="score the tuned model on a file of questions, beside what needs no training",
-    )
-    evaluate.add_argument(
-        "--questions",
-        required=True,
-        metavar="FILE",
-        help="CSV, JSONL or parquet with the columns question and answer",
-    )
-    evaluate.add_argument(
-        "--adapter", default="", metavar="DIR", help="the adapter (default: runs/<profile>/adapter)"
-    )
-    evaluate.add_argument(
-        "--data",
-        default="",
-        metavar="DIR",
-        help="folder of the train.parquet that the adapter was trained on",
-    )
-    evaluate.add_argument(
-        "--archive", default="", metavar="FILE", help="further rows that the grounded arm may read"
-    )
-    evaluate.add_argument(
-        "--out",
-        default="",
-        metavar="DIR",
-        help="where the results go (default: runs/<profile>/evaluation)",
-    )
-    evaluate.add_argument(
-        "--profile",
-        default="",
-        metavar="P",
-        help=f"{profile} (default: the adapter's own, or auto)",
-    )
-    evaluate.add_argument(
-        "--limit",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="questions at most, drawn if there are more (default: 1000)",
-    )
-    evaluate.add_argument(
-        "--batch",
-        type=int,
-        default=32,
-        metavar="N",
-        help="questions answered at a time (default: 32)",
-    )
-
-    cost = commands.add_parser(
-        "estimate",
-        help="what training will cost: memory by part, tokens/s, minutes and price, on any card",
-    )
-    cost.add_argument(
-        "--profile",
-        default="llama-8b",
-        metavar="P",
-        help=f"{', '.join(PROFILES)} (default: llama-8b)",
-    )
-    cost.add_argument(
-        "--gpu",
-        default="T4",
-        metavar="CARD",
-        help="T4, L4, A10G, A100-40, A100-80, H100, H200, RTX 4090 or CPU (default: T4)",
-    )
-    cost.add_argument(
-        "--length", type=int, default=0, metavar="N", help="tokens of a row (default: the plan's)"
-    )
-    cost.add_argument(
-        "--rank", type=int, default=0, metavar="R", help="of the adapters (default: the profile's)"
-    )
-    cost.add_argument(
-        "--packing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="short rows share a long one (default: they do)",
-    )
-    cost.add_argument(
-        "--checkpointing",
-        default="",
-        metavar="C",
-        help="off, full, or N for every N-th block (default: the plan's)",
-    )
-    cost.add_argument(
-        "--price",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="of the card for an hour (default: no price is shown)",
-    )
-    cost.add_argument(
-        "--tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="real tokens of an epoch (default: MedQuAD's training part)",
-    )
-    cost.add_argument(
-        "--config", default="", metavar="PATH", help="another Llama's config.json, or its folder"
-    )
-    cost.add_argument(
-        "--out", default="", metavar="FILE.png", help="also draw the memory as a picture"
-    )
-
-    publish = commands.add_parser(
-        "publish", help="build the folder with card and licences, and push it to the Hub"
-    )
-    publish.add_argument(
-        "--repo",
-        required=True,
-        metavar="USER/NAME",
-        help="the repository; of a Llama 3 the NAME begins with llama-3",
-    )
-    publish.add_argument("--profile", default="auto", metavar="P", help=profile)
-    publish.add_argument(
-        "--runs", default="", metavar="DIR", help="where results are (default: runs)"
-    )
-    publish.add_argument(
-        "--out",
-        default="",
-        metavar="DIR",
-        help="where the folder goes (default: runs/<profile>/published)",
-    )
-    publish.add_argument(
-        "--merged", action="store_true", help="base and adapter as one model (always so for tiny)"
-    )
-    publish.add_argument(
-        "--licence",
-        default="",
-        metavar="FILE",
-        help="a copy of the base's agreement, where its licence asks for one",
-    )
-    publish.add_argument(
-        "--dry-run", action="store_true", help="build and check the folder, send nothing"
-    )
-
-    ask = commands.add_parser("ask", help="ask the tuned model one question")
-    ask.add_argument("question")
-    ask.add_argument("--profile", default="auto", metavar="P", help=profile)
-    ask.add_argument("--out", default="", metavar="DIR", help="where results are (default: runs)")
-
-    explain = commands.add_parser(
-        "explain",
-        help="answer one question, with sources and what the answer hangs on, as one HTML page",
-    )
-    explain.add_argument("question")
-    explain.add_argument("--profile", default="auto", metavar="P", help=profile)
-    explain.add_argument(
-        "--runs", default="", metavar="DIR", help="where results are (default: runs)"
-    )
-    explain.add_argument(
-        "--out",
-        default="",
-        metavar="FILE.html",
-        help="the page (default: runs/<profile>/explain.html)",
-    )
-
-    talk = commands.add_parser(
-        "demo",
-        help="chat with the tuned model in a browser, on this machine; or the folder of a Space",
-    )
-    talk.add_argument("--profile", default="auto", metavar="P", help=profile)
-    talk.add_argument("--runs", default="", metavar="DIR", help="where results are (default: runs)")
-    talk.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="H",
-        help="address to listen on (default: 127.0.0.1, this machine only)",
-    )
-    talk.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="port to listen on (default: 7860)"
-    )
-    talk.add_argument(
-        "--space",
-        default="",
-        metavar="DIR",
-        help="serve nothing: write the folder of a Hugging Face Space instead",
-    )
-    talk.add_argument(
-        "--repo",
-        default="",
-        metavar="USER/NAME",
-        help="the published model that the Space shows (with --space)",
-    )
+    for name, (text, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        for flag, metavar, default, about in options:
+            more: dict[str, Any] = {"help": about, "default": default}
+            if isinstance(default, bool):
+                more["action"] = argparse.BooleanOptionalAction if default else "store_true"
+            else:
+                more |= {"metavar": metavar, "action": "store"}
+                if isinstance(default, list):
+                    more["action"] = "append"
+                elif isinstance(default, int | float):
+                    more["type"] = type(default)
+                elif default is None and flag.startswith("-"):
+                    more["required"] = True
+            command.add_argument(flag, **more)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake of the user's ends in one line on stderr and exit status 1."""
+    """Run one command; a user's mistake ends in one line on stderr and exit status 1."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait without spinning: a tenth slower on idle cores, more than twice as fast on shared ones (measured on two).
+    # Threads wait without spinning: 10 % slower on idle cores, over twice as fast on shared ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        status = {
-            "doctor": _doctor,
-            "run": _run,
-            "course": _course,
-            "data": _data,
-            "evaluate": _evaluate,
-            "estimate": _estimate,
-            "ask": _ask,
-            "explain": _explain,
-            "publish": _publish,
-            "demo": _demo,
-        }[options.command](options)
+        status: int = globals()[f"_{options.command}"](options) or 0
         sys.stdout.flush()  # a closed pipe shows here, not after the last line of Python
         return status
     except CourseError as error:
-        print(f"medquad: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+        message = str(error)
+    except ModuleNotFoundError as error:  # an extra that is not installed
+        message = f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
+    except BrokenPipeError:  # head or less has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = error.filename or "no file named"
-        print(
-            f"medquad: {error.strerror or error}: {where}. Check --out and the space on the disk.",
-            file=sys.stderr,
-        )
-        return 1
+        message = f"{error.strerror or error}: {where}. Check --runs, --out and the disk's space."
     except KeyboardInterrupt:
-        print("\nmedquad: stopped; what was written before is whole.", file=sys.stderr)
+        print("\nmedquad: stopped; files that were written are complete.", file=sys.stderr)
         return 130
+    print(f"medquad: {message}", file=sys.stderr)
+    return 1
+
+
+def _silence() -> None:
+    """Show no warning and no progress bar of the libraries that load a model."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # bitsandbytes asks on a CPU for an optional package of kernels.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """Resolve the plan of a command that uses an adapter."""
+    from medquad_utils.profiles import resolve_trained
+
+    _silence()
+    return resolve_trained(options.profile, model=options.model, out=options.runs)
+
+
+def _check_question(options: argparse.Namespace) -> None:
+    if not options.question.strip():
+        example = f'medquad {options.command} "What causes asthma?"'
+        raise CourseError(f"the question is empty: ask one in quotes, for example {example}")
+
+
+def _check_suffix(path: str, suffix: str) -> None:
+    if path and Path(path).suffix != suffix:
+        raise CourseError(f"--out {path!r}: expected a file name that ends in {suffix}.")
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medquad_utils import profiles
+    from medquad_utils import course, machine, profiles
+    from medquad_utils.machine import PROBLEM, WARNING
 
-    hardware = machine.detect()
-    reachable = machine.hub_reachable()
-    token = machine.hub_token() is not None
-    gap = "" if token else machine.token_gap()
-    name, why = profiles.choose(hardware, reachable, token, gap)
-    lines = {
-        "device": f"{hardware.device}: {hardware.name}, {hardware.memory_gb:.0f} GB, {hardware.cores} cores",
-        "CUDA capability": ".".join(map(str, hardware.capability))
-        if hardware.capability
-        else "no CUDA GPU",
-        "bf16 on the CPU": "yes" if hardware.bf16_cpu else "no (fp32 is used instead)",
-        "Hugging Face Hub": "reachable" if reachable else "out of reach",
-        "HF_TOKEN": "set" if token else gap or "not set",
-        **machine.versions(),
-        "auto takes": f"{name} ({why.removeprefix('auto: ')})",
-    }
-    width = max(map(len, lines))
-    print("\n".join(f"{k:<{width}}  {v}" for k, v in lines.items()))
-    print("\n" + str(profiles.resolve(name, hardware=hardware)))
-    return 0
+    plans: list[Plan] = []
+
+    def auto() -> str:
+        plans.append(profiles.resolve("auto"))
+        return f"takes {plans[0].profile} ({plans[0].why.removeprefix('auto: ')})"
+
+    findings = machine.doctor({"model": _answers, "auto": auto})
+    with suppress(CourseError):  # no lessons: the doctor has said so
+        if changed := course.changed():
+            text = f"changed since their outputs were made: {', '.join(changed)}"
+            todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
+            findings.append(machine.Finding("lessons", WARNING, text, todo))
+    problems, warnings = (sum(f.state == s for f in findings) for s in (PROBLEM, WARNING))
+    verdict = f"not ready: {problems} to fix" if problems else "ready for class"
+    verdict += f", {warnings} to know of" if warnings else ""
+    print(*findings, "", *plans, "", verdict, sep="\n")
+    return int(problems > 0)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _answers() -> str:
+    from medquad_utils import generation, profiles
+
+    _silence()
+    plan = profiles.resolve("tiny")
+    model, tokenizer = generation.load_base(plan), generation.load_tokenizer(plan)
+    generation.ask(model, tokenizer, ["What is asthma?"], 1)
+    return "the embedded model loads in 4 bits and answers"
+
+
+def _run(options: argparse.Namespace) -> None:
     from medquad_utils import course
 
-    wrong = [pair for pair in options.p if "=" not in pair]
-    if wrong:
+    if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
+    parameters = dict(pair.split("=", 1) for pair in options.p)
+    if options.model:
+        parameters["model"] = options.model
     only = [number for number in options.only.split(",") if number]
-    course.run(options.profile, only, dict(pair.split("=", 1) for pair in options.p), options.out)
-    return 0
+    course.run(options.profile, only, parameters, options.runs)
 
 
-def _course(options: argparse.Namespace) -> int:
-    if not options.check:
-        from medquad_utils import course
+def _train(options: argparse.Namespace) -> int:
+    from medquad_utils import training
 
-        course.run("tiny")
-        return 0
-    from medquad_utils import readiness
-
-    found = readiness.check()
-    print(readiness.table(found))
-    return int(any(finding.state == readiness.PROBLEM for finding in found))
+    return training.run(options)
 
 
-def _data(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from medquad_utils import data, profiles
+def _data(options: argparse.Namespace) -> None:
+    from medquad_utils import data, profiles, splits
 
     plan = profiles.resolve(
-        "tiny", source=options.source, data_path=options.path, seed=options.seed
+        "tiny", source=options.source, data_path=options.path, seed=options.seed, out=options.runs
     )
     folder = Path(options.out) if options.out else plan.folder / "data"
     _, card = data.make(plan, folder, options.without, options.specialty)
-    print(data.summary(card))
-    print(
-        f"\nwritten to {folder}: {', '.join(f'{part}.parquet' for part in splits.PARTS)}, leakage.json, data.json"
-    )
-    return 0
+    parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
+    print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from pathlib import Path
+def _ask(options: argparse.Namespace) -> None:
+    _check_question(options)
+    plan = _plan(options)
+    from medquad_utils import generation
+    from medquad_utils.chat import NOTICE
+    from medquad_utils.report import EMBEDDED
 
-    from medquad_utils import questions
+    generation.check_adapter(plan, plan.folder / "adapter")
+    model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
+    for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
+        print(piece, end="", flush=True)
+    print(f"\n\n{NOTICE}" + (f"\n{EMBEDDED}" if plan.model_id == "embedded" else ""))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from medquad_utils import evaluation
 
     if options.limit < 1 or options.batch < 1:
-        raise CourseError(
-            f"--limit {options.limit}, --batch {options.batch}: expected whole numbers over 0."
-        )
-    asked = questions.read_questions(
-        Path(options.questions), options.limit
-    )  # before a model is loaded: most mistakes are here
-    print(asked)
-    from transformers.utils import logging
+        wrong = f"--limit {options.limit}, --batch {options.batch}"
+        raise CourseError(f"{wrong}: expected whole numbers over 0.")
+    # Before a model is loaded: most mistakes are in this file.
+    questions = evaluation.read_questions(Path(options.questions), options.limit)
+    print(questions)
+    _silence()
+    from medquad_utils import data, report
 
-    from medquad_utils import data, evaluation, report
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    plan, adapter = evaluation.plan_of(options.profile, options.adapter)
+    # With --adapter, auto is the profile that the adapter was trained with.
+    profile = "" if options.profile == "auto" else options.profile
+    plan, adapter = evaluation.plan_of(profile, options.adapter, options.model, options.runs)
     given = Path(options.data) if options.data else None
     train, validation = (
         evaluation.training_rows(plan, adapter, given, part) for part in ("train", "validation")
@@ -396,156 +278,98 @@ def _evaluate(options: argparse.Namespace) -> int:
     archive = data.load_table(Path(options.archive)).rows if options.archive else []
     folder = Path(options.out) if options.out else plan.folder / "evaluation"
     metrics = evaluation.evaluate(
-        plan, asked, train, folder, adapter, archive, validation, options.batch
+        plan, questions, train, folder, adapter, archive, validation, options.batch
     )
     page, text = report.write(metrics, folder)
     print(report.table(metrics))
     print(f"\nwritten: {page}, {text.name}, metrics.json, answers.parquet")
-    return 0
 
 
-def _estimate(options: argparse.Namespace) -> int:
-    from pathlib import Path
+def _explain(options: argparse.Namespace) -> None:
+    _check_question(options)
+    _check_suffix(options.out, ".html")
+    plan = _plan(options)
+    from medquad_utils import explanation, generation
 
+    generation.check_adapter(plan, plan.folder / "adapter")
+    result = explanation.explain(plan, options.question)
+    page = Path(options.out) if options.out else plan.folder / "explain.html"
+    print(f"{result}\n\nwritten: {explanation.write_page(result, page).name}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    if bool(options.space) != bool(options.repo):
+        raise CourseError(
+            "--space DIR and --repo USER/NAME go together: the folder to write, and the published "
+            "model that it shows."
+        )
+    plan = _plan(options)
+    from medquad_utils import demo
+
+    if options.space:
+        folder = demo.write_space(Path(options.space), options.repo, plan)
+        print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
+        print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
+        return
+    demo.check_port(options.host, options.port)  # before a model is loaded
+    demo.serve(demo.load(plan), options.host, options.port)
+
+
+def _publish(options: argparse.Namespace) -> None:
+    plan = _plan(options)
+    from medquad_utils import publishing
+
+    publishing.check_name(options.repo, plan.model_id)  # before a model is loaded
+    folder = Path(options.out) if options.out else plan.folder / "published"
+    licence = Path(options.licence) if options.licence else None
+    publishing.build(plan, options.repo, folder, options.merged, licence=licence)
+    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
+        print(f"{note}: there the card says '{publishing.MISSING}'. Lessons 01, 04 and 06 measure.")
+    if options.dry_run:
+        print(f"nothing was sent; without --dry-run it goes to {options.repo}")
+    else:
+        print(f"published: {publishing.push(folder, options.repo)}")
+
+
+def _estimate(options: argparse.Namespace) -> None:
     from medquad_utils import estimate
 
     words = {"": None, "off": 0, "full": 1}
     every = options.checkpointing
     if every not in words and not (every.isdecimal() and int(every)):
         raise CourseError(
-            f"--checkpointing {every!r}: expected off, full, or a whole number N for every N-th block."
+            f"--checkpointing {every!r}: expected off, full, or a whole number N for every N-th "
+            "block."
         )
-    if options.out and Path(options.out).suffix != ".png":
-        raise CourseError(
-            f"--out {options.out!r}: expected the name of a picture that ends in .png."
-        )
-    found = estimate.estimate(
-        options.profile, options.gpu, length=options.length, rank=options.rank, packing=options.packing,
-        checkpointing=words[every] if every in words else int(every),
-        price=options.price, tokens=options.tokens, config=options.config,
+    _check_suffix(options.out, ".png")
+    config = options.model
+    if config.count("/") == 1 and not Path(config).exists():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            config = hf_hub_download(config, "config.json")
+        except Exception as error:  # no network, no such model, or a gated one
+            text = f"--model {config}: no such folder, and the Hub gave no config.json of it"
+            raise CourseError(f"{text} ({type(error).__name__}). Give a folder instead.") from error
+    result = estimate.estimate(
+        options.profile, options.gpu, length=options.length, rank=options.rank,
+        packing=options.packing, checkpointing=words[every] if every in words else int(every),
+        price=options.price, tokens=options.tokens, config=config,
     )  # fmt: skip
-    print(found)
+    print(result)
     if options.out:
         from medquad_utils import plots
 
-        card = f"{found.card.name}, {found.card.memory_gb:g} GB"
-        alt = f"A stacked bar of {found.memory_gb:.2f} GB that training {found.name} takes, beside a dashed line for the {card}."
-        plots.stacked_bars(
-            {found.name: found.groups},
-            "Predicted memory of training",
-            "GB",
-            alt,
-            {card: found.card.memory_gb},
-            Path(options.out),
+        card = f"{result.card.name}, {result.card.memory_gb:g} GB"
+        alt = (
+            f"A stacked bar of {result.memory_gb:.2f} GB that training {result.name} takes, "
+            f"beside a dashed line for the {card}."
         )
-        print(f"\nwritten: {Path(options.out).name}")
-    return 0
-
-
-def _publish(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from medquad_utils import profiles, publishing
-
-    plan = profiles.resolve(options.profile, out=options.runs)
-    publishing.check_name(options.repo, plan.model_id)  # before a model is loaded
-    from transformers.utils import logging
-
-    from medquad_utils import model_card
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = Path(options.out) if options.out else plan.folder / "published"
-    licence = Path(options.licence) if options.licence else None
-    publishing.build(plan, options.repo, folder, options.merged, licence=licence)
-    print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    for note in model_card.read_metrics(plan, plan.folder / "adapter").notes:
-        print(f"{note}: there the card says '{model_card.MISSING}'. Lessons 01, 04 and 06 measure.")
-    if options.dry_run:
-        print(f"nothing was sent; without --dry-run it goes to {options.repo}")
-        return 0
-    print(f"published: {publishing.push(folder, options.repo)}")
-    return 0
-
-
-def _ask(options: argparse.Namespace) -> int:
-    from medquad_utils import profiles
-
-    if not options.question.strip():
-        raise CourseError(
-            'the question is empty: ask one in quotes, for example medquad ask "What causes asthma?"'
-        )
-    plan = profiles.resolve(options.profile, out=options.out)
-    from transformers.utils import logging
-
-    from medquad_utils.chat import NOTICE
-    from medquad_utils.generation import check_adapter, load_tokenizer, load_tuned, stream
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    check_adapter(plan, plan.folder / "adapter")
-    model, tokenizer = load_tuned(plan), load_tokenizer(plan)
-    for piece in stream(model, tokenizer, options.question, plan.max_new_tokens):
-        print(piece, end="", flush=True)
-    print(f"\n\n{NOTICE}")
-    if plan.model_id == "embedded":
-        print(
-            "This is the embedded tiny model: it shows the method on a few short facts, and knows nothing else."
-        )
-    return 0
-
-
-def _explain(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    if not options.question.strip():
-        raise CourseError(
-            'the question is empty: ask one in quotes, for example medquad explain "What causes asthma?"'
-        )
-    if options.out and Path(options.out).suffix != ".html":
-        raise CourseError(f"--out {options.out!r}: expected the name of a page that ends in .html.")
-    from medquad_utils import profiles
-
-    plan = profiles.resolve(options.profile, out=options.runs)
-    from transformers.utils import logging
-
-    from medquad_utils import explanation, generation
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    generation.check_adapter(plan, plan.folder / "adapter")
-    found = explanation.explain(plan, options.question)
-    page = explanation.write_page(
-        found, Path(options.out) if options.out else plan.folder / "explain.html"
-    )
-    print(f"{found}\n\nwritten: {page.name}")
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from medquad_utils import profiles
-
-    if bool(options.space) != bool(options.repo):
-        raise CourseError(
-            "--space DIR and --repo USER/NAME go together: the folder to write, and the published model that it shows."
-        )
-    plan = profiles.resolve(options.profile, out=options.runs)
-    from transformers.utils import logging
-
-    from medquad_utils import demo
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if options.space:
-        folder = demo.write_space(Path(options.space), options.repo, plan)
-        print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
-        print(f"to make a Space of it: hf upload {options.repo}-demo {folder} --repo-type space")
-        return 0
-    demo.check_port(options.host, options.port)  # before a model is loaded
-    demo.serve(demo.load(plan), options.host, options.port)
-    return 0
+        bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
+        picture = Path(options.out)
+        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, picture)
+        print(f"\nwritten: {picture.name}")
 
 
 if __name__ == "__main__":

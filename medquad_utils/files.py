@@ -1,4 +1,4 @@
-"""Rows and files: the columns of a row, whole-or-nothing writes, JSON and parquet."""
+"""Rows and files: the columns of a row, writes that succeed whole or not at all, JSON, parquet."""
 
 from __future__ import annotations
 
@@ -14,39 +14,31 @@ from medquad_utils import CourseError
 
 Row = dict[str, Any]
 
-# The schema that every source is brought to; what a source lacks is None.
-COLUMNS = (
-    "qtype",
-    "question",
-    "answer",
-    "focus",
-    "synonyms",
-    "cui",
-    "semantic_type",
-    "source",
-    "url",
-    "document_id",
-)
-LISTS = ("synonyms", "cui", "semantic_type")
+# Every source is converted to these columns. A value that a source lacks is None.
 REQUIRED = ("qtype", "question", "answer")
+LISTS = ("synonyms", "cui", "semantic_type")
+COLUMNS = (*REQUIRED, "focus", *LISTS, "source", "url", "document_id")
+MEASURED = Path(__file__).parent / "assets" / "measured"  # JSON that tests/benchmarks write
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it at the end: whole or not at all.
+    """Yield a temporary path beside ``path``, and move it to ``path`` at the end.
+
+    An error or a kill on the way leaves an older ``path`` as it was.
 
     Raises:
-        CourseError: the disk is full or the folder cannot be written; an older ``path`` stays as it was.
+        CourseError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        temporary.replace(path)
+        temporary.replace(path)  # atomic, because both are in one folder
     except OSError as error:
-        reason = error.strerror or error
         raise CourseError(
-            f"cannot write {path.name}: {reason}. Free some space or choose another folder with out=..."
+            f"cannot write {path.name}: {error.strerror or error}. "
+            "Free some space or choose another folder with out=..."
         ) from error
     finally:
         with suppress(OSError):
@@ -55,15 +47,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield the path of a folder to be made beside ``folder``, which it replaces at the end: whole or not at all.
+    """Yield the path of a folder to create beside ``folder``, and replace ``folder`` at the end.
 
-    Whatever goes wrong is raised as it is, and leaves an older ``folder`` as it was.
+    An error passes through unchanged and leaves an older ``folder`` as it was.
     """
     fresh, older = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
+        # No system call replaces a folder that has files in it, so the older one steps aside.
         shutil.rmtree(older, ignore_errors=True)
         if folder.exists():
             folder.rename(older)
@@ -77,68 +70,38 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def between(text: str, marks: tuple[str, str]) -> str:
-    """What stands in ``text`` between its two ``marks``, without the white space around it.
-
-    Raises:
-        CourseError: ``text`` lacks one of them.
-    """
-    return _parted(text, marks)[1].strip()
-
-
-def write_between(path: Path, marks: tuple[str, str], made: str) -> None:
-    """Put ``made`` between the two ``marks`` of a text file; all else in it stays.
-
-    Raises:
-        CourseError: the file lacks one of them, or cannot be written.
-    """
-    head, _, tail = _parted(path.read_text(encoding="utf-8"), marks, path.name)
-    with whole_file(path) as temporary:
-        temporary.write_text(f"{head}{marks[0]}\n{made}\n{marks[1]}{tail}", encoding="utf-8")
-
-
-def _parted(text: str, marks: tuple[str, str], name: str = "the text") -> tuple[str, str, str]:
-    head, first, rest = text.partition(marks[0])
-    made, second, tail = rest.partition(marks[1])
-    if not (first and second):
-        raise CourseError(
-            f"{name} holds no {marks[0]} ... {marks[1]}: put them where the table shall stand."
-        )
-    return head, made, tail
+def read_json(path: Path) -> Any:
+    """Read a JSON file in UTF-8."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON."""
     with whole_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of the common schema as parquet, whole or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
-    schema = pyarrow.schema([(c, texts if c in LISTS else text) for c in COLUMNS])
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read what ``write_rows`` wrote.
-
-    Raises:
-        CourseError: the file is not there or is not parquet.
-    """
+    """Read a file of ``write_rows``."""
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.lib.ArrowInvalid) as error:
-        raise CourseError(
-            f"cannot read {path.name}: {error}. Delete it and run lesson 01 again."
-        ) from error
+        advice = "Delete it and run lesson 01 again."
+        raise CourseError(f"cannot read {path.name}: {error}. {advice}") from error
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as parquet, in the columns ``COLUMNS``."""
+    import pyarrow
+    import pyarrow.parquet
+
+    # The types are given, because a column that is empty in these rows has none of its own.
+    text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
+    schema = pyarrow.schema([(c, texts if c in LISTS else text) for c in COLUMNS])
+    with whole_file(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)

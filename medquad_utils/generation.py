@@ -1,15 +1,13 @@
-"""Load the 4-bit model with or without its adapter, ask it one question or many, and stop where an answer ends."""
+"""Load the 4-bit model with or without adapters, ask it questions, and stop at the answer's end."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -18,57 +16,52 @@ import torch
 
 from medquad_utils import CourseError
 from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
+from medquad_utils.files import read_json
 from medquad_utils.machine import local_rank
 from medquad_utils.profiles import Plan
-from medquad_utils.quantization import nf4_config
+from medquad_utils.quantization import nf4_config, unpacked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# peft 0.21 still asks transformers 5.23 for the flag by its old name; nothing that a reader could mend.
+Messages = Sequence[Mapping[str, str]]
+
+# peft 0.21 asks transformers 5.23 for a flag by its old name. A reader can do nothing about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer with a pad token that is no end token; pads go on the right, as training wants them.
-
-    Raises:
-        CourseError: the tokenizer is not to be had (see ``explain_load_error``).
-    """
+def load_tokenizer(plan: Plan) -> Tokenizer:
+    """Load the tokenizer: a pad token that differs from the end tokens, padding on the right."""
     from transformers import AutoTokenizer
 
-    with _Explained(plan):
+    with _explained(plan):
         tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=plan.hub_revision)
     try:
         set_pad_token(tokenizer)
     except ValueError as error:
         raise CourseError(f"{plan.model_id}: {error}") from error
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "right"  # for training; generation pads its batches itself
     return tokenizer
 
 
 def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
-    """The base model on the plan's device, its linear layers in NF4 (or in the compute dtype with ``quantized=False``).
-
-    Raises:
-        CourseError: the model is not to be had, or its files are damaged.
-    """
+    """Load the base model in NF4, or in the compute dtype with ``quantized=False``."""
     from transformers import AutoModelForCausalLM
 
-    with _Explained(plan):
+    device = {"": local_rank() if plan.device == "cuda" else "cpu"}
+    with _explained(plan):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             plan.model_source,
             revision=plan.hub_revision,
             dtype=getattr(torch, plan.compute_dtype),
             quantization_config=nf4_config(plan) if quantized else None,
-            attn_implementation=plan.attention,
-            # Unquantised, an 8 B model is larger than a T4: what the card does not hold stays in RAM and is copied in when needed.
-            device_map="auto"
-            if plan.device == "cuda" and not quantized
-            else {"": local_rank() if plan.device == "cuda" else "cpu"},
+            attn_implementation="sdpa",
+            # Unquantised, an 8 B model is larger than a T4: "auto" keeps the rest in RAM.
+            device_map="auto" if plan.device == "cuda" and not quantized else device,
         )
-    # On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode, for good, into a
-    # layout whose kernel passes no gradient: training afterwards would go wrong without a word.
+    # With AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode,
+    # for good. The kernel of that layout passes no gradient, so later training would be wrong.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -76,23 +69,19 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
 
 
 def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
-    """The 4-bit base with the adapter of ``adapter`` (default: what lesson 04 saved) on top.
-
-    Raises:
-        CourseError: no adapter there, one that was trained on another base, or a damaged file.
-    """
+    """Load the 4-bit base with the adapter in ``adapter`` (default: that of lesson 04)."""
     return load_adapters(plan, {"default": adapter or plan.folder / "adapter"})
 
 
 def load_adapters(
     plan: Plan, adapters: Mapping[str, Path], trainable: bool = False
 ) -> PreTrainedModel:
-    """The 4-bit base once, with several adapters beside its weights; ``model.set_adapter(name)`` says which one answers.
+    """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
-    ``adapters`` maps a name of your choice to a folder; the first one is active. They are frozen unless ``trainable``.
+    The first adapter is active; ``model.set_adapter(name)`` switches.
 
     Raises:
-        CourseError: two adapters of different bases; no adapter there, one of another base, or a damaged file.
+        CourseError: an adapter is missing, damaged, or was trained on another base.
     """
     from peft import PeftModel
 
@@ -100,95 +89,79 @@ def load_adapters(
     for folder in adapters.values():
         check_adapter(plan, folder)
     model: Any = load_base(plan)
-    for number, (name, folder) in enumerate(adapters.items()):
+    for name, folder in adapters.items():
+        options: dict[str, Any] = {"adapter_name": name, "is_trainable": trainable}
         try:
-            if number:
-                model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, **options)
             else:
-                model = PeftModel.from_pretrained(
-                    model, folder, adapter_name=name, is_trainable=trainable
-                )
+                model = PeftModel.from_pretrained(model, folder, **options)
         except (
             Exception
-        ) as error:  # a truncated file raises SafetensorError, a wrong shape RuntimeError
+        ) as error:  # SafetensorError if a file is cut, RuntimeError on a wrong shape
             raise CourseError(
-                f"the adapter in {folder.name}/ does not load onto {plan.model_id} ({_first_line(error)}). "
-                "Delete the folder and run lesson 04 again."
+                f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
+                f"({_first_line(error)}). Delete the folder and run lesson 04 again."
             ) from error
     tuned: PreTrainedModel = model.eval()
     return tuned
 
 
-def check_same_base(adapters: Mapping[str, Path]) -> None:
-    """Refuse adapters (name -> folder) that were trained on different bases: they cannot take turns on one.
+def adapter_record(folder: Path) -> dict[str, Any]:
+    """Read what an adapter's folder records: ``adapter_config.json``, then the course's plan."""
+    files = [folder / "adapter_config.json", folder / "plan.json"]
+    return {key: v for file in files if file.is_file() for key, v in read_json(file).items()}
 
-    An adapter of another origin, without the course's ``plan.json``, is judged by the base that its config names.
+
+def check_same_base(adapters: Mapping[str, Path]) -> None:
+    """Check that all adapters (name -> folder) were trained on the same base model.
 
     Raises:
-        CourseError: names two of them and their bases.
+        CourseError: names two adapters and their bases.
     """
-    of_base: dict[str, str] = {}
+    adapter_of: dict[str, str] = {}  # base -> the first adapter that was trained on it
     for name, folder in adapters.items():
-        of_base.setdefault(_base_of(folder), name)
-    known = [(name, base) for base, name in of_base.items() if base]
-    if len(known) > 1:
-        (one, first), (other, second) = known[:2]
+        record = adapter_record(folder)
+        base = record.get("model_id") or record.get("base_model_name_or_path") or ""
+        weights = record.get("base", "")  # a hash for a local folder, "ID@revision" for the Hub
+        if base and not Path(base).is_absolute():
+            adapter_of.setdefault(f"{base} ({weights})" if weights else base, name)
+    if len(adapter_of) > 1:
+        (first, one), (second, other), *_ = adapter_of.items()
         raise CourseError(
-            f"adapters of different bases cannot take turns on one: {one!r} was trained on {first}, {other!r} on {second}. "
-            f"Leave one out, or train {other!r} again on {first}."
+            f"adapters of different bases cannot share one base: {one!r} was trained on {first}, "
+            f"{other!r} on {second}. Leave one out, or train {other!r} again on {first}."
         )
-
-
-def _base_of(folder: Path) -> str:
-    """Which base an adapter's folder says that it was trained on; "" if nothing in it says so."""
-    record, config = folder / "plan.json", folder / "adapter_config.json"
-    if record.is_file():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        base = made.get("base", "")
-        return " ".join(
-            filter(None, [made.get("model_id"), f"({base})" if base and "@" not in base else ""])
-        )
-    name = (
-        json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if config.is_file()
-        else None
-    )
-    return "" if name is None or Path(name).is_absolute() else str(name)
 
 
 def check_adapter(plan: Plan, folder: Path) -> None:
-    """Refuse an adapter folder that is not whole or belongs to another base model.
-
-    Raises:
-        CourseError: names what does not match and what to do.
-    """
-    if (
-        not (folder / "adapter_config.json").is_file()
-        or not (folder / "adapter_model.safetensors").is_file()
-    ):
+    """Check that an adapter's folder is complete and was trained on the plan's base model."""
+    if not all((folder / f"adapter_{n}").is_file() for n in ("config.json", "model.safetensors")):
         raise CourseError(
-            f"no adapter in {folder.name}/: lesson 04 trains one (medquad run --profile {plan.profile} --only 04)."
+            f"no adapter in {folder.name}/: lesson 04 trains one "
+            f"(medquad run --profile {plan.profile} --only 04)."
         )
-    record = folder / "plan.json"
-    made = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if made.get("model_id", plan.model_id) != plan.model_id:
+    record = adapter_record(folder)
+    if record.get("model_id", plan.model_id) != plan.model_id:
         raise CourseError(
-            f"the adapter was trained on {made['model_id']}, but the plan loads {plan.model_id}. Use the profile it was trained with."
+            f"the adapter was trained on {record['model_id']}, but the plan loads {plan.model_id}. "
+            "Use the profile it was trained with."
         )
-    if "base" in made and made["base"] != base_id(plan):
+    if record.get("base", base_id(plan)) != base_id(plan):
         raise CourseError(
-            f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: run lesson 04 again."
+            f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: "
+            "name its base model, or run lesson 04 again."
         )
 
 
 def base_id(plan: Plan) -> str:
-    """Which weights the plan's base has: the Hub id and revision, or a hash over the first MB of a local folder's files."""
+    """Identify the base's weights: Hub id and revision, or a hash of a local folder's files."""
     source = Path(plan.model_source)
     if not source.is_dir():
         return f"{plan.model_id}@{plan.revision or 'main'}"
     digest = hashlib.sha256()
     for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
-        with file.open("rb") as opened:
+        with file.open("rb") as opened:  # the first MB and the size: fast at 8 B, too
             digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
     return digest.hexdigest()[:16]
 
@@ -197,91 +170,35 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class _Explained:
-    """Turn a failed download or a damaged file into one message with the next step."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
-    ) -> None:
-        if not isinstance(error, Exception):
-            return
-        raise CourseError(explain_load_error(error, self.plan)) from error
+@contextmanager
+def _explained(plan: Plan) -> Iterator[None]:
+    """Turn an error in loading the plan's model into one message with the next step."""
+    try:
+        yield
+    except Exception as error:
+        raise CourseError(_explanation(error, plan)) from error
 
 
-def explain_load_error(error: Exception, plan: Plan) -> str:
-    """What went wrong in loading the plan's model, and what to click or set."""
-    model = plan.model_source if plan.model_path else plan.model_id
-    local = not plan.on_hub
+def _explanation(error: Exception, plan: Plan) -> str:
+    model, reason = plan.model_source if plan.model_path else plan.model_id, _first_line(error)
     cause = error.__cause__
     text = f"{type(error).__name__} {error} {type(cause).__name__} {cause or ''}"
-    if not local and re.search(
-        r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)", text
-    ):
-        return (
-            f"{model} is gated. Open https://huggingface.co/{model}, accept its licence, make a read token under Settings > "
-            "Access Tokens and set it as HF_TOKEN (on Colab: the key icon, with Notebook access). Profile 'small' needs no token."
-        )
-    if "safetensor" in text.lower() or "header" in text.lower():
-        return f"the weights of {model} are damaged ({_first_line(error)}). Delete the folder or the cached copy and load again."
-    if local:
-        return f"cannot load the model in {model} ({_first_line(error)}). Expected a folder in the Hub's layout."
-    return f"cannot load {model} from the Hub ({_first_line(error)}). Check the network; profile 'tiny' needs none."
-
-
-@contextmanager
-def unpacked(model: torch.nn.Module) -> Iterator[None]:
-    """Within it a model on a CPU dequantises its 4-bit weights once, not at every token; what it computes is the same to the bit.
-
-    On a CPU, bitsandbytes makes the whole matrix out of its 4 bits at each call of a layer, then multiplies by it
-    (``backends/default/ops.py``, ``_gemm_4bit_default_impl``). Here the matrices are made at the start and dropped at the end.
-    They take 2 or 4 bytes a weight: where that is more than half of the free RAM, nothing changes. Nor does it on a GPU, whose
-    kernels multiply by the packed weights. The parameters stay as they are, and so do adapters, switched on or off.
-    """
-    import psutil
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, Linear4bit) and _unpackable(layer)
-    ]
-    need = sum(
-        layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers
-    )
-    if need > psutil.virtual_memory().available / 2:
-        layers = []
-    try:
-        for layer in layers:
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            layer.forward = partial(_linear, weight=weight, bias=layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-
-
-def _unpackable(layer: Any) -> bool:
-    """Whether a 4-bit layer is on the CPU, in plain layout, computes in the dtype of its matrix, and has not been unpacked yet."""
-    state = layer.weight.quant_state
-    plain = (
-        layer.weight.device.type == "cpu"
-        and state is not None
-        and not getattr(state, "packing_format_for_cpu", False)
-    )
-    return plain and state.dtype == layer.compute_dtype and "forward" not in vars(layer)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    gated = r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)"
+    if plan.on_hub and re.search(gated, text):
+        return f"""{model} is gated. Open https://huggingface.co/{model} and accept its licence. \
+Make a read token under Settings > Access Tokens and set it as HF_TOKEN (on Colab: the key icon, \
+with Notebook access). Profile 'small' needs no token."""
+    if re.search("safetensor|header", text.lower()):
+        return f"the weights of {model} are damaged ({reason}). Delete them and load again."
+    if plan.on_hub:
+        next_step = "Check the network; profile 'tiny' needs none."
+        return f"cannot load {model} from the Hub ({reason}). {next_step}"
+    return f"cannot load the model in {model} ({reason}). Expected a folder in the Hub's layout."
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer: its text, how many tokens it took, and whether it ended on an end token by itself."""
+    """A generated answer: its text, its number of tokens, and whether it ended on an end token."""
 
     text: str
     tokens: int
@@ -290,127 +207,84 @@ class Answer:
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    tokenizer: Tokenizer,
+    conversations: Sequence[Messages],
     max_new_tokens: int,
     batch_size: int = 32,
     progress: str = "",
     **sampling: Any,
 ) -> list[Answer]:
-    """Answer ``conversations`` (lists of messages) in batches, greedily unless ``sampling`` says otherwise.
+    """Answer ``conversations`` in batches, greedily unless ``sampling`` says otherwise.
 
-    ``progress`` names a progress bar.
-    """
-    batches = generate_batches(
-        model, tokenizer, conversations, max_new_tokens, batch_size, progress, **sampling
-    )
-    answers = {number: answer for batch in batches for number, answer in batch.items()}
-    return [answers[number] for number in range(len(conversations))]
-
-
-def generate_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: str = "",
-    **sampling: Any,
-) -> Iterator[dict[int, Answer]]:
-    """Yield the answers batch by batch, each a dict from a conversation's number to its answer: for a caller who saves as it goes.
-
-    Prompts are padded on the left, so that every answer begins where its prompt ends; batches hold prompts of alike
-    length, the shortest first. ``sampling`` goes to ``model.generate``; its ``eos_token_id`` replaces the tokenizer's ends.
-
-    Not transformers' continuous batching (``generate_batch``): it answers alike, but on a CPU more slowly than these batches,
-    drops settings that it does not know (``min_new_tokens``, ``sequence_bias``) with a warning, and logs a failure instead of
-    raising it. Figures: tests/benchmarks/README.md.
+    ``progress`` labels a progress bar. ``sampling`` goes to ``model.generate``. Figures on why not
+    transformers' continuous batching (``generate_batch``): tests/benchmarks/README.md.
     """
     from tqdm.auto import tqdm
 
     prompts = [prompt_ids(tokenizer, c) for c in conversations]
+    # Prompts of similar length share a batch, so little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(order), batch_size)
-    greedy = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    settings = greedy | {"eos_token_id": end_ids(tokenizer)} | sampling
-    with unpacked(model):
-        for start in tqdm(starts, desc=progress, disable=not progress):
-            chosen = order[start : start + batch_size]
-            batch = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
-            with torch.inference_mode():
-                output = model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
-            rows = output[:, batch["input_ids"].shape[1] :].tolist()
-            yield {
-                i: _read(tokenizer, ids, settings["eos_token_id"])
-                for i, ids in zip(chosen, rows, strict=True)
-            }
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} | greedy | ends | sampling
+    answers: dict[int, Answer] = {}
+    with unpacked(model), torch.inference_mode():
+        for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=not progress):
+            numbers = order[start : start + batch_size]
+            # Padding on the left: every answer begins directly behind its prompt.
+            left = {"padding_side": "left", "return_tensors": "pt"}
+            batch = tokenizer.pad({"input_ids": [prompts[i] for i in numbers]}, **left)
+            output = model.generate(**batch.to(model.device), **settings)
+            for number, ids in zip(numbers, output[:, batch["input_ids"].shape[1] :], strict=True):
+                answers[number] = _read(tokenizer, ids.tolist(), settings["eos_token_id"])
+    return [answers[number] for number in range(len(prompts))]
 
 
-def _left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> Answer:
+def _read(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answer:
+    """Decode generated ids up to the first end token; what follows it is padding."""
     length = next((n for n, i in enumerate(ids) if i in ends), None)
-    kept = list(ids if length is None else ids[:length])
-    return Answer(
-        tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is not None
-    )
+    ids = list(ids[:length])
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, len(ids), length is not None)
 
 
 def ask(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     questions: Sequence[str],
     max_new_tokens: int = 128,
     **settings: Any,
 ) -> list[Answer]:
-    """Answer each question on its own, under the course's system prompt."""
-    return generate(
-        model, tokenizer, [prompt_messages(q) for q in questions], max_new_tokens, **settings
-    )
+    """Answer each question in its own conversation, under the course's system prompt."""
+    conversations = [prompt_messages(question) for question in questions]
+    return generate(model, tokenizer, conversations, max_new_tokens, **settings)
 
 
 def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    max_new_tokens: int = 128,
+    model: PreTrainedModel, tokenizer: Tokenizer, question: str, max_new_tokens: int = 128
 ) -> Iterator[str]:
-    """Yield the greedy answer piece by piece while it is being generated; closing the iterator ends the generation at its next token."""
+    """Yield the greedy answer piece by piece; closing the iterator ends the generation."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     encoded = tokenizer.apply_chat_template(
         prompt_messages(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
-    left = Event()  # nobody reads any more
+    closed, failures = Event(), list[Exception]()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
-    settings = {
-        **encoded, "streamer": streamer, "max_new_tokens": max_new_tokens, "do_sample": False,
-        "eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id,
-        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.full(ids.shape[:1], left.is_set(), device=ids.device)]),
-    }  # fmt: skip
-    failure: list[Exception] = []
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full(ids.shape[:1], closed.is_set(), device=ids.device)
 
     def work() -> None:
         try:
             with unpacked(model):
-                model.generate(**settings)
-        except (
-            Exception
-        ) as error:  # say so to the reader below, which would wait for the next piece for ever
-            failure.append(error)
+                model.generate(
+                    **encoded, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
+                    eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )  # fmt: skip
+        except Exception as error:  # the reader would wait for the next piece for ever
+            failures.append(error)
             streamer.end()
 
     worker = Thread(target=work, daemon=True)
@@ -418,19 +292,16 @@ def stream(
     try:
         yield from streamer
     finally:
-        left.set()
+        closed.set()
         worker.join()
-    if failure:
-        raise failure[0]
+    if failures:
+        raise failures[0]
 
 
 def next_token_probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
-    start: str = "",
+    model: PreTrainedModel, tokenizer: Tokenizer, messages: Messages, start: str = ""
 ) -> torch.Tensor:
-    """Probabilities of the token after ``messages`` and the answer's first words ``start``; fp32, shape (vocabulary,)."""
+    """Return the probability of each next token after the answer's first words ``start``; fp32."""
     ids = prompt_ids(tokenizer, messages) + tokenizer(start, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]

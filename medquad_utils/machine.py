@@ -1,92 +1,124 @@
-"""This machine: hardware, processes, the Hub and its token, Colab, and where results go."""
+"""This machine: hardware, processes, the Hub and its token, Colab, results folder, readiness."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
+import socket
 import sys
+import tempfile
+import time
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError
-from medquad_utils.memory import Shape as Shape  # part of this module's face
+from medquad_utils.files import read_json
 
+PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+BESIDE_GB = 1.0  # RAM of a browser and JupyterLab beside a lesson's kernel
+DISK_GB = 1.0  # tiny's results take 0.1 GB; lessons 05 and 08 write a merged model for a while
+PORTS = {
+    8888: "JupyterLab takes the next free one: read the address that it prints",
+    7860: "start the chat with: medquad demo --port 7861",
+}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the machine offers. ``memory_gb`` is the memory a model can use: the card's, or the RAM of a CPU run."""
+    """What the machine offers; ``memory_gb`` is the card's memory, or the RAM of a CPU run."""
 
     device: str  # "cpu", "cuda" or "mps"
     name: str
     memory_gb: float
     capability: tuple[int, int] | None = None  # CUDA compute capability
-    bf16_cpu: bool = False  # AVX512-BF16 or AMX: without it bf16 matrix products crawl
+    bf16_cpu: bool = False  # matrix products are faster in bf16 than in fp32
     cores: int = 1
-    gpus: int = 0  # on this machine; a run takes one of them for each process
+    gpus: int = 0  # on this machine; a run takes one for each process
+
+    def __str__(self) -> str:
+        if self.device == "cuda":
+            return f"{self.name}, {self.memory_gb:.0f} GB"
+        return f"CPU, {self.cores} cores, {self.memory_gb:.0f} GB"
 
 
 def processes() -> int:
-    """How many processes share the run: what ``torchrun`` or ``accelerate launch`` says, 1 without them."""
+    """Return how many processes share the run: set by ``torchrun`` or ``accelerate launch``."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def local_rank() -> int:
-    """Which process of this machine this is, and so which GPU is its own; 0 without a launcher."""
+    """Return the number of this process on this machine, and so of its GPU; 0 if alone."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def detect() -> Hardware:
-    """Look at this machine. Imports torch.
-
-    CUDA is judged by compute capability, not by ``torch.cuda.is_bf16_supported()``: that counts emulation, and a T4
-    would crawl.
+    """Look at this machine, and take one GPU of several (``take_one_gpu``).
 
     Raises:
-        CourseError: a launcher started more processes than there are GPUs, or CUDA had started on several GPUs before.
+        CourseError: more processes than GPUs, or CUDA had started on several GPUs before.
     """
     import psutil
     import torch
 
-    gpus = _take_one_gpu()
+    gpus = take_one_gpu()
     ram = psutil.virtual_memory().total / 1e9
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if torch.cuda.is_available():
         own, visible = local_rank(), torch.cuda.device_count()
         if own >= visible:
             raise CourseError(
-                f"process {own} has no GPU of its own: {visible} visible. Launch as many processes as there are GPUs."
+                f"process {own} has no GPU of its own: {visible} visible. "
+                "Launch as many processes as there are GPUs."
             )
-        properties = torch.cuda.get_device_properties(
-            own
-        )  # this starts CUDA, and from here on the count is final
+        card = torch.cuda.get_device_properties(own)  # starts CUDA: from here the count is final
         if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
             raise CourseError(
-                "CUDA had started on several GPUs before the plan was made, and a trainer without a launcher takes one. "
-                "Restart the kernel and make the plan first, or set CUDA_VISIBLE_DEVICES=0."
+                "CUDA had started on several GPUs before the plan was made, and a run without a "
+                "launcher takes one. Restart the kernel and make the plan first, or set "
+                "CUDA_VISIBLE_DEVICES=0."
             )
-        capability = (properties.major, properties.minor)
-        return Hardware(
-            "cuda", properties.name, properties.total_memory / 1e9, capability, False, cores, gpus
-        )
-    bf16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+        # is_bf16_supported() would count emulation, in which a T4 crawls: keep the capability.
+        capability = card.major, card.minor
+        return Hardware("cuda", card.name, card.total_memory / 1e9, capability, False, cores, gpus)
     if torch.backends.mps.is_available():
         return Hardware("mps", "Apple GPU", ram, None, False, cores)
-    return Hardware("cpu", platform.processor() or platform.machine(), ram, None, bf16, cores)
+    name = platform.processor() or platform.machine()
+    return Hardware("cpu", name, ram, None, fast_bf16(), cores)
 
 
-def _take_one_gpu() -> int:
-    """How many GPUs there are; without a launcher all but the first are hidden from this process and those it starts.
+@functools.cache
+def fast_bf16() -> bool:
+    """Measure whether this CPU multiplies clearly faster in bf16 than in fp32; once a process."""
+    import torch
 
-    One process trains on one GPU: on several, ``transformers`` would split every batch over them (``nn.DataParallel``),
-    which TRL refuses. CUDA reads ``CUDA_VISIBLE_DEVICES`` once, when it starts, so this has to come first. All of them
-    stay listed in ``MEDQUAD_GPUS``, for the lessons that ``medquad run`` starts and for a launcher started in a notebook.
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, best = torch.ones(512, 512, dtype=dtype), float("inf")
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            matrix @ matrix
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.float32) > 1.2 * seconds(torch.bfloat16)
+
+
+def take_one_gpu() -> int:
+    """Return how many GPUs there are; without a launcher, hide all but the first.
+
+    On several GPUs transformers would split each batch over them (``nn.DataParallel``), which TRL
+    refuses. CUDA reads ``CUDA_VISIBLE_DEVICES`` once, when it starts, so this has to come first.
+    ``MEDQUAD_GPUS`` still lists all, for child processes and for a launcher in a notebook.
     """
     import torch
 
@@ -94,97 +126,102 @@ def _take_one_gpu() -> int:
         if listed := os.environ.pop("MEDQUAD_GPUS", ""):
             os.environ["CUDA_VISIBLE_DEVICES"] = listed
         return torch.cuda.device_count()
-    found = torch.cuda.device_count()  # asks the driver's management library: does not start CUDA
-    if found > 1:
-        os.environ["MEDQUAD_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
-            map(str, range(found))
-        )
+    count = torch.cuda.device_count()  # asks the driver's management library: starts no CUDA
+    if count > 1:
+        every = ",".join(map(str, range(count)))
+        os.environ["MEDQUAD_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES") or every
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["MEDQUAD_GPUS"].split(",")[0]
     listed = os.environ.get("MEDQUAD_GPUS", "")
-    return len(listed.split(",")) if found and listed else found
+    return len(listed.split(",")) if count and listed else count
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hugging Face Hub answers; ``HF_HUB_OFFLINE=1`` counts as no."""
+    """Ask the Hugging Face Hub for a sign of life; ``HF_HUB_OFFLINE=1`` counts as no."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
-    import httpx
+    import huggingface_hub
 
-    try:
-        httpx.head(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-            timeout=timeout,
-            follow_redirects=True,
-        ).raise_for_status()
-    except (httpx.HTTPError, OSError):
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:  # with the client that downloads: same proxy, same certificates
+        answer = huggingface_hub.get_session().head(url, timeout=timeout, follow_redirects=True)
+        answer.raise_for_status()
+    except Exception:  # whatever the client raises, a download would fail in the same way
         return False
     return True
 
 
 def on_colab() -> bool:
-    """Whether this process is a notebook on Google Colab, which loads its own package before the first cell."""
+    """Return whether this is a notebook on Colab, which loads its own package before any cell."""
     return "google.colab" in sys.modules
 
 
-_colab_kept = ""  # why Colab did not give its secret; huggingface_hub asks once a session, and so the first answer stays
+_colab_gap = ""  # why Colab gave no secret; huggingface_hub asks once a session, so it stays
 
 
 def hub_token() -> str | None:
-    """The Hub token of the environment, of the Hub's own login, or of Colab's secrets; ``None`` if there is none.
-
-    ``token_gap`` says what to do about a missing one.
-    """
+    """Return the Hub token of the environment, a login or Colab's secrets (see ``token_gap``)."""
     import huggingface_hub
 
-    global _colab_kept
+    global _colab_gap
     token: str | None = None
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             token = huggingface_hub.get_token()
-        except Exception as error:  # only Colab's vault gets here: what it raises on a time-out is no error of the Hub's
+        except Exception as error:  # Colab's vault timed out, and huggingface_hub let it through
             if not on_colab():
                 raise
-            _colab_kept = f"Colab's secrets do not answer ({type(error).__name__})"
-            huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = (
-                True  # else every download would ask, and fail, again
-            )
-    if any("not been granted" in str(warning.message) for warning in said):
-        _colab_kept = "this notebook may not read Colab's secret HF_TOKEN: key icon > Notebook access, then Runtime > Restart session"
+            _colab_gap = f"Colab's secrets do not answer ({type(error).__name__})"
+            # Without this, every download would ask again, and fail again.
+            huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    if any("not been granted" in str(warning.message) for warning in caught):
+        _colab_gap = (
+            "this notebook may not read Colab's secret HF_TOKEN: "
+            "key icon > Notebook access, then Runtime > Restart session"
+        )
     return token
 
 
 def token_gap() -> str:
-    """Why ``hub_token`` found none, in one line with the next step; "" where nothing but the token itself is missing."""
-    if _colab_kept or not on_colab():
-        return _colab_kept
-    return "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, then Runtime > Restart session"
+    """Return why ``hub_token`` gave none on Colab, with the next step; elsewhere ""."""
+    if _colab_gap or not on_colab():
+        return _colab_gap
+    return (
+        "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, "
+        "then Runtime > Restart session"
+    )
+
+
+def checkout() -> Path | None:
+    """Return the root of the checkout around the working folder, if there is one."""
+    here = Path.cwd()
+    for root in (here, *here.parents):
+        if (root / "medquad_utils").is_dir() and (root / "pyproject.toml").is_file():
+            return root
+    return None
 
 
 def default_out() -> str:
-    """``$MEDQUAD_OUT``; on Colab with Drive mounted ``medquad-runs`` there; else ``runs`` at the root of the checkout around
-    the working folder, or in it.
-
-    What lies on Colab's own disk is lost with the session.
-    """
+    """Return the results folder: $MEDQUAD_OUT, Drive on Colab, else runs/ in the checkout."""
     if chosen := os.environ.get("MEDQUAD_OUT"):
         return chosen
     if on_colab() and DRIVE.is_dir():
-        return str(DRIVE / "medquad-runs")
-    here = Path.cwd()
-    root = next(
-        (
-            p
-            for p in (here, *here.parents)
-            if (p / "medquad_utils").is_dir() and (p / "pyproject.toml").is_file()
-        ),
-        here,
+        return str(DRIVE / "medquad-runs")  # Colab's own disk is lost with the session
+    return str((checkout() or Path.cwd()) / "runs")
+
+
+def colab_results(folder: Path) -> str:
+    """Say where results are on Colab, and what happens to them when the session ends."""
+    if folder.is_relative_to(DRIVE):
+        return f"on Drive, in {folder.relative_to(DRIVE)}: a later session goes on from there"
+    return (
+        "on this runtime's disk, lost with the session: "
+        "mount Drive (folder icon > Mount Drive) and run this cell again"
     )
-    return str(root / "runs")
 
 
-def _friendly_errors() -> None:
-    """In a notebook, show one clear message for a ``CourseError`` and for a cell that was run out of order."""
+def show_errors_plainly() -> None:
+    """In a notebook, show a ``CourseError`` or a cell run out of order as one line."""
     if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
         return
 
@@ -193,11 +230,14 @@ def _friendly_errors() -> None:
         kind: type[BaseException],
         error: BaseException,
         trace: Any,
-        tb_offset: int | None = None,
+        tb_offset: Any = None,
     ) -> list[str]:
         text = str(error)
         if isinstance(error, NameError):
-            text += ". A cell above has not been run yet: choose Run > Run All Above Selected Cell, then run this one again."
+            text += (
+                ". A cell above has not been run yet: "
+                "choose Run > Run All Above Selected Cell, then run this one again."
+            )
         shell._showtraceback(kind, text, [f"{kind.__name__}: {text}"])
         return [text]
 
@@ -205,9 +245,135 @@ def _friendly_errors() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that the course stands on."""
+    """Return the installed versions of Python and of the main packages."""
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
-    return {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in names},
-    }
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+# ---- doctor: is this machine ready for a class on the tiny profile? ------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check: ``state`` is ok, warning or problem; ``todo`` is the next step."""
+
+    what: str
+    state: str
+    text: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.state:<7}  {self.what:<9}  {self.text}"
+        return f"{line}\n{'':<20}-> {self.todo}" if self.todo else line
+
+
+Check = Callable[[], str | tuple[bool, str, str]]  # a text, or (good, text, next step if not)
+
+
+def doctor(checks: Mapping[str, Callable[[], str]] | None = None) -> list[Finding]:
+    """Check what a class on ``tiny`` needs, then ``checks``, which return a text or raise."""
+    looks: dict[str, tuple[str, Check]] = {
+        "device": (OK, _device), "packages": (PROBLEM, _packages), "tested": (WARNING, _tested),
+        "Hub": (WARNING, _hub), "notebooks": (PROBLEM, _notebooks), "memory": (PROBLEM, _memory),
+        "disk": (PROBLEM, _disk),
+    }  # fmt: skip
+    looks |= {f"port {n}": (WARNING, functools.partial(_port, n)) for n in PORTS}
+    looks |= {name: (PROBLEM, check) for name, check in (checks or {}).items()}
+    findings = []
+    for what, (state, look) in looks.items():
+        try:
+            answer = look()
+            good, text, todo = (True, answer, "") if isinstance(answer, str) else answer
+        except Exception as error:  # a broken package or file raises anything
+            text = (str(error).splitlines() or ["no message"])[0]
+            text = text if isinstance(error, CourseError) else f"{type(error).__name__}: {text}"
+            good, state, todo = False, PROBLEM, ""
+        findings.append(Finding(what, OK if good else state, text, "" if good else todo))
+    return findings
+
+
+def _device() -> str:
+    it = detect()
+    number = f"bf16 is {'faster' if it.bf16_cpu else 'not faster'} than fp32"
+    if it.capability:
+        number = f"CUDA capability {it.capability[0]}.{it.capability[1]}"
+    return f"{it.device}: {it.name}, {it.memory_gb:.0f} GB, {it.cores} cores, {number}"
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]  # 2.13.0 of 2.13.0+cpu
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _packages() -> tuple[bool, str, str]:
+    from packaging.requirements import Requirement
+
+    lines = importlib.metadata.requires(PACKAGE) or ()
+    needs = [Requirement(line) for line in lines if "extra ==" not in line]
+    python, needed = platform.python_version(), importlib.metadata.metadata(PACKAGE)
+    if not Requirement(f"python {needed['Requires-Python']}").specifier.contains(python):
+        text = f"Python {python}, expected {needed['Requires-Python']}"
+        return False, text, "make a .venv with another Python"
+    have = {need.name: _installed(need.name) for need in needs}
+    wrong = [n for n in needs if not (v := have[n.name]) or not n.specifier.contains(v, True)]
+    listed = [f"{n.name} {have[n.name] or 'is missing'}, expected {n.specifier}" for n in wrong]
+    todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
+    good = f"Python {python} and {len(needs)} packages are in range"
+    return not wrong, "; ".join(listed) or good, todo
+
+
+def _tested() -> tuple[bool, str, str]:
+    pins = (checkout() or REPO) / "constraints.txt"
+    lines = pins.read_text(encoding="utf-8") if pins.is_file() else ""
+    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", lines, re.MULTILINE))
+    others = [f"{n} {_installed(n)} (tested: {v})" for n, v in tested.items()
+              if _installed(n) not in ("", v)]  # fmt: skip
+    good = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return not others, ", ".join(others) or good, "install the tested versions: make course"
+
+
+def _hub() -> tuple[bool, str, str]:
+    if not hub_reachable():
+        return False, "out of reach", "profile tiny needs no network, the others do"
+    token = "set" if hub_token() else token_gap() or "not set, which only a Llama needs"
+    return True, f"reachable; HF_TOKEN: {token}", ""
+
+
+def _notebooks() -> tuple[bool, str, str]:
+    count = len(list(((checkout() or REPO) / "notebooks").glob("0*_*.ipynb")))
+    return count > 0, f"{count} lessons", "work in a clone of the course's repository"
+
+
+def _memory() -> tuple[bool, str, str]:
+    import psutil
+
+    timings = (checkout() or REPO) / "notebooks" / "timings.json"  # of the last full run
+    peaks = [v["peak_gb"] for v in read_json(timings).values()] if timings.is_file() else [1.0]
+    need, free = max(peaks) + BESIDE_GB, psutil.virtual_memory().available / 1e9
+    text = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (largest lesson and a browser)"
+    return free >= need, text, "close other programs and notebooks"
+
+
+def _disk() -> tuple[bool, str, str]:
+    out = Path(default_out())
+    place = next(p for p in (out, *out.parents) if p.exists())
+    free, todo = shutil.disk_usage(place).free / 1e9, "set MEDQUAD_OUT to another folder of yours"
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        return False, f"{out.name}/ cannot be written ({error.strerror})", todo
+    return free >= DISK_GB, f"{free:.1f} GB free in {out.name}/, {DISK_GB:.1f} GB needed", todo
+
+
+def _port(number: int) -> tuple[bool, str, str]:
+    with socket.socket() as probe:
+        # Without this, a connection that has just ended would still count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", number))
+        except OSError as error:
+            why = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
+            return False, why, PORTS[number]
+    return True, "free", ""

@@ -1,11 +1,11 @@
-"""Every figure of the course: one style, one palette, an opaque background, and alt text that goes with the picture."""
+"""Every figure of the course: one style and palette, an opaque background, and alt text."""
 
 from __future__ import annotations
 
 import html
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -16,23 +16,23 @@ from medquad_utils.files import whole_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart by colour-blind eyes too; yellow is left out on white.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
-GREY, INK, PAPER = "#8A8A8A", "#1F2328", "#FFFFFF"
+# The palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers can tell apart.
+# Its yellow is left out, because it vanishes on white.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY, INK, PAPER = "#CC79A7", "#56B4E9", "#8A8A8A", "#1F2328", "#FFFFFF"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+MARKERS, DASHES = "oDs^vP", ("-", "--", "-.", ":")
+INCHES = 0.0815  # width of a character in the boxes
+
+Groups = Mapping[str, Mapping[str, float]]  # series -> group -> value
+Lines = Mapping[str, float] | None  # named limits, by their name
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3",
-    "axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
+    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3", "axes.axisbelow": True,
+    "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
     "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False, "svg.hashsalt": "medquad",
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ STYLE: dict[str, Any] = {
 def figure(
     width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, Any]:
-    """A figure in the course's style, in inches, with ``columns`` axes side by side."""
+    """Create a figure in the course's style, in inches, with ``columns`` axes side by side."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,17 +48,13 @@ def figure(
     matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
-    axes = fig.subplots(1, columns, **kwargs)
-    return fig, axes
+    return fig, fig.subplots(1, columns, **kwargs)
 
 
 def show(fig: Figure, alt: str, save: Path | None = None) -> None:
-    """Display ``fig`` as a PNG with ``alt`` for readers who cannot see it; also write it to ``save`` if given.
+    """Display ``fig`` as a PNG with its alt text, and write it to ``save`` if given.
 
-    Outside a notebook a figure that is saved is not displayed: a terminal would print its bytes.
-
-    Raises:
-        ValueError: the alt text is too short to say what is seen.
+    Outside a notebook a saved figure is not displayed: a terminal would print its bytes.
     """
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
@@ -76,191 +72,166 @@ def show(fig: Figure, alt: str, save: Path | None = None) -> None:
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
+def _colour(number: int, of: int) -> str:
+    if of > len(PALETTE):
+        raise ValueError(
+            f"{of} series in one figure, and {len(PALETTE)} colours that readers can tell apart: "
+            "draw two figures, or fewer series."
+        )
+    return PALETTE[number]
+
+
+def tint(colour: str, share: float = 0.62) -> str:
+    """Mix ``colour`` with the paper, "#RRGGBB"; black text stays readable on the usual share."""
+    mixed = (round(255 + share * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
+    return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
+def shade(value: float, most: float) -> str:
+    """Return a value's colour, "#RRGGBB": blue above 0, orange below, darker for larger ones.
+
+    ``most`` is the largest magnitude in the figure. In grey the sign is lost, so print it as well.
+    """
+    share = 0.62 * min(1.0, abs(value) / most) if most else 0.0
+    return tint(BLUE if value > 0 else VERMILION, share)
+
+
+def _plain(text: str) -> str:
+    """Escape the dollar signs, which matplotlib reads as mathematics."""
+    return text.replace("$", "\\$")
+
+
+def _percent(axis: Any, form: str = "{:.0%}") -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    if form.endswith("%}"):
+        axis.set_major_formatter(PercentFormatter(1))
+
+
+def _heading(fig: Figure, text: str) -> None:
+    """A title above all axes of a figure."""
+    fig.suptitle(text, fontweight="bold", x=0.02, ha="left")
+
+
 def bars(
-    values: Mapping[str, float], title: str, unit: str, alt: str,
-    highlight: Sequence[str] = (), form: str = "{:,.0f}", log: bool = False, width: float = 8,
+    values: Mapping[str, float], title: str, unit: str, alt: str, highlight: Sequence[str] = (),
+    form: str = "{:,.0f}", log: bool = False
 ) -> None:  # fmt: skip
-    """Horizontal bars, one a key, the first on top, each with its number; ``highlight`` names the ones in orange."""
-    fig, ax = figure(width, 0.9 + 0.34 * len(values))
-    names = list(values)
-    colours = [ORANGE if name in highlight else BLUE for name in names]
-    drawn = ax.barh(names, list(values.values()), color=colours)
+    """Draw horizontal bars with numbers, the first on top; ``highlight`` names the orange ones."""
+    fig, ax = figure(8, 0.9 + 0.34 * len(values))
+    colours = [ORANGE if name in highlight else BLUE for name in values]
+    drawn = ax.barh(list(values), list(values.values()), color=colours)
     ax.bar_label(drawn, [form.format(v) for v in values.values()], padding=4)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.set(xlabel=unit, xscale="log" if log else "linear")
+    ax.set(xlabel=unit, xscale="log" if log else "linear", title=title)
     _percent(ax.xaxis, form)
-    ax.set_title(title)
     ax.margins(x=0.14)
     show(fig, alt)
 
 
 def grouped_bars(
-    table: Mapping[str, Mapping[str, float]],
-    title: str,
-    unit: str,
-    alt: str,
-    form: str = "{:.0%}",
-    save: Path | None = None,
+    table: Groups, title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None
 ) -> None:
-    """Upright bars in groups: ``table`` maps a series to its values by group; every series has the same groups."""
-    groups = list(next(iter(table.values())))
-    fig, ax = figure(8, 3.6)
-    width = 0.8 / len(table)
+    """Draw upright bars in groups: series -> group -> value; all series have the same groups."""
+    groups, width = list(next(iter(table.values()))), 0.8 / len(table)
+    fig, ax = figure()
     for number, (name, values) in enumerate(table.items()):
         places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
-        drawn = ax.bar(
-            places,
-            [values[g] for g in groups],
-            width * 0.94,
-            label=name,
-            color=_colour(number, len(table)),
-        )
-        ax.bar_label(drawn, [form.format(values[g]) for g in groups], padding=2, fontsize=9)
-    wide = [
-        max(map(len, group.split("\n"))) for group in groups
-    ]  # in characters; about 66 fit beside the legend
+        heights, colour = [values[g] for g in groups], _colour(number, len(table))
+        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
+        ax.bar_label(drawn, [form.format(v) for v in heights], padding=2, fontsize=9)
+    # About 66 characters fit beside the legend. If neighbours would touch, all names are turned.
+    wide = [max(map(len, group.split("\n"))) for group in groups]
     crowded = any(a + b > 2 * 66 / len(groups) for a, b in pairwise(wide))
-    ax.set_xticks(
-        range(len(groups)),
-        groups,
-        **({"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}),
-    )
-    ax.set(ylabel=unit)
+    turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    ax.set_xticks(range(len(groups)), groups, **turned)
+    ax.set(ylabel=unit, title=title)
     _percent(ax.yaxis, form)
-    ax.set_title(title)
     ax.margins(y=0.12)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     show(fig, alt, save)
 
 
-def intervals(
-    table: Mapping[str, Mapping[str, tuple[float, float, float]]],
-    title: str,
-    unit: str,
-    alt: str,
-    save: Path | None = None,
-    width: float = 6.4,
-    zero: bool = False,
-) -> None:
-    """Dots with whiskers: ``table`` maps a series to (mean, low, high) by group; a series may lack a group.
+def _row_axes(ax: Any, groups: Sequence[str]) -> None:
+    """Put ``groups`` below one another, the first on top."""
+    ax.set_yticks(range(len(groups)), [_plain(group) for group in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.grid(True, axis="x")
 
-    Groups stand below one another, the first on top; a series has its own colour and its own marker. ``zero`` draws a line at
-    zero, for differences.
+
+def intervals(
+    table: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, unit: str, alt: str,
+    save: Path | None = None, width: float = 6.4, zero: bool = False
+) -> None:  # fmt: skip
+    """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
+
+    ``zero`` draws a line at zero, for differences.
     """
     groups = list(dict.fromkeys(group for values in table.values() for group in values))
     fig, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(table)))
-    step = 0.8 / len(table)
     for number, (name, values) in enumerate(table.items()):
-        places = [groups.index(g) + (number - (len(table) - 1) / 2) * step for g in values]
+        offset = (number - (len(table) - 1) / 2) * 0.8 / len(table)
         means, lows, highs = zip(*values.values(), strict=True)
-        whiskers = [
-            [max(0, m - low) for m, low in zip(means, lows, strict=True)],
-            [max(0, h - m) for m, h in zip(means, highs, strict=True)],
-        ]
-        colour, marker = _colour(number, len(table)), "oDs^vP"[number % 6]
+        below = [max(0, m - low) for m, low in zip(means, lows, strict=True)]
+        above = [max(0, high - m) for m, high in zip(means, highs, strict=True)]
         ax.errorbar(
-            means,
-            places,
-            xerr=whiskers,
-            fmt=marker,
-            color=colour,
-            label=name,
-            capsize=2.5,
-            markersize=5.5,
-            linewidth=1.5,
-        )
+            means, [groups.index(g) + offset for g in values], xerr=[below, above], label=name,
+            fmt=MARKERS[number % 6], color=_colour(number, len(table)),
+            capsize=2.5, markersize=5.5, linewidth=1.5,
+        )  # fmt: skip
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    ax.set_yticks(range(len(groups)), [g.replace("$", "\\$") for g in groups])
-    ax.set_ylim(len(groups) - 0.4, -0.6)
+    _row_axes(ax, groups)
     ax.grid(False, axis="y")
-    ax.grid(True, axis="x")
     ax.locator_params(axis="x", nbins=7)
-    ax.set(xlabel=unit)
-    ax.set_title(title)
+    ax.set(xlabel=unit, title=title)
     fig.legend(loc="outside lower center", ncols=min(3, len(table)))
     show(fig, alt, save)
 
 
 def dots(
-    table: Mapping[str, Mapping[str, Sequence[float]]],
-    title: str,
-    unit: str,
-    alt: str,
-    lines: Mapping[str, float] | None = None,
-) -> None:
-    """Shares as dots: ``table`` maps a series to its values (one or several) by group; ``lines`` draws named limits.
+    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str,
+    lines: Lines = None
+) -> None:  # fmt: skip
+    """Draw shares as dots: series -> group -> values; ``lines`` draws named limits.
 
-    Groups stand below one another, the first on top. A later series lies over an earlier one, and its dots are larger.
+    A later series lies over an earlier one, with larger dots.
     """
-    from matplotlib.ticker import PercentFormatter
-
     groups = list(dict.fromkeys(group for values in table.values() for group in values))
     fig, ax = figure(8, 1.5 + 0.27 * len(groups))
     for number, (name, values) in enumerate(table.items()):
-        points = [
-            (value, groups.index(group)) for group, several in values.items() for value in several
-        ]
-        colour, marker = (
-            (SKY, ORANGE, BLUE, GREEN, VERMILION, PURPLE)[_colour_number(number, len(table))],
-            "oDs^vP"[number % 6],
-        )
-        ax.plot(
-            *zip(*points, strict=True),
-            marker,
-            color=colour,
-            label=name,
-            markersize=4 + 3 * number,
-            alpha=0.8,
-        )
+        points = [(v, groups.index(group)) for group, several in values.items() for v in several]
+        look = {"color": _colour(number, len(table)), "markersize": 4 + 3 * number, "alpha": 0.8}
+        ax.plot(*zip(*points, strict=True), MARKERS[number % 6], label=name, **look)
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
-    ax.set_yticks(range(len(groups)), groups)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.grid(True, axis="x")
-    ax.set(xlabel=unit)
-    ax.set_title(title)
+    _row_axes(ax, groups)
+    _percent(ax.xaxis)
+    ax.set(xlabel=unit, title=title)
     fig.legend(loc="outside lower center", ncols=4)
     show(fig, alt)
 
 
 def stacked_bars(
-    table: Mapping[str, Mapping[str, float]],
-    title: str,
-    unit: str,
-    alt: str,
-    lines: Mapping[str, float] | None = None,
-    save: Path | None = None,
+    table: Groups, title: str, unit: str, alt: str, lines: Lines = None, save: Path | None = None
 ) -> None:
-    """Horizontal stacked bars: bar -> part -> value, the total at the end; ``lines`` draws named limits across."""
+    """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
     fig, ax = figure(8, 1.5 + 0.42 * len(table))
     parts = list(dict.fromkeys(p for values in table.values() for p in values))
-    left = dict.fromkeys(table, 0.0)
+    left = [0.0] * len(table)
     for number, part in enumerate(parts):
-        sizes = [table[name].get(part, 0.0) for name in table]
+        sizes, look = [values.get(part, 0.0) for values in table.values()], {"edgecolor": PAPER}
         ax.barh(
-            list(table),
-            sizes,
-            left=list(left.values()),
-            label=part,
-            color=_colour(number, len(parts)),
-            edgecolor=PAPER,
+            list(table), sizes, left=left, label=part, color=_colour(number, len(parts)), **look
         )
-        left = {name: left[name] + size for name, size in zip(table, sizes, strict=True)}
-    for place, total in enumerate(left.values()):
-        box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
-        ax.annotate(
-            f"{total:.2f}",
-            (total, place),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            bbox=box,
-        )
+        left = [at + size for at, size in zip(left, sizes, strict=True)]
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+    for place, total in enumerate(left):
+        offset = {"xytext": (5, 0), "textcoords": "offset points"}
+        ax.annotate(f"{total:.2f}", (total, place), va="center", bbox=box, **offset)
     for label, x in (lines or {}).items():
         ax.axvline(x, color=INK, linestyle="--", linewidth=1)
         ax.text(x, -0.62, label, ha="center", va="bottom", fontsize=9)
@@ -275,9 +246,10 @@ def stacked_bars(
 
 def histogram(
     series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str,
-    lines: Mapping[str, float] | None = None, bins: int = 60, top: float | None = None, y: str = "rows",
+    lines: Lines = None, bins: int = 60, top: float | None = None,
+    y: str = "rows"
 ) -> None:  # fmt: skip
-    """Outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
+    """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
     import numpy
 
     fig, ax = figure(8, 3.4)
@@ -290,154 +262,135 @@ def histogram(
     for label, x in (lines or {}).items():
         ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
         ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=INK, va="top")
-    ax.set(xlabel=unit, ylabel=y)
-    ax.set_title(title)
-    if len(series) > 1:
-        ax.legend(
-            loc="upper left", bbox_to_anchor=(1.0, 1.0)
-        )  # beside the axes: bars may stand anywhere inside
+    ax.set(xlabel=unit, ylabel=y, title=title)
+    if len(series) > 1:  # outside the axes, where no bar can be
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     show(fig, alt)
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    title: str,
-    x: str,
-    y: str,
-    alt: str,
-    save: Path | None = None,
-    markers: Sequence[str] = (),
-) -> None:
-    """Lines through (x, y) points, one a key, each with its own dash as well as its colour; ``markers`` get dots."""
-    fig, ax = figure(8, 3.6)
-    dashes = ("-", "--", "-.", ":")
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str,
+    save: Path | None = None, markers: Sequence[str] = ()
+) -> None:  # fmt: skip
+    """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
+    fig, ax = figure()
     for number, (name, points) in enumerate(series.items()):
-        xs, ys = zip(*points, strict=True)
-        ax.plot(
-            xs,
-            ys,
-            dashes[number % 4],
-            color=_colour(number, len(series)),
-            label=name,
-            linewidth=2,
-            marker="o" if name in markers else "",
-        )
-    ax.set(xlabel=x, ylabel=y)
-    ax.set_title(title)
+        look = {"color": _colour(number, len(series)), "marker": "o" if name in markers else ""}
+        pairs = zip(*points, strict=True)
+        ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
+    ax.set(xlabel=x, ylabel=y, title=title)
     ax.legend()
     show(fig, alt, save)
 
 
-def heat(matrices: Mapping[str, Any], title: str, alt: str, numbers: bool = True) -> None:
-    """Small matrices side by side, blue below zero and orange above, with their numbers written in."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shades = LinearSegmentedColormap.from_list("course", [tint(BLUE), PAPER, tint(ORANGE)])
-    widths = [max(1.0, len(m[0])) for m in matrices.values()]
-    fig, axes = figure(
-        min(10, 1.2 + 0.62 * sum(widths)), 3.2, len(matrices), width_ratios=widths, squeeze=False
-    )
-    most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
-    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        ax.imshow(matrix, cmap=shades, vmin=-most, vmax=most)
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(name, fontsize=10.5)
+def distribution(
+    series: Groups, title: str, alt: str, cut: Mapping[str, int] | None = None
+) -> None:
+    """Draw next-token probabilities: panel -> token -> value; ``cut``: tokens a panel keeps."""
+    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
+    for ax, (name, values) in zip(axes[0], series.items(), strict=True):
+        keep = (cut or {}).get(name, len(values))
+        colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
+        ax.barh(range(len(values)), list(values.values()), color=colours)
+        ax.set_yticks(range(len(values)), list(map(_plain, values)), family="monospace")
+        ax.invert_yaxis()
         ax.grid(False)
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row) if numbers else ():
-                ax.text(
-                    j,
-                    i,
-                    f"{round(float(value), 1) + 0.0:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                )
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+        ax.set(xlabel="probability")
+        ax.set_title(name, fontsize=10.5)
+    _heading(fig, title)
     show(fig, alt)
 
 
-def score_map(
-    table: Mapping[str, Mapping[str, float]],
-    title: str,
-    alt: str,
-    form: str = "{:.2f}",
-    width: float = 8,
-) -> None:
-    """A table of scores from 0 to 1 as coloured cells with their numbers: ``table`` maps a line to its values by column."""
+def _heatmap(
+    ax: Any, values: Any, colours: Sequence[str], low: float, high: float | None = None,
+    numbers: Callable[[float], str] | None = None, **kwargs: Any
+) -> Any:  # fmt: skip
+    import numpy
     from matplotlib.colors import LinearSegmentedColormap
 
+    shades = LinearSegmentedColormap.from_list("course", colours)
+    ax.grid(False)
+    ax.tick_params(length=0)
+    if numbers:
+        for (i, j), value in numpy.ndenumerate(values):
+            ax.text(j, i, numbers(value), ha="center", va="center", fontsize=9)
+    return ax.imshow(values, cmap=shades, vmin=low, vmax=high, **kwargs)
+
+
+def heat(matrices: Mapping[str, Any], title: str, alt: str) -> None:
+    """Draw small matrices side by side, blue below zero and orange above, with their numbers."""
+    widths = [max(1.0, len(m[0])) for m in matrices.values()]
+    width = min(10, 1.2 + 0.62 * sum(widths))
+    fig, axes = figure(width, 3.2, len(matrices), width_ratios=widths, squeeze=False)
+    most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
+    colours = (tint(BLUE), PAPER, tint(ORANGE))
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        # Adding 0.0 turns -0.0 into 0.0.
+        _heatmap(ax, matrix, colours, -most, most, lambda value: f"{round(value, 1) + 0.0:.1f}")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=10.5)
+    _heading(fig, title)
+    show(fig, alt)
+
+
+def score_map(table: Groups, title: str, alt: str) -> None:
+    """Draw scores from 0 to 1 as coloured cells with their numbers: line -> column -> value."""
     columns = list(next(iter(table.values())))
     values = [[row[column] for column in columns] for row in table.values()]
-    fig, ax = figure(width, 1.25 + 0.36 * len(table))
-    ax.imshow(
-        values,
-        cmap=LinearSegmentedColormap.from_list("course", [PAPER, tint(BLUE)]),
-        vmin=0,
-        vmax=1,
-        aspect="auto",
-    )
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            ax.text(j, i, form.format(value), ha="center", va="center")
-    ax.set_xticks(range(len(columns)), [c.replace("$", "\\$").replace(" ", "\n") for c in columns])
-    ax.set_yticks(range(len(table)), [name.replace("$", "\\$") for name in table])
-    ax.tick_params(length=0)
-    ax.grid(False)
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    fig, ax = figure(8, 1.25 + 0.36 * len(table))
+    _heatmap(ax, values, (PAPER, tint(BLUE)), 0, 1, "{:.2f}".format, aspect="auto")
+    ax.set_xticks(range(len(columns)), [_plain(c).replace(" ", "\n") for c in columns])
+    ax.set_yticks(range(len(table)), list(map(_plain, table)))
+    _heading(fig, title)
+    show(fig, alt)
+
+
+def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None:
+    """Draw one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read."""
+    size = 1.9 + 0.3 * len(tokens)
+    fig, ax = figure(size + 0.9, size)
+    drawn = _heatmap(ax, weights, (PAPER, BLUE, INK), 0)
+    names = [_plain(token.strip()) or "\u2423" for token in tokens]
+    ax.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
+    ax.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
+    ax.set(xlabel="is read", ylabel="reads")
+    fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
+    _heading(fig, title)
     show(fig, alt)
 
 
 def staircase(levels: Sequence[float], title: str, alt: str) -> None:
-    """Left: the levels of a 4-bit code under the normal curve. Right: what each value between -1 and 1 is rounded to."""
+    """Draw the levels of a 4-bit code under the normal curve, and what values are rounded to."""
     import numpy
 
     fig, (left, right) = figure(9, 3.6, 2)
-    values = numpy.array(levels)
-    x = numpy.linspace(-1, 1, 2001)
-    left.fill_between(
-        x,
-        numpy.exp(-((x * 2.6) ** 2) / 2),
-        color=SKY,
-        alpha=0.35,
-        label="where normal weights fall",
-    )
+    values, x = numpy.array(levels), numpy.linspace(-1, 1, 2001)
+    normal = numpy.exp(-((x * 2.6) ** 2) / 2)
+    left.fill_between(x, normal, color=SKY, alpha=0.35, label="where normal weights fall")
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
-    left.set(
-        xlabel="weight / largest weight of its block",
-        ylabel="share of weights (no scale)",
-        yticks=[],
-        ylim=(0, 1.25),
-    )
-    left.set_title("levels crowd where weights crowd")
+    left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)")
+    left.set(yticks=[], ylim=(0, 1.25), title="levels crowd where weights crowd")
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
     right.plot(x, x, color=GREY, linewidth=1, label="exact")
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
-    right.set(xlabel="weight / largest, before", ylabel="after")
-    right.set_title("rounding is a staircase")
+    right.set(xlabel="weight / largest, before", ylabel="after", title="rounding is a staircase")
     right.legend()
     for ax in (left, right):
         ax.set_xticks([-1, -0.5, 0, 0.5, 1])
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    _heading(fig, title)
     show(fig, alt)
 
 
 def rounding(
     before: Sequence[float], after: Sequence[float], title: str, alt: str, most: int = 32
 ) -> None:
-    """The first ``most`` numbers before and after rounding, joined; with more than that, the errors of all as a histogram too."""
+    """Draw the first ``most`` numbers before and after rounding; of more, also a histogram."""
     import numpy
 
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
-    many = len(old) > most
-    fig, axes = figure(
-        9 if many else 8,
-        3.6,
-        2 if many else 1,
-        squeeze=False,
-        width_ratios=(3, 2) if many else None,
-    )
+    ratios = (3, 2) if len(old) > most else (1,)
+    fig, axes = figure(7 + len(ratios), 3.6, len(ratios), squeeze=False, width_ratios=ratios)
     left, x = axes[0][0], numpy.arange(min(most, len(old)))
     left.vlines(x, old[:most], new[:most], color=GREY, linewidth=1.2)
     left.plot(x, old[:most], "o", color=BLUE, markersize=6, label="exact")
@@ -446,271 +399,140 @@ def rounding(
     left.set(xlabel="place in the row", ylabel="value")
     left.margins(y=0.18)
     left.legend(loc="upper right", ncols=2, fontsize=9)
-    if many:
-        right = axes[0][1]
+    for right in axes[0][1:]:
         right.hist(new - old, 61, histtype="stepfilled", color=SKY, edgecolor=BLUE)
         right.set(xlabel="rounded minus exact", ylabel="weights (count)")
         right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
         right.locator_params(axis="x", nbins=5)
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    _heading(fig, title)
     show(fig, alt)
 
 
-def _percent(axis: Any, form: str) -> None:
-    """An axis under labels that are percentages counts in per cent too."""
-    from matplotlib.ticker import PercentFormatter
-
-    if form.endswith("%}"):
-        axis.set_major_formatter(PercentFormatter(1))
-
-
-def _colour_number(number: int, of: int) -> int:
-    if of > len(PALETTE):
-        raise ValueError(
-            f"{of} series in one figure, and {len(PALETTE)} colours that are told apart: draw two figures, or fewer series."
-        )
-    return number
+def _lay_out(widths: Sequence[int], per_line: float) -> list[tuple[int, float, float]]:
+    """(line, centre, right end) of boxes of these widths, in characters; long lines wrap."""
+    places: list[tuple[int, float, float]] = []
+    line, at = 0, 0.6
+    for width in widths:
+        if at > 0.6 and at + width + 1.8 > per_line:
+            line, at = line + 1, 0.6
+        places.append((line, at + width / 2 + 0.4, at + width + 1.8))
+        at += width + 1.8
+    return places
 
 
-def _colour(number: int, of: int) -> str:
-    """The colour of series ``number`` out of ``of``.
-
-    Raises:
-        ValueError: more series than colours.
-    """
-    return PALETTE[_colour_number(number, of)]
-
-
-def tint(colour: str, share: float = 0.62) -> str:
-    """``colour`` over paper, "#RRGGBB"; at the usual share ink on it stays readable."""
-    mixed = (round(255 + share * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
-    return "#" + "".join(f"{part:02X}" for part in mixed)
-
-
-def shade(value: float, most: float) -> str:
-    """The colour of a value in a heat map, "#RRGGBB": blue above zero, orange below, the darker the larger; white at zero.
-
-    ``most`` is the largest magnitude in the map. In grey the lightness still falls with the magnitude; the sign has to be
-    printed. At its darkest it leaves black text readable.
-    """
-    share = 0.62 * min(1.0, abs(value) / most) if most else 0.0
-    return tint(BLUE if value > 0 else VERMILION, share)
+def _box(ax: Any, x: float, y: float, text: str, face: str, edge: str) -> None:
+    box = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
+    ax.text(x, y, text, bbox=box, family="monospace", fontsize=9.5, ha="center", va="center")
 
 
 def word_heat(
-    lines: Mapping[str, Sequence[tuple[str, float]]],
-    title: str,
-    alt: str,
-    per_line: int = 96,
-    save: Path | None = None,
+    lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt: str, save: Path | None = None
 ) -> None:
-    """Words in boxes shaded by their values, with the number under each; ``lines`` maps a name to its (word, value) pairs.
+    """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs.
 
-    Each name has a scale of its own, from 0 to its largest magnitude. ``per_line`` is in characters; long lines wrap.
+    Each line has its own scale, from 0 to its largest magnitude.
     """
-    rows: list[tuple[str, list[tuple[float, str, str, str]]]] = []
-    widest = 76.0  # the legend's width
+    boxes, names, height, widest = [], [], 0, 76.0  # the legend needs 76 characters
     for name, pairs in lines.items():
         most = max((abs(value) for _, value in pairs), default=0.0)
-        rows.append((name, []))
-        at = 0.6
-        for word, value in pairs:
-            text, number = (
-                _short(word, 24).replace("\n", " ").replace("$", "\\$"),
-                f"{round(value, 2) + 0.0:+.2f}",
-            )
-            wide = max(len(text), len(number)) + 1.9
-            if at + wide > per_line and rows[-1][1]:
-                rows.append(("", []))
-                at = 0.6
-            rows[-1][1].append((at + wide / 2 - 0.5, text, number, shade(value, most)))
-            at += wide
-            widest = max(widest, at)
-    fig, ax = figure(0.0815 * widest, 0.95 + 0.78 * len(rows))
-    ax.set(xlim=(0, widest), ylim=(len(rows) - 0.25, -1.1))
+        texts = [_plain(_short(word, 24).replace("\n", " ")) for word, _ in pairs]
+        numbers = [f"{round(value, 2) + 0.0:+.2f}" for _, value in pairs]
+        wide = [max(len(t), len(n)) for t, n in zip(texts, numbers, strict=True)]
+        places = _lay_out(wide, 96)
+        for place, text, number, (_, value) in zip(places, texts, numbers, pairs, strict=True):
+            boxes.append((place[1], height + place[0], text, number, shade(value, most)))
+        names.append((height, _plain(name)))
+        height += 1 + max((line for line, _, _ in places), default=0)
+        widest = max([widest, *(right for _, _, right in places)])
+    fig, ax = figure(INCHES * widest, 0.95 + 0.78 * height)
+    ax.set(xlim=(0, widest), ylim=(height - 0.25, -1.1), title=title)
     ax.axis("off")
-    for place, (name, boxes) in enumerate(rows):
-        ax.text(
-            0.2,
-            place - 0.42,
-            name.replace("$", "\\$"),
-            fontsize=9.5,
-            fontweight="bold",
-            va="center",
-        )
-        for at, text, number, colour in boxes:
-            box = {"boxstyle": "round,pad=0.25", "facecolor": colour, "edgecolor": GREY}
-            ax.text(
-                at,
-                place - 0.05,
-                text,
-                family="monospace",
-                fontsize=9.5,
-                ha="center",
-                va="center",
-                bbox=box,
-            )
-            ax.text(at, place + 0.27, number, fontsize=8.5, ha="center", va="center")
-    ax.set_title(title)
-    ax.text(
-        0.2,
-        -0.9,
-        "blue, plus: for the answer; orange, minus: against it; the darker, the more",
-        fontsize=9.5,
-        va="center",
-    )
+    for y, name in names:
+        ax.text(0.2, y - 0.42, name, fontsize=9.5, fontweight="bold", va="center")
+    for x, y, text, number, colour in boxes:
+        _box(ax, x, y - 0.05, text, colour, GREY)
+        ax.text(x, y + 0.27, number, fontsize=8.5, ha="center", va="center")
+    legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
+    ax.text(0.2, -0.9, legend, fontsize=9.5, va="center")
     show(fig, alt, save)
-
-
-def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None:
-    """The weights of one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read; darker for more."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    size = 1.9 + 0.3 * len(tokens)
-    fig, ax = figure(size + 0.9, size)
-    drawn = ax.imshow(
-        weights, cmap=LinearSegmentedColormap.from_list("course", [PAPER, BLUE, INK]), vmin=0
-    )
-    names = [token.strip().replace("$", "\\$") or "\u2423" for token in tokens]
-    ax.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
-    ax.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
-    ax.tick_params(length=0)
-    ax.grid(False)
-    ax.set(xlabel="is read", ylabel="reads")
-    fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
-    show(fig, alt)
 
 
 def token_strip(
     tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100
 ) -> None:
-    """Every token in a box: orange if it is in the loss, grey if it is only read. ``per_line`` is in characters."""
-    lines: list[list[tuple[str, bool]]] = [[]]
-    used, gap = 0.0, 1.7  # in characters
-    for token, learned in zip(tokens, in_loss, strict=True):
-        text = token.strip(" ").replace("\n", "\\n").replace("$", "\\$") or "(space)"
-        if used + len(text) + gap > per_line:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((text, learned))
-        used += len(text) + gap
-    fig, ax = figure(
-        0.0815 * per_line, 0.75 + 0.32 * len(lines)
-    )  # as wide as per_line characters of this size
-    ax.set(xlim=(0, per_line), ylim=(len(lines) - 0.3, -1.5))
+    """Draw every token in a box: orange in the loss, grey if only read.
+
+    ``per_line`` is in characters.
+    """
+    texts = [_plain(token.strip(" ").replace("\n", "\\n")) or "(space)" for token in tokens]
+    places = _lay_out(list(map(len, texts)), per_line)
+    height = 1 + max((line for line, _, _ in places), default=0)
+    fig, ax = figure(INCHES * per_line, 0.75 + 0.32 * height)
+    ax.set(xlim=(0, per_line), ylim=(height - 0.3, -1.5), title=title)
     ax.axis("off")
-    for row, line in enumerate(lines):
-        at = 0.6
-        for text, learned in line:
-            box = {
-                "boxstyle": "round,pad=0.25",
-                "facecolor": "#FBD8A0" if learned else "#E8E8E8",
-                "edgecolor": ORANGE if learned else GREY,
-            }
-            ax.text(at, row, text, family="monospace", fontsize=9.5, va="center", bbox=box)
-            at += len(text) + gap
-    ax.set_title(title)
-    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, color=INK, va="center")
-    ax.text(18, -1.05, "grey: only read", fontsize=9.5, color=INK, va="center")
-    show(fig, alt)
-
-
-def distribution(
-    series: Mapping[str, Mapping[str, float]],
-    title: str,
-    alt: str,
-    cut: Mapping[str, int] | None = None,
-) -> None:
-    """Next-token probabilities side by side: panel -> token -> probability; ``cut`` says how many tokens of a panel survive."""
-    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
-    for ax, (name, values) in zip(axes[0], series.items(), strict=True):
-        keep = (cut or {}).get(name, len(values))
-        colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
-        tokens = [token.replace("$", "\\$") for token in values]
-        ax.barh(range(len(values)), list(values.values()), color=colours)
-        ax.set_yticks(range(len(values)), tokens, family="monospace")
-        ax.invert_yaxis()
-        ax.grid(False)
-        ax.set(xlabel="probability")
-        ax.set_title(name, fontsize=10.5)
-    fig.suptitle(title, fontweight="bold", x=0.02, ha="left")
+    for (line, x, _), text, learned in zip(places, texts, in_loss, strict=True):
+        face, edge = ("#FBD8A0", ORANGE) if learned else ("#E8E8E8", GREY)
+        _box(ax, x, line, text, face, edge)
+    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, va="center")
+    ax.text(18, -1.05, "grey: only read", fontsize=9.5, va="center")
     show(fig, alt)
 
 
 def split_tiles(
     splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str
 ) -> None:
-    """Rows as tiles in the parts they were put in: split -> part -> (label, group); a group keeps its colour."""
-    groups = list(
-        dict.fromkeys(
-            group for parts in splits.values() for rows in parts.values() for _, group in rows
-        )
-    )
+    """Draw rows as tiles: split -> part -> (label, group); a group keeps its colour."""
+    rows = [row for parts in splits.values() for several in parts.values() for row in several]
+    groups = list(dict.fromkeys(group for _, group in rows))
     most = max(sum(max(1, len(rows)) + 0.6 for rows in parts.values()) for parts in splits.values())
     fig, ax = figure(min(10, 1.6 + 1.15 * most), 0.7 + 1.05 * len(splits))
-    ax.set(xlim=(-1.0, most), ylim=(len(splits) - 0.25, -0.55))
+    ax.set(xlim=(-1.0, most), ylim=(len(splits) - 0.25, -0.55), title=title)
     ax.axis("off")
     for line, (name, parts) in enumerate(splits.items()):
         ax.text(-0.1, line + 0.2, name, ha="right", va="center", fontweight="bold")
         at = 0.1
-        for part, rows in parts.items():
+        for part, tiles in parts.items():
             ax.text(at, line - 0.2, part, fontsize=9, va="center")
-            for label, group in rows:
-                ax.add_patch(
-                    _rectangle(
-                        (at, line), 0.94, 0.4, color=PALETTE[groups.index(group) % len(PALETTE)]
-                    )
-                )
+            for label, group in tiles:
+                colour = PALETTE[groups.index(group) % len(PALETTE)]
+                look = {"color": f"{colour}55", "edgecolor": colour, "linewidth": 1.6}
+                ax.barh(line + 0.2, 0.94, 0.4, left=at, **look)
                 ax.text(at + 0.47, line + 0.2, label, ha="center", va="center", fontsize=9)
                 at += 1
             at += 0.6
-    ax.set_title(title)
     show(fig, alt)
-
-
-def _rectangle(xy: tuple[float, float], width: float, height: float, color: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(xy, width, height, facecolor=f"{color}55", edgecolor=color, linewidth=1.6)
-
-
-class Cards:
-    """Rows as cards for a notebook: HTML where it can be shown, plain text elsewhere."""
-
-    def __init__(self, cards: Sequence[Mapping[str, Any]], most: int = 320) -> None:
-        self.cards = [
-            {k: _short(str(v), most) for k, v in card.items() if v not in (None, "", [])}
-            for card in cards
-        ]
-
-    def __repr__(self) -> str:
-        return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
-
-    def _repr_html_(self) -> str:
-        style = f"border:1px solid {GREY};border-radius:6px;padding:8px 12px;margin:8px 0;background:{PAPER};color:{INK}"
-        return "".join(  # GitHub drops the style: there, and only there, a blockquote's own bar and margins set the cards apart
-            f'<blockquote style="{style}">'
-            + "<br>".join(f"<b>{html.escape(k)}</b>: {html.escape(v)}" for k, v in card.items())
-            + "</blockquote>"
-            for card in self.cards
-        )
 
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
 
+class Cards:
+    """Rows as cards: HTML in a notebook, plain text elsewhere."""
+
+    def __init__(self, cards: Sequence[Mapping[str, Any]], most: int = 320) -> None:
+        filled = [{k: v for k, v in card.items() if v not in (None, "", [])} for card in cards]
+        self.cards = [{k: _short(str(v), most) for k, v in card.items()} for card in filled]
+
+    def __repr__(self) -> str:
+        return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
+
+    def _repr_html_(self) -> str:
+        # GitHub drops the style, and then the blockquote's own bar and margins separate the cards.
+        style = f"border:1px solid {GREY};border-radius:6px;padding:8px 12px;margin:8px 0"
+        start = f'<blockquote style="{style};background:{PAPER};color:{INK}">'
+        escaped = [[map(html.escape, pair) for pair in card.items()] for card in self.cards]
+        cards = ("<br>".join(f"<b>{k}</b>: {v}" for k, v in card) for card in escaped)
+        return "".join(f"{start}{card}</blockquote>" for card in cards)
+
+
 def change(before: str, after: str, around: int = 60, most: int = 220) -> dict[str, str]:
-    """Two texts from a little before the place where they part, as a card; line breaks (⏎) and runs of spaces (␣␣) are made visible."""
-    same = next(
-        (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
-        min(len(before), len(after)),
-    )
+    """Return a card of two texts, cut to where they differ; spaces (␣␣) and breaks (⏎) show."""
+    shared = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), None)
+    same = min(len(before), len(after)) if shared is None else shared
     start = max(0, same - around)
-    start = (
-        max(start, before.find(" ", start, same) + 1) if start else 0
-    )  # the beginning of a word, where there is one
+    if start:  # go on to the beginning of a word, if there is one
+        start = max(start, before.find(" ", start, same) + 1)
 
     def visible(text: str) -> str:
         spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
@@ -720,29 +542,24 @@ def change(before: str, after: str, around: int = 60, most: int = 220) -> dict[s
 
 
 class Table:
-    """Rows of values as a table for a notebook; a last boolean column can be shown as a tick or a cross."""
+    """Rows as a table: HTML in a notebook, plain text elsewhere; booleans are ticks and crosses."""
 
     def __init__(self, rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> None:
-        self.rows = [[_cell(v) for v in row] for row in rows]
-        self.header = list(header)
+        self.rows, self.header = [[_cell(v) for v in row] for row in rows], list(header)
 
     def __repr__(self) -> str:
-        lines = ([self.header] if self.header else []) + self.rows
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        lines = [self.header, *self.rows] if self.header else self.rows
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ([v.ljust(w) for v, w in zip(line, widths, strict=True)] for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th style="text-align:left">{html.escape(h)}</th>' for h in self.header)
-        body = "".join(
-            "<tr>"
-            + "".join(f'<td style="text-align:left">{html.escape(v)}</td>' for v in row)
-            + "</tr>"
-            for row in self.rows
-        )
-        return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
+        def line(values: Sequence[str], tag: str) -> str:
+            cells = (f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in values)
+            return f"<tr>{''.join(cells)}</tr>"
+
+        head = line(self.header, "th") if self.header else ""
+        return f"<table>{head}{''.join(line(row, 'td') for row in self.rows)}</table>"
 
 
 def _cell(value: Any) -> str:

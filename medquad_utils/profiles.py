@@ -1,6 +1,6 @@
-"""The dial of the course: a *profile* says what is studied, the *hardware* says how, ``resolve`` joins them to a plan.
+"""The dial of the course: a profile says what is studied, the hardware how, `resolve` joins both.
 
-Nothing here imports torch at module level, so that the command line answers at once.
+Functions import torch and transformers, this module does not: the command line answers at once.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ import dataclasses
 import html
 import itertools
 import os
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, machine
-from medquad_utils.machine import (
-    Hardware,
-    _friendly_errors,
-    default_out,
-    detect,
-    hub_reachable,
-    hub_token,
-    on_colab,
-    processes,
-    token_gap,
-)
+from medquad_utils.files import read_json
+from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, training_memory
-from medquad_utils.memory import Shape as Shape  # part of this module's face
+from medquad_utils.memory import Shape as Shape  # part of this module's interface
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = ("sample", "hub", "xml", "csv", "jsonl", "parquet")
+# fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
+# schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
+ADAPTER_DTYPE = "float32"
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Tokens of a packed row at most. Longer rows spread the fixed cost of a micro-batch further, but
+# SDPA compares every token with the whole row and masks the rest: at 4,096 tokens that is a seventh
+# of an 8 B model's forward pass. A CPU's caches hold short rows only: tiny trains 1,500 tokens/s in
+# rows of 512 and 1,200 in rows of 2,048.
+MAX_PACK = {"cuda": 4096, "cpu": 512}
 
 
 @dataclass(frozen=True)
@@ -41,79 +43,59 @@ class Profile:
     revision: str | None
     shape: Shape
     source: str
-    gated: bool
     rows: int  # training rows at most; 0 = all
     eval_rows: int  # rows of validation and of test at most
     max_length: int  # tokens of one example
-    tokens_per_step: int  # real tokens that one optimizer step should see
-    lora_r: int
+    tokens_per_step: int  # real tokens of one optimizer step
     learning_rate: float
     epochs: int
     max_new_tokens: int
+    lora_r: int = 16
 
 
-PROFILES: dict[str, Profile] = {
-    p.name: p
-    for p in (
-        Profile(
-            "tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample", False,
+LLAMA = {"rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 8192}
+PROFILES = {p.name: p for p in (
+    Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
-            lora_r=16, learning_rate=2e-3, epochs=3, max_new_tokens=64,
-        ),
-        Profile(
-            "small", "HuggingFaceTB/SmolLM2-135M-Instruct", None, Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub", False,
+            learning_rate=2e-3, epochs=3, max_new_tokens=64),
+    Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct", None,
+            Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
-            lora_r=16, learning_rate=5e-4, epochs=1, max_new_tokens=200,
-        ),
-        Profile(
-            "llama-1b", "meta-llama/Llama-3.2-1B-Instruct", None,
-            Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub", True,
-            rows=4000, eval_rows=200, max_length=1024, tokens_per_step=8192,
-            lora_r=16, learning_rate=2e-4, epochs=1, max_new_tokens=256,
-        ),
-        Profile(
-            "llama-8b", "meta-llama/Meta-Llama-3-8B-Instruct", "5f0b02c75b57c5855da9ae460ce51323ea669d8a",
-            Shape(4096, 32, 14336, 32, 8, 128256), "hub", True,
-            rows=4000, eval_rows=200, max_length=1024, tokens_per_step=8192,
-            lora_r=16, learning_rate=2e-4, epochs=1, max_new_tokens=256,
-        ),
-    )
-}  # fmt: skip
+            learning_rate=5e-4, epochs=1, max_new_tokens=200),
+    Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct", None,
+            Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub",
+            **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256),
+    Profile("llama-8b", "meta-llama/Meta-Llama-3-8B-Instruct",
+            "5f0b02c75b57c5855da9ae460ce51323ea669d8a", Shape(4096, 32, 14336, 32, 8, 128256),
+            "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256),
+)}  # fmt: skip
 
 
-# Tokens of a packed row at most, by device. Longer ones dilute the fixed cost of a micro-batch further, but with SDPA every
-# token is compared with the whole row and then masked: at 4,096 tokens that is a seventh of an 8 B model's forward pass. A
-# CPU's caches hold a short row only: tiny trains 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
-MAX_PACK = {"cuda": 4096, "cpu": 512}
+@dataclass(frozen=True)
+class Fit:
+    """The sizes of one training step: ``accumulation`` packed rows, one after the other."""
 
-
-def sized(profile: Profile, source: str) -> Profile:
-    """The profile's sizes for ``source``: real answers are long, and ``tiny`` takes fewer and longer rows of them."""
-    if profile.name == "tiny" and source != "sample":
-        return dataclasses.replace(profile, rows=240, eval_rows=40, max_length=512, epochs=2)
-    return profile
+    accumulation: int
+    max_length: int  # tokens of one example at most
+    pack_length: int  # tokens of one packed row
+    checkpointing: bool
+    memory_gb: float  # predicted peak
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run is made of; frozen, printable, and saved beside what it made."""
+    """All settings of a run: frozen, printable, and saved beside the run's results."""
 
     profile: str
     model_id: str
     revision: str | None
-    model_path: str  # a local folder instead of the Hub; "" = model_id
+    model_path: str  # a folder instead of the Hub; "" = model_id
     source: str
     data_path: str
     device: str  # where the model runs: "cpu" or "cuda"
     hardware: str
     compute_dtype: str  # of activations and of 4-bit matrix products
     adapter_dtype: str
-    batch_size: int
-    accumulation: int
-    max_length: int  # tokens of one example at most
-    pack_length: int  # tokens of one packed row; 0 = rows are padded, not packed
-    checkpointing: bool
-    attention: str
     optimizer: str
     lora_r: int
     lora_alpha: int
@@ -126,315 +108,339 @@ class Plan:
     max_new_tokens: int
     seed: int
     out: str
-    memory_gb: float  # predicted peak of training
     card_gb: float
     why: str
     processes: int = 1  # that share every step, each on its own GPU
-    sharded: bool = False  # FSDP: each process holds a part of the weights (otherwise DDP: each holds all of them)
-    gpus: int = 0  # on the machine that made the plan
+    sharded: bool = False  # FSDP: a process holds a part of the weights. DDP: each holds all
+    gpus: int = 0  # of the machine
+    fixed_fit: Fit | None = None  # sizes of a step set by hand; None = computed on first use
+
+    @cached_property
+    def fit(self) -> Fit:
+        """The sizes of one training step on this hardware; asking and serving never need them.
+
+        Raises:
+            CourseError: no setting fits in memory, or the processes cannot share a step evenly.
+        """
+        return self.fixed_fit or fit_step(
+            self.recipe, self.shape, self.compute_dtype, self.device == "cuda", self.card_gb,
+            self.lora_r, self.processes,
+        )  # fmt: skip
+
+    def with_fit(self, **sizes: Any) -> Plan:
+        """Return a copy in which some sizes of a step (fields of ``Fit``) are set by hand."""
+        return dataclasses.replace(self, fixed_fit=dataclasses.replace(self.fit, **sizes))
+
+    # Read as if they were fields of the plan.
+    accumulation = property(lambda self: self.fit.accumulation)
+    max_length = property(lambda self: self.fit.max_length)
+    pack_length = property(lambda self: self.fit.pack_length)
+    checkpointing = property(lambda self: self.fit.checkpointing)
+    memory_gb = property(lambda self: self.fit.memory_gb)
+
+    @property
+    def recipe(self) -> Profile:
+        """The profile with its sizes for this source: real answers are long, tiny takes fewer."""
+        return sized(PROFILES[self.profile], self.source)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the base: a profile's own are listed, others come from ``config.json``."""
+        listed = {p.model_id: p.shape for p in PROFILES.values()}
+        if not self.model_path and self.model_id in listed:
+            return listed[self.model_id]
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model_source, revision=self.hub_revision)
+            return Shape.of(config)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CourseError(
+                f"model {Path(self.model_source).name!r}: its sizes cannot be read "
+                f"({str(error).splitlines()[0]}). Expected a Llama's folder or OWNER/NAME."
+            ) from error
 
     @property
     def folder(self) -> Path:
-        """``runs/<profile>``: where every stage of this plan writes."""
+        """``<out>/<profile>``: where every stage of this plan writes."""
         return Path(self.out) / self.profile
 
     @property
-    def packing(self) -> bool:
-        """Whether short rows share a row of ``pack_length`` tokens."""
-        return self.pack_length > 0
-
-    @property
     def on_hub(self) -> bool:
-        """Whether the base comes from the Hub: neither from a folder of this machine nor with the package."""
+        """Whether the base comes from the Hub: not from a folder, not with the package."""
         return not self.model_path and self.model_id != "embedded"
 
     @property
     def hub_revision(self) -> str | None:
-        """What ``from_pretrained`` takes beside ``model_source``: the pinned commit of a model on the Hub."""
+        """The pinned commit of a model on the Hub, for ``from_pretrained``."""
         return self.revision if self.on_hub else None
 
     @property
     def model_source(self) -> str:
-        """What ``from_pretrained`` takes: a folder or a Hub id."""
+        """The folder or Hub id for ``from_pretrained``."""
         if self.model_path:
             return self.model_path
         return str(TINY_MODEL) if self.model_id == "embedded" else self.model_id
 
     @property
     def launch(self) -> str:
-        """The command that trains this plan on the machine's other GPUs as well; "" if there are none or a launcher runs already.
+        """The command that trains on the machine's other GPUs as well; "" if there are none.
 
-        It starts as many processes as there are GPUs, or the largest number below that shares a step evenly.
+        It starts one process a GPU, or the largest number below that shares a step evenly.
         """
-        if self.processes > 1 or self.gpus < 2:
+        counts = shares(self.recipe)
+        count = max(n for n in counts if n <= max(1, self.gpus))
+        if self.processes > 1 or count == 1:
             return ""
-        count = max(
-            n
-            for n in _shares(self.accumulation * self.pack_length, self.max_length)
-            if n <= self.gpus
-        )
         return (
             f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}"
-            if count > 1
-            else ""
         )
 
     def table(self) -> list[tuple[str, str]]:
-        """The plan as (what, value) pairs in plain words."""
-        steps = (
-            f"{self.max_steps} steps"
-            if self.max_steps
-            else f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
-        )
-        model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
+        """Return the plan as (what, value) pairs in plain words."""
+        model, steps = self.model_id, f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        if self.model_path:
+            model = f"{Path(self.model_path).name} (local folder)"
+        elif self.revision:
+            model = f"{model} @ {self.revision[:8]}"
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
+        others = f"this process takes 1 of {self.gpus}; to train on more: {self.launch}"
+        dtypes = f"{self.compute_dtype} compute, {self.adapter_dtype} adapters"
+        dropout = f"dropout {self.lora_dropout}, all linear layers"
+        try:
+            rows = f"packed with rows of up to {self.max_length}{each}"
+            step = f"{self.accumulation} x {self.pack_length} tokens, {rows}"
+            memory = f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
+            again = ", activation checkpointing" if self.checkpointing else ""
+        except CourseError as error:  # a machine too small to train may still ask and serve
+            step, memory, again = "none: this machine cannot train it", str(error), ""
         return [
             ("profile", f"{self.profile} ({self.why})"),
-            ("base model", model + (f" @ {self.revision[:8]}" if self.revision and not self.model_path else "")),
+            ("base model", model),
             ("data", self.source + (f" ({Path(self.data_path).name})" if self.data_path else "")),
             ("runs on", self.hardware),
-            *([("other GPUs", f"this process takes 1 of {self.gpus}; to train on more: {self.launch}")] if self.launch else []),
-            ("numbers", f"4-bit NF4 weights, {self.compute_dtype} compute, {self.adapter_dtype} adapters"),
-            ("LoRA", f"rank {self.lora_r}, alpha {self.lora_alpha}, dropout {self.lora_dropout}, all linear layers"),
-            ("one step", (f"{self.batch_size} x {self.accumulation} rows of up to {self.max_length} tokens" if not self.packing else
-                          f"{self.accumulation} x {self.pack_length} tokens, packed with rows of up to {self.max_length}") + each),
-            ("training", f"{steps}, learning rate {self.learning_rate:g}, {self.optimizer}"
-                         + (", activation checkpointing" if self.checkpointing else "")),
-            ("rows", f"{self.rows or 'all'} for training, up to {self.eval_rows} each for validation and test"),
-            ("predicted memory", f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"),
-            *([("results", self._kept())] if on_colab() else []),
+            *([("other GPUs", others)] if self.launch else []),
+            ("numbers", f"4-bit NF4 weights, {dtypes}"),
+            ("LoRA", f"rank {self.lora_r}, alpha {self.lora_alpha}, {dropout}"),
+            ("one step", step),
+            ("training", f"{f'{self.max_steps} steps' if self.max_steps else steps}, "
+                         f"learning rate {self.learning_rate:g}, {self.optimizer}{again}"),
+            ("rows", f"{self.rows or 'all'} for training, "
+                     f"up to {self.eval_rows} each for validation and test"),
+            ("predicted memory", memory),
+            *([("results", machine.colab_results(self.folder))] if machine.on_colab() else []),
         ]  # fmt: skip
-
-    def _kept(self) -> str:
-        """Where results lie on Colab, and what becomes of them when the session ends."""
-        if self.folder.is_relative_to(machine.DRIVE):
-            return f"on Drive, in {self.folder.relative_to(machine.DRIVE)}: a later session goes on from there"
-        return "on this runtime's disk, lost with the session: mount Drive (folder icon > Mount Drive) and run this cell again"
 
     def __str__(self) -> str:
         rows = self.table()
         width = max(len(k) for k, _ in rows)
         return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
 
-    def __repr__(self) -> str:
-        return str(self)  # a notebook keeps the text beside the HTML: no path of this machine in it
+    __repr__ = __str__  # a notebook keeps this text beside the HTML: no path of this machine in it
 
     def _repr_html_(self) -> str:
+        left = 'style="text-align:left"'
         cells = "".join(
-            f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>'
+            f"<tr><th {left}>{html.escape(k)}</th><td {left}>{html.escape(v)}</td></tr>"
             for k, v in self.table()
         )
         return f"<table>{cells}</table>"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON file; no path of this machine in it."""
+    def as_dict(self, fit: bool = False) -> dict[str, Any]:
+        """Return plain values for a JSON file, paths as names; ``fit`` adds the sizes of a step."""
         values = dataclasses.asdict(self)
-        return {
-            k: (Path(v).name if k in ("model_path", "data_path", "out") and v else v)
-            for k, v in values.items()
-        }
+        del values["fixed_fit"]
+        names = {k: Path(values[k]).name for k in ("model_path", "data_path", "out")}
+        return values | names | (dataclasses.asdict(self.fit) if fit else {})
+
+
+def sized(profile: Profile, source: str) -> Profile:
+    """Return the profile for ``source``: ``tiny`` takes fewer and longer rows of MedQuAD."""
+    sizes: dict[str, Any] = {"rows": 240, "eval_rows": 40, "max_length": 512, "epochs": 2}
+    long = profile.name == "tiny" and source != "sample"
+    return dataclasses.replace(profile, source=source, **(sizes if long else {}))
 
 
 def compute_dtype(hardware: Hardware) -> str:
-    """bf16 from Ampere on (capability 8.0) and on CPUs with AVX512-BF16, fp16 on older cards, fp32 elsewhere."""
+    """Choose bf16 where it is native (CUDA 8.0) or fast (CPU), fp16 on older cards, else fp32."""
     if hardware.device == "cuda":
         return "bfloat16" if (hardware.capability or (0, 0)) >= (8, 0) else "float16"
     return "bfloat16" if hardware.device == "cpu" and hardware.bf16_cpu else "float32"
 
 
-def micro_batch(
-    profile: str,
-    hardware: Hardware,
-    rank: int,
-    rows: int,
-    length: int,
-    checkpoint: int = 0,
-    dropout: float | None = None,
-) -> Micro:
-    """A micro-batch of ``rows`` x ``length`` tokens in the numbers that the hardware computes in."""
-    compute = compute_dtype(hardware)
-    thinned = adapter_dropout(profile) if dropout is None else dropout
-    sizes = (_BYTES[compute], _BYTES[ADAPTER_DTYPE])
-    return Micro(rows, length, rank, *sizes, checkpoint, thinned > 0, hardware.device == "cuda")
-
-
 def adapter_dropout(profile: str) -> float:
-    """Share of an adapter's inputs that training sets to zero: none for ``tiny``, whose data is written for it."""
+    """Return the share of inputs that dropout zeroes: none for ``tiny``, whose data is exact."""
     return 0.0 if profile == "tiny" else 0.05
 
 
-# On every machine. fp16 adapters break the gradient scaler. bf16 ones swallow the small updates at the end of the schedule,
-# and peft 0.21 loads them as fp32 when a run is resumed, which makes it another run.
-ADAPTER_DTYPE = "float32"
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+def micro_batch(
+    profile: str, compute: str, cuda: bool, rank: int, length: int, checkpoint: int = 0
+) -> Micro:
+    """Return a micro-batch of one packed row of ``length`` tokens in dtype ``compute``."""
+    sizes = BYTES[compute], BYTES[ADAPTER_DTYPE]
+    return Micro(1, length, rank, *sizes, checkpoint, adapter_dropout(profile) > 0, cuda)
+
+
+def choose_for(hardware: Hardware) -> tuple[str, str]:
+    """Ask the Hub and look for a token, then ``choose``."""
+    reachable = machine.hub_reachable()
+    token = bool(reachable and machine.hub_token())
+    return choose(hardware, reachable, token, "" if token else machine.token_gap())
 
 
 def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
-    """The profile that ``auto`` takes, and why, with the step that leads to the next one up; ``gap`` is why there is no token."""
-    if hardware.memory_gb < 2:
-        return "tiny", f"auto: only {hardware.memory_gb:.1f} GB of memory; 'small' needs 2 GB"
+    """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
+
+    ``gap`` says why there is no token.
+    """
+    gb = hardware.memory_gb
+    if gb < 2:
+        return "tiny", f"auto: only {gb:.1f} GB of memory; 'small' needs 2 GB"
     if not reachable:
         return "tiny", "auto: the Hugging Face Hub is out of reach; with a network, 'small' is next"
     if hardware.device != "cuda":
-        return (
-            "small",
-            "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama",
+        return "small", (
+            "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
         )
     if not token:
-        reason = f" ({gap})" if gap else ""
-        return (
-            "small",
-            f"auto: a GPU but no HF_TOKEN{reason}; accept the Llama 3 licence on the Hub and set the token for a Llama",
+        return "small", (
+            f"auto: a GPU but no HF_TOKEN{f' ({gap})' if gap else ''}; "
+            "accept the Llama 3 licence on the Hub and set the token for a Llama"
         )
-    if hardware.memory_gb >= 14:
+    if gb >= 14:
         return "llama-8b", "auto: a GPU with room for 8 B in 4 bits, and a token"
-    if hardware.memory_gb >= 4:
-        return (
-            "llama-1b",
-            f"auto: a GPU with {hardware.memory_gb:.0f} GB and a token; 'llama-8b' needs 14 GB",
-        )
-    return "small", f"auto: a GPU with {hardware.memory_gb:.0f} GB; 'llama-1b' needs 4 GB"
+    if gb >= 4:
+        return "llama-1b", f"auto: a GPU with {gb:.0f} GB and a token; 'llama-8b' needs 14 GB"
+    return "small", f"auto: a GPU with {gb:.0f} GB; 'llama-1b' needs 4 GB"
 
 
 def resolve(
-    profile: str = "auto",
-    *,
-    hardware: Hardware | None = None,
-    source: str = "",
-    data_path: str = "",
-    model_path: str = "",
-    rows: int = 0,
-    max_steps: int = 0,
-    lora_r: int = 0,
-    seed: int = 0,
-    out: str = "",
-) -> Plan:
-    """Join a profile and the hardware to a plan; an empty or zero argument keeps the profile's own value.
+    profile: str = "auto", *, hardware: Hardware | None = None, source: str = "",
+    data_path: str = "", model: str = "", rows: int = 0, max_steps: int = 0, lora_r: int = 0,
+    seed: int = 0, out: str = "",
+) -> Plan:  # fmt: skip
+    """Join a profile and the hardware to a plan; empty or zero arguments keep the profile's value.
 
-    Under a launcher the plan is one process's share: as many rows or tokens a step in all as one process would take.
+    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. Under a launcher the
+    plan is one process's share of each step. Two side effects keep the lessons to one line: a
+    notebook shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
 
     Raises:
-        CourseError: an unknown profile or source, a source without its path, a model that no setting fits in memory, or a
-            number of processes that cannot share a step evenly.
+        CourseError: an unknown profile, source or model, or a source without its path.
     """
-    _friendly_errors()
+    machine.show_errors_plainly()
     if profile not in ("auto", *PROFILES):
-        raise CourseError(
-            f"unknown profile {profile!r}: expected auto, {', '.join(PROFILES)}. Set profile to one of these."
-        )
-    hardware = hardware or detect()
-    why = "as asked"
-    if profile == "auto":
-        reachable = hub_reachable()
-        token = bool(reachable and hub_token())
-        profile, why = choose(hardware, reachable, token, "" if token else token_gap())
-    source = source or PROFILES[profile].source
-    _check_source(source, data_path)
-    chosen = sized(PROFILES[profile], source)
-    shape = _shape_in(model_path) if model_path else chosen.shape
-    fit = fit_step(chosen, shape, hardware, lora_r or chosen.lora_r, processes())
-    cuda = hardware.device == "cuda"
-    dtype = compute_dtype(hardware)
-    sharded = (
-        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    )  # as accelerate launch sets it
+        names = ", ".join(PROFILES)
+        raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
+    hardware = hardware or machine.detect()
+    profile, why = choose_for(hardware) if profile == "auto" else (profile, "as asked")
+    recipe = sized(PROFILES[profile], source or PROFILES[profile].source)
+    check_source(recipe.source, data_path)
+    rank, cuda = lora_r or recipe.lora_r, hardware.device == "cuda"
+    # accelerate launch sets this. FSDP2 cuts the tensors, and bitsandbytes 0.50's optimizer refuses
+    # such ("mixed torch.Tensor and DTensor").
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return Plan(
-        profile=profile, model_id=chosen.model_id, revision=chosen.revision, model_path=model_path,
-        source=source, data_path=data_path, device="cuda" if cuda else "cpu",
-        hardware=f"{hardware.name}, {hardware.memory_gb:.0f} GB" if cuda else f"CPU, {hardware.cores} cores, {hardware.memory_gb:.0f} GB",
-        compute_dtype=dtype, adapter_dtype=ADAPTER_DTYPE,
-        batch_size=1, accumulation=fit.accumulation, max_length=fit.length,
-        pack_length=fit.pack, checkpointing=fit.checkpointing, attention="sdpa",
-        # FSDP2 hands the optimizer tensors that are cut, and bitsandbytes 0.50 refuses those ("mixed torch.Tensor and DTensor").
+        profile, *find_base(recipe, model), recipe.source, data_path, "cuda" if cuda else "cpu",
+        str(hardware), compute_dtype(hardware), ADAPTER_DTYPE,
         optimizer="paged_adamw_8bit" if cuda and not sharded else "adamw_torch",
-        lora_r=lora_r or chosen.lora_r, lora_alpha=2 * (lora_r or chosen.lora_r), lora_dropout=adapter_dropout(profile),
-        learning_rate=chosen.learning_rate, epochs=chosen.epochs, max_steps=max_steps,
-        rows=rows or chosen.rows, eval_rows=min(chosen.eval_rows, rows or chosen.eval_rows), max_new_tokens=chosen.max_new_tokens,
-        seed=seed, out=out or default_out(), memory_gb=fit.memory_gb, card_gb=hardware.memory_gb, why=why,
-        processes=processes(), sharded=sharded, gpus=hardware.gpus,
+        lora_r=rank, lora_alpha=2 * rank, lora_dropout=adapter_dropout(profile),
+        learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
+        rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
+        max_new_tokens=recipe.max_new_tokens, seed=seed, out=out or machine.default_out(),
+        card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
+        gpus=hardware.gpus,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How one step is cut so that the memory holds it: ``accumulation`` packed rows of ``pack`` tokens, one after the other."""
+def resolve_trained(
+    profile: str = "auto", *, model: str = "", out: str = "", adapter: Path | None = None
+) -> Plan:
+    """Resolve for an adapter: without ``model``, take the base that it was trained on.
 
-    accumulation: int
-    length: int
-    pack: int
-    checkpointing: bool
-    memory_gb: float
+    ``plan.json`` of ``adapter`` (default: the plan's own) names it; a folder is relative to it.
+    """
+    plan = resolve(profile, model=model, out=out)
+    adapter = adapter or plan.folder / "adapter"
+    if model or not (adapter / "plan.json").is_file():
+        return plan
+    base = read_json(adapter / "plan.json")
+    folder = adapter / base["model_path"] if base.get("model_path") else None
+    if folder and not (folder / "config.json").is_file():
+        raise CourseError(
+            f"the adapter in {adapter.name}/ was trained on the model in {base['model_path']}, "
+            "which holds no config.json now. Say where the model is: --model DIR."
+        )
+    return dataclasses.replace(
+        plan,
+        model_id=base.get("model_id", plan.model_id),
+        revision=base.get("revision"),
+        model_path=str(folder.resolve()) if folder else "",
+    )
+
+
+def find_base(profile: Profile, model: str) -> tuple[str, str | None, str]:
+    """Return (model_id, revision, folder) of ``model``; "" is the profile's own base."""
+    if not model:
+        return profile.model_id, profile.revision, ""
+    if (Path(model) / "config.json").is_file():
+        return Path(model).resolve().name, None, model
+    if Path(model).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise CourseError(
+            f"model {model!r}: expected OWNER/NAME on the Hub, or a folder that holds config.json."
+        )
+    return model, {p.model_id: p.revision for p in PROFILES.values()}.get(model), ""
 
 
 def fit_step(
-    profile: Profile, shape: Shape, hardware: Hardware, rank: int, processes: int = 1
-) -> Fit:
-    """The fastest step that the memory holds.
+    profile: Profile, shape: Shape, compute: str, cuda: bool, memory_gb: float, rank: int,
+    processes: int = 1,
+) -> Fit:  # fmt: skip
+    """Return the fastest training step that fits in memory.
 
-    Longest rows come first: what is too long is left out of the data. Then follow rows that are packed as long as possible
-    without activation checkpointing, which computes the forward pass a second time, and only then with it. A packed row is
-    one micro-batch: every micro-batch pays once for dequantising all weights.
+    The longest examples come first: longer ones are left out of the data. Then come the longest
+    packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
+    comes last: it computes the forward pass a second time.
     """
-    if processes not in (counts := _shares(profile.tokens_per_step, profile.max_length)):
+    if processes not in (counts := shares(profile)):
         raise CourseError(
-            f"{processes} processes cannot share a step of {profile.tokens_per_step:,} tokens evenly, and the size of a step is part "
-            f"of the recipe: launch {', '.join(map(str, counts))}."
+            f"{processes} processes cannot share a step of {profile.tokens_per_step:,} tokens "
+            f"evenly, and its size is part of the recipe: launch {', '.join(map(str, counts))}."
         )
 
     def need(tokens: int, checkpoint: int) -> float:
-        return sum(
-            training_memory(
-                shape, micro_batch(profile.name, hardware, rank, 1, tokens, checkpoint)
-            ).values()
-        )
+        micro = micro_batch(profile.name, compute, cuda, rank, tokens, checkpoint)
+        return sum(training_memory(shape, micro).values())
 
-    share, most = (
-        profile.tokens_per_step // processes,
-        MAX_PACK["cuda" if hardware.device == "cuda" else "cpu"],
-    )
-    for length in (profile.max_length, profile.max_length // 2, profile.max_length // 4):
-        packs = _halved(min(most, share), length)
+    share = profile.tokens_per_step // processes
+    most = min(MAX_PACK["cuda" if cuda else "cpu"], share)
+    for length in (profile.max_length >> n for n in range(3)):
+        # The largest size, its half, its quarter ... and the length itself.
+        packs = [most >> n for n in range(most.bit_length()) if most >> n > length] + [length]
         for checkpoint, tokens in itertools.product((0, 1), packs):
-            memory = need(tokens, checkpoint)
-            if memory <= 0.92 * hardware.memory_gb:
+            if (memory := need(tokens, checkpoint)) <= 0.92 * memory_gb:
                 return Fit(max(1, share // tokens), length, tokens, bool(checkpoint), memory)
-    least_gb = need(profile.max_length // 4, 1)
-    smaller = [p for p in PROFILES if PROFILES[p].shape.parameters < shape.parameters]
+    smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {least_gb:.1f} GB even for its shortest rows, but this machine offers "
-        f"{hardware.memory_gb:.1f} GB. Choose a smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
+        f"profile {profile.name} needs about {need(profile.max_length // 4, 1):.1f} GB even for "
+        f"its shortest rows, but this machine offers {memory_gb:.1f} GB. Choose a smaller profile "
+        f"({', '.join(smaller) or 'none is left'}) or a larger card."
     )
 
 
-def _shares(whole: int, least: int) -> list[int]:
-    """Into how many equal parts of at least ``least`` a step of ``whole`` tokens can be cut; 1 always counts."""
-    return [n for n in range(1, max(1, whole // least) + 1) if whole % n == 0]
+def shares(profile: Profile) -> list[int]:
+    """Return into how many equal parts, each of one example at least, a step can be cut."""
+    whole = profile.tokens_per_step
+    return [n for n in range(1, whole // profile.max_length + 1) if whole % n == 0]
 
 
-def _halved(most: int, least: int) -> list[int]:
-    """``most``, its half, its quarter ... down to ``least``; ``least`` alone if that is more."""
-    sizes = []
-    while most > least:
-        sizes.append(most)
-        most //= 2
-    return [*sizes, least]
-
-
-def _check_source(source: str, data_path: str) -> None:
+def check_source(source: str, data_path: str) -> None:
+    """Check that the source exists, and that a source of files comes with its path."""
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
     if source not in ("sample", "hub") and not data_path:
         kind = "folder" if source == "xml" else "file"
         raise CourseError(
-            f"source {source!r} needs data_path: the {kind} to read. Add -p data_path=... (medquad data: --path ...)"
+            f"source {source!r} needs data_path: the {kind} to read. "
+            "Add -p data_path=... (medquad data: --path ...)"
         )
-
-
-def _shape_in(folder: str) -> Shape:
-    from transformers import AutoConfig
-
-    if not (Path(folder) / "config.json").is_file():
-        raise CourseError(
-            f"model_path {folder!r} holds no config.json: expected a model folder in the Hub's layout."
-        )
-    return Shape.of(AutoConfig.from_pretrained(folder))

@@ -1,4 +1,4 @@
-"""A published model behind the OpenAI API: `transformers serve` on this machine, and what Ollama needs to ask it in the same way."""
+"""Serve a published model on this machine behind the OpenAI API, and describe it to Ollama."""
 
 from __future__ import annotations
 
@@ -24,30 +24,21 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
 
-HOST = "127.0.0.1"  # loopback: no other machine can ask
-LOG = "serve.log"  # beside the folder that is served
+HOST = "127.0.0.1"  # loopback: no other machine can connect
 
 
 @dataclass
 class Server:
-    """A running `transformers serve`.
-
-    Attributes:
-        process: the server, a child of this process; it ends with it.
-        model: the name that a request has to give.
-        address: what an OpenAI client takes as its ``base_url``.
-        log: what the server says.
-        seconds: from the start to the first answer.
-    """
+    """A running `transformers serve`, a child process that ends with this one."""
 
     process: subprocess.Popen[bytes]
-    model: str
-    address: str
+    model: str  # the name that a request must give
+    address: str  # an OpenAI client's base_url
     log: Path
-    seconds: float
+    seconds: float  # from the start to the first answer
 
     def stop(self) -> int:
-        """End the server, this process and no other; returns its exit status. Stopping it once more changes nothing."""
+        """End this one process and return its exit status; a second call does nothing."""
         self.process.terminate()
         try:
             return self.process.wait(timeout=20)
@@ -56,17 +47,17 @@ class Server:
             return self.process.wait()
 
 
-def command(model: str, port: int, options: Sequence[str] = ()) -> str:
-    """The line that starts the server in a terminal, in the folder above ``model``."""
-    return shlex.join(["transformers", *_arguments(model, port, options)])
-
-
 def _arguments(model: str, port: int, options: Sequence[str]) -> list[str]:
     return ["serve", model, "--host", HOST, "--port", str(port), *options]
 
 
+def command(model: str, port: int, options: Sequence[str] = ()) -> str:
+    """Return the terminal command that starts the server, for the folder above ``model``."""
+    return shlex.join(["transformers", *_arguments(model, port, options)])
+
+
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -77,71 +68,53 @@ def start(
 ) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
-    ``port`` 0 takes a free one; ``options`` go to the command (``transformers serve --help``). It waits ``patience`` seconds at most.
-    The server hears on loopback alone, looks at no network, and ends with this process.
-
-    Raises:
-        CourseError: no whole model in ``folder``; a package is missing; the port is in use; the server ended or is too slow.
+    Port 0 takes a free one. ``options`` go to the command. The limit is ``patience`` seconds.
     """
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise CourseError(
-            "transformers serve lacks a package: pip install openai fastapi uvicorn, then try again."
-        )
+        raise CourseError("transformers serve lacks a package: pip install openai fastapi uvicorn.")
     if not (folder / "config.json").is_file():
-        what = (
-            "an adapter without its base"
-            if (folder / "adapter_config.json").is_file()
-            else "no model"
-        )
+        adapter = (folder / "adapter_config.json").is_file()
         raise CourseError(
-            f"{folder.name}/ holds {what}: a server wants a whole model, as medquad publish --merged --dry-run builds it."
+            f"{folder.name}/ holds {'an adapter without its base' if adapter else 'no model'}: "
+            "expected a whole model, as from medquad publish --merged --dry-run."
         )
     port = port or free_port()
-    if _open(port):
-        raise CourseError(
-            f"port {port} is in use: end what listens there, or take another port (0 finds a free one)."
-        )
-    line = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        *_arguments(folder.name, port, options),
-    ]
-    log, began = folder.with_name(LOG), time.perf_counter()
-    with log.open("wb") as said:
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, port)) == 0:
+            raise CourseError(f"port {port} is in use: choose another port (0 finds a free one).")
+    line = [sys.executable, "-m", "transformers.cli.transformers"]
+    line += _arguments(folder.name, port, options)
+    log, began = folder.with_name("serve.log"), time.perf_counter()
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as out:
         process = subprocess.Popen(
-            line,
-            cwd=folder.parent,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdout=said,
-            stderr=subprocess.STDOUT,
+            line, cwd=folder.parent, env=offline, stdout=out, stderr=subprocess.STDOUT
         )
     server = Server(process, folder.name, f"http://{HOST}:{port}/v1", log, 0.0)
     atexit.register(server.stop)
-    while not _healthy(port):
-        if process.poll() is not None:
-            raise CourseError(
-                f"transformers serve ended before it answered ({_last_line(log)}). All it said is in {log.name}."
-            )
-        if time.perf_counter() - began > patience:
-            server.stop()
-            raise CourseError(
-                f"transformers serve did not answer within {patience:g} s and was ended. All it said is in {log.name}."
-            )
-        time.sleep(0.1)
+    _wait(server, port, patience)
     server.seconds = time.perf_counter() - began
     return server
 
 
-def _open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
+def _wait(server: Server, port: int, patience: float) -> None:
+    log, deadline = server.log, time.perf_counter() + patience
+    while not _healthy(port):
+        if server.process.poll() is not None:
+            raise CourseError(
+                f"transformers serve ended before it answered ({_last_line(log)}): see {log.name}."
+            )
+        if time.perf_counter() > deadline:
+            server.stop()
+            reason = f"did not answer within {patience:g} s and was ended"
+            raise CourseError(f"transformers serve {reason}: see {log.name}.")
+        time.sleep(0.1)
 
 
 def _healthy(port: int) -> bool:
-    """Whether the server answers; asked without the proxy that this machine may have."""
+    # http.client ignores proxy settings, which must not apply to this machine
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -154,122 +127,80 @@ def _healthy(port: int) -> bool:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no output")
 
 
 def stream(
     client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **settings: Any
 ) -> Iterator[str]:
-    """The pieces of one answer as they come; ``settings`` are those of ``chat.completions.create``.
+    """Yield the pieces of one answer; ``settings`` go to ``chat.completions.create``.
 
     Raises:
-        CourseError: the server is not there, refuses, or breaks off before the answer is at its end. What came before has been given.
+        CourseError: the server refuses, is not there, or breaks off before the end of the answer.
     """
     import openai
 
-    came, ended = 0, False
+    create, pieces, complete = client.chat.completions.create, 0, False
+    problem: Exception = EOFError("the stream ended without a finish_reason")
     try:
-        for chunk in client.chat.completions.create(
-            model=model, messages=list(messages), stream=True, **settings
-        ):
+        for chunk in create(model=model, messages=list(messages), stream=True, **settings):
             for choice in chunk.choices[:1]:
-                ended = ended or choice.finish_reason is not None
+                complete = complete or choice.finish_reason is not None
                 if choice.delta.content:
-                    came += 1
+                    pieces += 1
                     yield choice.delta.content
     except openai.APIStatusError as error:
-        raise CourseError(f"the server refused the request ({_detail(error)}).") from error
-    except (
-        openai.APIError,
-        json.JSONDecodeError,
-    ) as error:  # the second: a line that was cut in the middle
-        raise CourseError(_broken(came, " ".join(str(error).split())[:200])) from error
-    if not ended:
-        raise CourseError(_broken(came, "the stream ended without a finish_reason"))
-
-
-def _broken(came: int, why: str) -> str:
-    if not came:
-        return f"the server does not answer ({why}): start it, and look at base_url."
-    return f"the server went away in the middle of an answer, after {came} pieces ({why}). The answer is not whole: start it, ask again."
-
-
-def _detail(error: Any) -> str:
-    """What the server says about a refused request, on one line."""
-    body = error.body
-    said = body.get("detail") if isinstance(body, Mapping) else body
-    return " ".join(f"{error.status_code} {said or error.message}".split())[:200]
-
-
-# ---- Ollama ---------------------------------------------------------------------------------------------------------
-
-_ROLES = ("system", "user", "assistant")
-
-
-def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template as Ollama writes templates, in Go's language, without BOS: Ollama adds that itself.
-
-    It is read off one rendered turn and then held to a whole conversation. Trimming is not carried over.
-
-    Raises:
-        CourseError: the turns have not one form for all roles (dates, tools or a fixed system turn in them, for example).
-    """
-
-    def rendered(messages: list[dict[str, str]], opening: bool = False) -> str:
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-        )
-        return text.removeprefix(str(tokenizer.bos_token or ""))
-
-    talk = [{"role": role, "content": f"«{n} {role}»"} for n, role in enumerate((*_ROLES, "user"))]
-    try:
-        one = rendered([{"role": "system", "content": "«»"}])
-        whole, closed = rendered(talk, opening=True), rendered(talk)
-    except Exception as error:  # whatever a template raises on purpose or by mistake
+        reason = " ".join(f"{error.status_code} {error.response.text}".split())[:200]
+        raise CourseError(f"the server refused the request ({reason}).") from error
+    except (openai.APIError, json.JSONDecodeError) as error:  # the latter: a line cut in half
+        complete, problem = False, error
+    if not complete:
+        reason = " ".join(str(problem).split())[:200]
         raise CourseError(
-            f"the chat template does not render a plain conversation ({type(error).__name__}: {error})."
-        ) from error
-    turn = one.replace("system", "{{ .Role }}", 1).replace("«»", "{{ .Content }}", 1)
-    expected = "".join(
-        turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk
-    )
-    if expected != closed or not whole.startswith(closed):
-        raise CourseError(
-            "the chat template has not one form for every turn: write Ollama's TEMPLATE by hand, from its rendering."
-        )
-    return f"{{{{ range .Messages }}}}{turn}{{{{ end }}}}{whole.removeprefix(closed)}"
+            f"no complete answer: it broke off after {pieces} pieces ({reason}). "
+            "Start the server, and check base_url."
+        ) from problem
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, folder: str, most_tokens: int) -> str:
-    """Ollama's Modelfile for the merged model in ``folder``: template, stops, greedy answers of ``most_tokens``, the system prompt.
-
-    Raises:
-        CourseError: what ``go_template`` raises.
-    """
-    stops = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer)]
-    return "\n".join(
-        [
-            f"FROM {folder}",
-            f'TEMPLATE """{go_template(tokenizer)}"""',
-            *(f'PARAMETER stop "{stop}"' for stop in stops),
-            "PARAMETER temperature 0",
-            f"PARAMETER num_predict {most_tokens}",
-            f'SYSTEM """{SYSTEM_PROMPT}"""',
-            "",
-        ]
-    )
+MODELFILE = '''FROM ./{folder}
+TEMPLATE """{{{{ range .Messages }}}}{turn}{{{{ end }}}}{opening}"""
+{stops}
+PARAMETER temperature 0
+PARAMETER num_predict {most_tokens}
+SYSTEM """{system}"""
+'''
 
 
 def write_modelfile(tokenizer: PreTrainedTokenizerBase, folder: Path, most_tokens: int) -> Path:
-    """Write ``Modelfile`` beside the merged model in ``folder``; returns its path.
+    """Write Ollama's ``Modelfile`` beside the merged model in ``folder``; answers are greedy.
 
-    Raises:
-        CourseError: what ``go_template`` raises.
+    Ollama has a template language of its own (Go's). The turn is read off one rendered turn and
+    then compared with a rendered conversation. Ollama adds BOS itself.
     """
-    text, path = (
-        modelfile(tokenizer, f"./{folder.name}", most_tokens),
-        folder.with_name("Modelfile"),
-    )
+
+    def render(talk: Sequence[tuple[str, str]], opening: bool = False) -> str:
+        messages = [{"role": role, "content": text} for role, text in talk]
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=opening
+        )
+        return str(text).removeprefix(str(tokenizer.bos_token or ""))
+
+    turn = render([("system", "«»")]).replace("system", "{{ .Role }}", 1)
+    turn = turn.replace("«»", "{{ .Content }}", 1)
+    talk = [("system", "«1»"), ("user", "«2»"), ("assistant", "«3»"), ("user", "«4»")]
+    closed, whole = render(talk), render(talk, opening=True)
+    turns = [turn.replace("{{ .Role }}", r).replace("{{ .Content }}", text) for r, text in talk]
+    if "".join(turns) != closed or not whole.startswith(closed):
+        raise CourseError(
+            "the chat template has not the same form for every role: write Ollama's TEMPLATE by "
+            "hand, from a rendered conversation."
+        )
+    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer)]
+    text = MODELFILE.format(
+        folder=folder.name, turn=turn, opening=whole.removeprefix(closed), system=SYSTEM_PROMPT,
+        stops="\n".join(f'PARAMETER stop "{end}"' for end in ends), most_tokens=most_tokens,
+    )  # fmt: skip
+    path = folder.with_name("Modelfile")
     with whole_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Templates, groups by disease, the split that keeps them apart, and what leaks between its parts."""
+"""Question templates, groups by disease, the split that keeps them apart, and leakage."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from medquad_utils import CourseError
 from medquad_utils.files import COLUMNS, REQUIRED
 from medquad_utils.files import Row as Row
 
-# MedQuAD's question templates; the group is the focus.
+# The questions of MedQuAD, with its odd spaces. The focus is the disease that a question names.
 TEMPLATES = tuple(
-    re.compile(pattern, re.IGNORECASE)
+    re.compile(f"^{pattern.format(r'(?P<focus>.+?)')}$", re.IGNORECASE)
     for pattern in (
-        r"^what is \(are\) (?P<focus>.+?) \?$",
-        r"^what are the symptoms of (?P<focus>.+?) \?$",
-        r"^what are the treatments for (?P<focus>.+?) \?$",
-        r"^is (?P<focus>.+?) inherited \?$",
-        r"^how many people are affected by (?P<focus>.+?) \?$",
-        r"^what are the genetic changes related to (?P<focus>.+?) \?$",
-        r"^what causes (?P<focus>.+?) \?$",
-        r"^how to diagnose (?P<focus>.+?) \?$",
-        r"^what research \(or clinical trials\) is being done for (?P<focus>.+?) \?$",
-        r"^what is the outlook for (?P<focus>.+?) \?$",
-        r"^who is at risk for (?P<focus>.+?)\? \?$",
-        r"^what to do for (?P<focus>.+?) \?$",
-        r"^how to prevent (?P<focus>.+?) \?$",
-        r"^what are the stages of (?P<focus>.+?) \?$",
-        r"^what are the complications of (?P<focus>.+?) \?$",
-        r"^where to find support for people with (?P<focus>.+?) \?$",
-        r"^do you have information about (?P<focus>.+?)$",
+        r"what is \(are\) {} \?",
+        r"what are the symptoms of {} \?",
+        r"what are the treatments for {} \?",
+        r"is {} inherited \?",
+        r"how many people are affected by {} \?",
+        r"what are the genetic changes related to {} \?",
+        r"what causes {} \?",
+        r"how to diagnose {} \?",
+        r"what research \(or clinical trials\) is being done for {} \?",
+        r"what is the outlook for {} \?",
+        r"who is at risk for {}\? \?",
+        r"what to do for {} \?",
+        r"how to prevent {} \?",
+        r"what are the stages of {} \?",
+        r"what are the complications of {} \?",
+        r"where to find support for people with {} \?",
+        r"do you have information about {}",
     )
 )
 
 
 def template_of(question: str) -> tuple[int, str] | None:
-    """Which of ``TEMPLATES`` a question follows, and the disease it names; ``None`` for a question of another form."""
+    """Return the number of the template that a question follows, and the disease it names."""
     for number, template in enumerate(TEMPLATES):
         if match := template.match(question.strip()):
             return number, match["focus"]
@@ -50,26 +50,25 @@ def template_of(question: str) -> tuple[int, str] | None:
 
 
 def normalise(text: str | None) -> str:
-    """Lower case, punctuation out, single spaces: how names and questions are compared."""
+    """Convert a name or a question to lower case without punctuation, for comparison."""
     return " ".join(re.sub(r"[^\w\s]|_", " ", (text or "").lower()).split())
 
 
 def focus_of(row: Row) -> str:
-    """What a row is about, normalised: its focus, or what its question's template names, or "" if neither says it."""
+    """Return the disease of a row, normalised: its focus, or the name in its question, or ""."""
     if row["focus"]:
         return normalise(row["focus"])
-    found = template_of(row["question"])
-    return normalise(found[1]) if found else ""
+    match = template_of(row["question"])
+    return normalise(match[1]) if match else ""
 
 
-RARE = 5  # a concept ("Syndrome") that more foci than this carry joins nothing
-BOILERPLATE = (
-    10  # an answer that more foci than this carry is boilerplate, and joins nothing either
-)
+# Two diseases that share a rare concept or answer are one group. A common one joins nothing.
+RARE = 5  # foci that carry a UMLS concept, at most; "Syndrome" is carried by many more
+BOILERPLATE = 10  # foci that carry an answer, at most; an answer with more is boilerplate
 
 
 def boilerplate(rows: Sequence[Row]) -> dict[str, int]:
-    """Answers that more than ``BOILERPLATE`` foci carry, each with their number, the most common first."""
+    """Count the foci of each answer that more than ``BOILERPLATE`` foci carry, largest first."""
     foci: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         foci[row["answer"]].add(focus_of(row))
@@ -78,46 +77,41 @@ def boilerplate(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def groups(rows: Sequence[Row]) -> list[int]:
-    """A group number for each row; rows that share something which only their disease has are one group.
+    """Number the group of each row: rows that share something specific to their disease.
 
-    Joined are rows with the same focus, normalised question, URL, rare CUI, or answer that is no boilerplate. Rows without
-    any focus are one group.
+    That is the focus, the normalised question, the URL, a rare CUI, or an answer that is not
+    boilerplate. Rows without a focus are one group.
     """
     foci = [focus_of(row) for row in rows]
     keys: list[list[tuple[str, str]]] = []
-    carried: dict[tuple[str, str], set[str]] = defaultdict(set)
+    carriers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row, focus in zip(rows, foci, strict=True):
-        widely = [("cui", cui) for cui in row["cui"] or ()] + [("answer", row["answer"])]
-        for key in widely:
-            carried[key].add(focus)
-        own = [
-            ("focus", focus),
-            ("question", normalise(row["question"])),
-            *([("url", row["url"])] if row["url"] else []),
-        ]
-        keys.append(own + widely)
-    most = {"cui": RARE, "answer": BOILERPLATE}
-    return _connected(
-        [[k for k in ks if k not in carried or len(carried[k]) <= most[k[0]]] for ks in keys]
-    )
+        shared = [("cui", cui) for cui in row["cui"] or ()] + [("answer", row["answer"])]
+        for key in shared:
+            carriers[key].add(focus)
+        own = [("focus", focus), ("question", normalise(row["question"]))]
+        keys.append(own + ([("url", row["url"])] if row["url"] else []) + shared)
+    limit = {"cui": RARE, "answer": BOILERPLATE}
+    joins = [[k for k in ks if k not in carriers or len(carriers[k]) <= limit[k[0]]] for ks in keys]
+    return _connected(joins)
 
 
 def _connected(keys: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
-    """Component of each element when elements that share a key are joined (union-find, paths halved)."""
+    """Number the connected components of rows that share keys, by union-find."""
     parent = list(range(len(keys)))
 
-    def find(x: int) -> int:
+    def root(x: int) -> int:
         while parent[x] != x:
-            parent[x] = parent[parent[x]]
+            parent[x] = parent[parent[x]]  # halves the path for the next search
             x = parent[x]
         return x
 
     owner: dict[tuple[str, str], int] = {}
-    for number, mine in enumerate(keys):
-        for key in mine:
-            parent[find(number)] = find(owner.setdefault(key, number))
+    for number, own in enumerate(keys):
+        for key in own:
+            parent[root(number)] = root(owner.setdefault(key, number))
     order: dict[int, int] = {}
-    return [order.setdefault(find(number), len(order)) for number in range(len(keys))]
+    return [order.setdefault(root(number), len(order)) for number in range(len(keys))]
 
 
 PARTS = ("train", "validation", "test")
@@ -126,7 +120,7 @@ FRACTIONS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test rows; ``cleaning`` counts what each rule changed or dropped, ``notes`` says what was odd."""
+    """Training, validation and test rows, with the counts of each cleaning rule and notes."""
 
     train: list[Row]
     validation: list[Row]
@@ -135,27 +129,24 @@ class Splits:
     notes: list[str] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Rows in each part."""
+        """Count the rows of each part."""
         return {name: len(getattr(self, name)) for name in PARTS}
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """For each question type, the share of its rows in each part, 0 to 1."""
+        """Return the share (0 to 1) of each question type's rows that is in each part."""
         counts = {name: Counter(row["qtype"] for row in getattr(self, name)) for name in PARTS}
         total = sum(counts.values(), Counter())
-        return {
-            qtype: {name: counts[name][qtype] / n for name in PARTS}
-            for qtype, n in total.most_common()
-        }
+        return {t: {p: counts[p][t] / n for p in PARTS} for t, n in total.most_common()}
 
 
-# A group's part hangs on nothing but its name and the seed, so that it stays where it is when rows are added. Such a split
-# cannot also count question types; instead this prefix of the hash was chosen, once and by those counts alone, so that with
-# seed 0 every type of MedQuAD comes close to its share of each part.
+# The part of a group depends only on its name and the seed, so it stays when rows are added. Such
+# a split cannot balance question types as well. This prefix was therefore chosen, by those counts
+# alone, so that with seed 0 every type of MedQuAD has about its share in each part.
 SALT = "medquad-468655"
 
 
 def _place(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the key and the seed."""
+    """Map a key and a seed to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
@@ -166,55 +157,41 @@ def _part(place: float, fractions: tuple[float, float, float]) -> int:
 def split(
     rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
 ) -> Splits:
-    """Grouped split: a whole group goes to one part, by a hash of its first focus and ``seed``.
+    """Split by disease: a group goes to one part, by a hash of its first focus and ``seed``.
 
-    A group that is larger than the smallest part should be goes to training; a note says so.
+    A group that is larger than the smallest part goes to training, with a note.
 
     Raises:
-        CourseError: the fractions do not add up to 1, or a part comes out empty.
+        CourseError: the fractions do not add up to 1, or a part is empty.
     """
     _check(fractions)
     numbers = groups(rows)
     first: dict[int, str] = {}
     for number, row in zip(numbers, rows, strict=True):
         first[number] = min(first.get(number, focus_of(row)), focus_of(row))
-    size, most = Counter(numbers), max(1, min(fractions[1:]) * len(rows))
-    part = {
-        number: 0 if size[number] > most else _part(_place(f"{SALT}:{name}", seed), fractions)
-        for number, name in first.items()
-    }
-    parts = _parts(rows, [part[number] for number in numbers])
+    size, limit = Counter(numbers), max(1, min(fractions[1:]) * len(rows))
+    part = {n: _part(_place(f"{SALT}:{name}", seed), fractions) for n, name in first.items()}
+    large = {n: k for n, k in size.items() if k > limit}
+    parts = _parts(rows, [0 if n in large else part[n] for n in numbers])
     if not all(parts):
         raise CourseError(
-            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {[len(p) for p in parts]} rows. Load more "
-            "rows; where questions follow none of MedQuAD's templates, add a column focus that names the disease."
+            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got "
+            f"{[len(p) for p in parts]} rows. Load more rows. If the questions do not follow "
+            "MedQuAD's templates, add a column focus that names the disease."
         )
-    large = [
-        f"group {first[n]!r} ({k:,} rows) is larger than a part of {most:,.0f}: kept in training"
-        for n, k in size.items()
-        if k > most
-    ]
-    return Splits(*parts, notes=large)
+    reason = f"is larger than a part of {limit:,.0f}: kept in training"
+    return Splits(
+        *parts, notes=[f"group {first[n]!r} ({k:,} rows) {reason}" for n, k in large.items()]
+    )
 
 
 def split_by_row(
     rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
 ) -> Splits:
-    """The split that leaks, for comparison: every row is drawn on its own.
-
-    Raises:
-        CourseError: the fractions do not add up to 1.
-    """
+    """Split row by row, which leaks: for comparison with ``split``."""
     _check(fractions)
-    return Splits(
-        *_parts(
-            rows,
-            [
-                _part(_place(f"{n}:{row['question']}", seed), fractions)
-                for n, row in enumerate(rows)
-            ],
-        )
-    )
+    places = (_place(f"{n}:{row['question']}", seed) for n, row in enumerate(rows))
+    return Splits(*_parts(rows, [_part(place, fractions) for place in places]))
 
 
 def _check(fractions: tuple[float, float, float]) -> None:
@@ -224,28 +201,24 @@ def _check(fractions: tuple[float, float, float]) -> None:
         )
 
 
-def _parts(rows: Sequence[Row], where: Sequence[int]) -> tuple[list[Row], list[Row], list[Row]]:
+def _parts(rows: Sequence[Row], numbers: Sequence[int]) -> tuple[list[Row], list[Row], list[Row]]:
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for row, part in zip(rows, where, strict=True):
-        parts[part].append(row)
+    for row, number in zip(rows, numbers, strict=True):
+        parts[number].append(row)
     return parts
 
 
-def leakage(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
-    """What of ``test`` also stands in ``train``, as shares from 0 to 1.
-
-    Of the test rows: whose ``question`` does, letter by letter; whose ``normalised question``, ``focus`` or ``answer`` does;
-    and whose ``answer`` does although it is no ``boilerplate`` of the two sets. ``8-gram``: of the runs of eight words in
-    test answers.
-    """
-    return _shared_rows(train, test, boilerplate([*train, *test])) | {
-        "8-gram": _shared(_runs(train), _runs(test))
-    }
-
-
-def _shared_rows(
-    train: Sequence[Row], test: Sequence[Row], common: Container[str]
+def leakage(
+    train: Sequence[Row], test: Sequence[Row], common: Container[str] | None = None
 ) -> dict[str, float]:
+    """Measure what of ``test`` is also in ``train``, as shares from 0 to 1.
+
+    ``8-gram``: of the sequences of eight words in test answers. All others: of the test rows.
+    ``common`` are the boilerplate answers, by default those of both sets together.
+    """
+    import numpy
+
+    common = boilerplate([*train, *test]) if common is None else common
     keys: dict[str, Callable[[Row], str]] = {
         "question": lambda row: row["question"],
         "normalised question": lambda row: normalise(row["question"]),
@@ -255,95 +228,93 @@ def _shared_rows(
     }
     shares = {}
     for name, key in keys.items():
-        known = {key(row) for row in train} - {""}
-        shares[name] = sum(key(row) in known for row in test) / max(1, len(test))
-    return shares
+        trained = {key(row) for row in train} - {""}
+        shares[name] = sum(key(row) in trained for row in test) / max(1, len(test))
+    ngrams = _ngrams(test)
+    shared = float(numpy.isin(ngrams, _ngrams(train)).mean()) if len(ngrams) else 0.0
+    return shares | {"8-gram": shared}
 
 
-def _shared(known: Any, asked: Any) -> float:
-    """Share of ``asked`` that is in ``known``, two arrays of hashes, 0 to 1."""
+def _ngrams(rows: Sequence[Row], length: int = 8) -> Any:
+    """Hash every sequence of ``length`` words within an answer, to an array of uint64."""
     import numpy
 
-    if not len(asked) or not len(known):
-        return 0.0
-    known = numpy.sort(known)  # and looked up by halving: several times faster here than numpy.isin
-    places = numpy.searchsorted(known, asked).clip(max=len(known) - 1)
-    return float((known[places] == asked).mean())
-
-
-def _runs(rows: Sequence[Row], length: int = 8) -> Any:
-    """A 64-bit hash of every run of ``length`` words within an answer, as one array; equal runs have equal hashes."""
-    import numpy
-
-    found, ends = array("Q"), []
+    codes, ends = array("Q"), []
     for row in rows:
-        found.extend(crc32(word.encode()) for word in re.findall(r"\w+", row["answer"].lower()))
-        ends.append(len(found))
-    words = numpy.frombuffer(found, dtype=numpy.uint64) if found else numpy.zeros(0, numpy.uint64)
-    hashed = numpy.zeros(max(0, len(words) - length + 1), numpy.uint64)
+        codes.extend(crc32(word.encode()) for word in re.findall(r"\w+", row["answer"].lower()))
+        ends.append(len(codes))
+    words = numpy.array(codes, dtype=numpy.uint64)
+    hashes = numpy.zeros(max(0, len(words) - length + 1), numpy.uint64)
     for place in range(length):  # a polynomial in an odd base, modulo 2**64
-        hashed = hashed * numpy.uint64(0x9E3779B97F4A7C15) + words[place : place + len(hashed)]
-    whole = numpy.ones(len(hashed), dtype=bool)  # but not across two answers
+        hashes = hashes * numpy.uint64(0x9E3779B97F4A7C15) + words[place : place + len(hashes)]
+    inside = numpy.ones(len(hashes), dtype=bool)  # False where a sequence spans two answers
     for end in ends:
-        whole[max(0, end - length + 1) : end] = False
-    return hashed[whole]
+        inside[max(0, end - length + 1) : end] = False
+    return hashes[inside]
 
 
 def leakage_report(splits: Splits) -> dict[str, Any]:
-    """``leakage`` between each pair of parts, and the boilerplate answers with their foci and their rows in each part."""
+    """Measure ``leakage`` between each two parts, and list the boilerplate answers."""
     rows = {name: getattr(splits, name) for name in PARTS}
     counts = {name: Counter(row["answer"] for row in rows[name]) for name in PARTS}
     common = boilerplate([row for name in PARTS for row in rows[name]])
+    pairs = {f"{a} / {b}": leakage(rows[a], rows[b], common) for a, b in combinations(PARTS, 2)}
     listed = [
         {"answer": a, "foci": foci, "rows": {name: counts[name][a] for name in PARTS}}
         for a, foci in common.items()
     ]
-    runs = {name: _runs(rows[name]) for name in PARTS}
-    pairs = {
-        f"{a} / {b}": _shared_rows(rows[a], rows[b], common) | {"8-gram": _shared(runs[a], runs[b])}
-        for a, b in combinations(PARTS, 2)
-    }
     return {**pairs, "boilerplate": listed}
 
 
 def focus_recovery(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
-    """What is lost where only type, question and answer are known, as in the Hub's file; shares from 0 to 1.
+    """Measure what is lost with the Hub's three columns: type, question and answer.
 
-    ``found``: rows whose focus some template names; ``precision``: where the name is the focus of the XML; ``leak``: test rows
-    of a split on these three columns that share a group of the full columns (a URL, a rare concept) with a training row.
-
-    Raises:
-        CourseError: the questions name too few diseases for a split.
+    ``found``: share of rows whose question names a focus. ``precision``: share of these where it
+    is the true one. ``leak``: share of test rows of a split on three columns that share a group of
+    all columns with a training row.
     """
     bare = [
         {**dict.fromkeys(COLUMNS), **{c: row[c] for c in REQUIRED}, "document_id": str(n)}
         for n, row in enumerate(rows)
     ]
-    known = [
-        (normalise(row["focus"]), focus_of(without))
-        for row, without in zip(rows, bare, strict=True)
-        if row["focus"]
-    ]
-    found = [(focus, guess) for focus, guess in known if guess]
+    pairs = [(normalise(r["focus"]), focus_of(b)) for r, b in zip(rows, bare, strict=True)]
+    named = [(focus, guess) for focus, guess in pairs if focus]
+    guessed = [(focus, guess) for focus, guess in named if guess]
     numbers, parts = groups(rows), split(bare, seed=seed)
     trained = {numbers[int(row["document_id"])] for row in parts.train}
+    leaks = sum(numbers[int(row["document_id"])] in trained for row in parts.test)
     return {
-        "found": len(found) / max(1, len(known)),
-        "precision": sum(focus == guess for focus, guess in found) / max(1, len(found)),
-        "leak": sum(numbers[int(row["document_id"])] in trained for row in parts.test)
-        / len(parts.test),
+        "found": len(guessed) / max(1, len(named)),
+        "precision": sum(focus == guess for focus, guess in guessed) / max(1, len(guessed)),
+        "leak": leaks / len(parts.test),
     }
 
 
 def draw(
     rows: Sequence[Row], most: int, seed: int, fits: Callable[[Row], bool] = lambda row: True
 ) -> list[Row]:
-    """At most ``most`` rows (0 = all) in a seeded order, of those for which ``fits`` is true."""
+    """Draw at most ``most`` rows (0 = all) in a seeded order, only those that ``fits`` accepts."""
     ordered = sorted(rows, key=lambda row: _place(row["question"] + row["answer"], seed))
-    kept: list[Row] = []
+    drawn: list[Row] = []
     for row in ordered:
-        if most and len(kept) >= most:
-            break
+        if most and len(drawn) >= most:
+            break  # before the next fits(row), which may tokenize
         if fits(row):
-            kept.append(row)
-    return kept
+            drawn.append(row)
+    return drawn
+
+
+def mixed(own: Sequence[Row], general: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
+    """Mix all ``own`` rows with drawn ``general`` ones that make up ``share`` of the result."""
+    if not 0 <= share < 1:
+        raise CourseError(
+            f"a mixing share of {share} is outside [0, 1). Choose 0 for the sub-corpus alone."
+        )
+    count = round(len(own) * share / (1 - share))
+    if count > len(general):
+        limit = len(general) / (len(general) + len(own))
+        raise CourseError(
+            f"a share of {share} takes {count} general rows, and there are {len(general)}: "
+            f"choose up to {limit:.2f}."
+        )
+    return draw([*own, *(draw(general, count, seed) if count else ())], 0, seed)

@@ -1,77 +1,140 @@
-"""The SFT run: config, pre-flight check, trainer, resume and metrics; ``python -m medquad_utils.training --profile P`` runs it."""
+"""Train the adapter (SFT): config, pre-flight check, trainer, resume, save, several processes.
+
+``python -m medquad_utils.training`` trains without a notebook, also under ``torchrun`` and
+``accelerate launch``. There, process 0 prepares the data, prints and writes; the others compute.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
-from medquad_utils import CourseError, launch
+from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
-from medquad_utils.data import prepare
-from medquad_utils.files import Row, whole_folder, write_json
+from medquad_utils.files import Row, read_json, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.lora import (
-    adapter_parameters,
-    cast_adapters,
-    dtype_census,
-    lora_b_norms,
-    lora_config,
-    trainable_parameters,
-)
-from medquad_utils.profiles import PROFILES, Plan, Shape, resolve
+from medquad_utils.machine import local_rank
+from medquad_utils.memory import Shape, adapter_parameters
+from medquad_utils.profiles import PROFILES, Plan, resolve
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from accelerate import PartialState
+    from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
+ACCELERATE = Path(__file__).parent / "assets" / "accelerate"
+CONFIGS = {p.stem: p for p in sorted(ACCELERATE.glob("*.yaml"))}  # for accelerate launch
+# By this step the warm-up, which begins at rate 0, is over, and so are the first steps that the
+# gradient scaler skips in fp16. An adapter that is still zero gets no gradient.
+WATCHED = 10
+# Fields of a plan that do not change what is learned: a run may resume with other values.
+OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
+HELD_OUT = 5  # rows: evaluation gives no interval for fewer
 
-def select(plan: Plan, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> Splits:
-    """The rows that the plan trains and validates on: as many as it says, and only those that fit into ``max_length``.
 
-    A row that is too long is left out rather than cut: an answer that was cut never shows the model where to stop.
+# ---- rows ----------------------------------------------------------------------------------------
 
-    Raises:
-        CourseError: no row fits.
+
+def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
+    """Draw the rows that the plan trains and validates on, of those that fit into ``max_length``.
+
+    A row that is too long is left out, not cut: a cut answer has no end for the model to learn.
     """
-
-    def fits(row: Row) -> bool:
-        return len(encode(tokenizer, row).ids) <= plan.max_length
-
-    train = draw(splits.train, plan.rows, plan.seed, fits)
-    validation, test = (
-        draw(part, plan.eval_rows, plan.seed, fits) for part in (splits.validation, splits.test)
-    )
+    train = _draw(plan, tokenizer, splits.train, plan.rows)
+    held_out = (splits.validation, splits.test)
+    validation, test = (_draw(plan, tokenizer, part, plan.eval_rows) for part in held_out)
     if not (train and validation and test):
         raise CourseError(
-            f"no row of {plan.source!r} fits into {plan.max_length} tokens: choose a profile with a larger max_length."
+            f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
+            "choose a profile with a larger max_length."
         )
     return Splits(train, validation, test, splits.cleaning, splits.notes)
 
 
+def _draw(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
+    limit: int = plan.max_length
+
+    def fits(row: Row) -> bool:
+        return len(encode(tokenizer, row).ids) <= limit
+
+    return draw(rows, count, plan.seed, fits)
+
+
+class Parts(NamedTuple):
+    """A split by specialty: training rows in it and not in it, held-out rows likewise."""
+
+    own: list[Row]
+    general: list[Row]
+    inside: list[Row]
+    outside: list[Row]
+
+    def sizes(self) -> dict[str, int]:
+        """Rows in each part."""
+        return {name: len(rows) for name, rows in self._asdict().items()}
+
+
+def parts(
+    plan: Plan,
+    tokenizer: Tokenizer,
+    splits: Splits,
+    specialty: str | data.Specialty,
+    least: int = 50,
+) -> Parts:
+    """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
+
+    Validation rows select nothing here, so they are held-out rows as well as the test rows.
+
+    Raises:
+        CourseError: no such specialty, fewer than ``least`` rows to train on, too few held out.
+    """
+    own, held_out = data.select(splits.train, specialty, least), splits.validation + splits.test
+    inside = data.select(held_out, specialty, 0)
+    in_field = {id(row) for row in own + inside}
+    general = [row for row in splits.train if id(row) not in in_field]
+    outside = [row for row in held_out if id(row) not in in_field]
+    # Half as many own rows as general ones: several runs of lesson 09 train on each of them.
+    counts = (-(-plan.rows // 2), plan.rows, plan.eval_rows, plan.eval_rows)
+    pairs = zip((own, general, inside, outside), counts, strict=True)
+    divided = Parts(*(_draw(plan, tokenizer, rows, count) for rows, count in pairs))
+    sizes = zip(divided.sizes().items(), (1, 1, HELD_OUT, HELD_OUT), strict=True)
+    if short := [f"{n} rows {part} (at least {low})" for (part, n), low in sizes if n < low]:
+        raise CourseError(
+            f"{specialty!r} leaves too few rows that fit into {plan.max_length} tokens: "
+            f"{', '.join(short)}. Choose another specialty, more rows, or another seed."
+        )
+    return divided
+
+
+# ---- trainer -------------------------------------------------------------------------------------
+
+
 def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
-    """TRL's settings for the plan. Precision is said outright: left alone, ``SFTConfig`` turns bf16 on everywhere."""
+    """Translate the plan into TRL's settings; checkpoints go to ``folder``."""
     from trl import SFTConfig
 
     return SFTConfig(
         output_dir=str(folder or plan.folder / "checkpoints"),
-        per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=max(plan.batch_size, plan.pack_length // plan.max_length),
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=plan.pack_length // plan.max_length,
         gradient_accumulation_steps=plan.accumulation,
-        max_length=plan.pack_length or plan.max_length,
-        packing=plan.packing,
+        max_length=plan.pack_length,
+        packing=True,
         packing_strategy="bfd_split",
         eval_packing=False,
         learning_rate=plan.learning_rate,
@@ -80,10 +143,13 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         num_train_epochs=plan.epochs,
         max_steps=plan.max_steps or -1,
         optim=plan.optimizer,
-        bf16=plan.compute_dtype == "bfloat16",
+        bf16=plan.compute_dtype == "bfloat16",  # by default on, even where it is only emulated
         fp16=plan.compute_dtype == "float16",
         activation_checkpointing=plan.checkpointing,
         use_cpu=plan.device == "cpu",
+        # Every adapter gets a gradient in every step, so DDP need not look for those without.
+        # Not ddp_static_graph: with accumulation torch 2.13 stops at an internal assertion.
+        ddp_find_unused_parameters=False if plan.processes > 1 else None,
         logging_steps=5,
         logging_first_step=True,  # a run of fewer steps than five has a loss too
         eval_strategy="epoch",
@@ -94,103 +160,27 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
     )
 
 
-def preflight(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], trainer: SFTTrainer
-) -> list[tuple[str, str, bool]]:
-    """What must hold before the first step, as (what, found, right): looked up in what the trainer will really feed."""
-    documents = list(_documents(trainer, 256))
-    pad, ends, bos = tokenizer.pad_token_id, end_ids(tokenizer), tokenizer.bos_token_id
-    padded = sum(int((labels[ids == pad] != IGNORED).sum()) for ids, labels in documents)
-    learned = sum(int((labels != IGNORED).sum()) for _, labels in documents)
-    read = sum(int((ids != pad).sum()) for ids, _ in documents)
-    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
-    trained = encode(tokenizer, rows[0])
-    prefix = trained.ids[: sum(not x for x in trained.in_loss)]
-    turns = max(
-        1, trained.ids.count(bos)
-    )  # 1, but where the BOS is what opens every turn, as in ChatML
-    begins = (
-        Counter(int((ids == bos).sum()) / turns for ids, _ in documents)
-        if bos is not None
-        else Counter({1.0: len(documents)})
-    )
-    stops = Counter(sum(int((labels == end).sum()) for end in ends) for _, labels in documents)
-    census = dtype_census(trainer.model)["trained"]
-    count, expected = (
-        trainable_parameters(trainer.model),
-        adapter_parameters(Shape.of(trainer.model.config), plan.lora_r),
-    )
-    return [
-        ("BOS tokens per example", _counted(begins), set(begins) == {1}),
-        ("end tokens in the loss per answer", _counted(stops), set(stops) == {1}),
-        ("pad tokens in the loss", str(padded), not padded),
-        ("pad is no end token", str(tokenizer.pad_token), pad not in ends),
-        ("share of tokens in the loss", f"{learned / max(1, read):.0%}", learned > 0),
-        ("prompt in training = prompt in use", f"{len(prompt)} tokens", prefix == prompt),
-        ("adapter dtype", ", ".join(census), list(census) == [plan.adapter_dtype]),
-        ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
-        (
-            "predicted memory",
-            f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB",
-            plan.memory_gb <= plan.card_gb,
-        ),
-    ]
-
-
-def _documents(trainer: SFTTrainer, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, labels) of each example in the first ``most`` training rows, as the collator hands them on; a packed row holds several."""
-    for number in range(min(most, len(trainer.train_dataset))):
-        batch = trainer.data_collator([trainer.train_dataset[number]])
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        starts = (
-            (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-            if "position_ids" in batch
-            else [0]
-        )
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            yield ids[start:end], labels[start:end]
-
-
-def _counted(found: Counter[Any]) -> str:
-    """``{1: 864}`` as "1 in each of 864", anything else count by count."""
-    if len(found) == 1:
-        return f"{next(iter(found)):g} in each of {found.total():,}"
-    return ", ".join(f"{value:g} in {times:,}" for value, times in sorted(found.items()))
-
-
-def require(checks: Sequence[tuple[str, str, bool]]) -> None:
-    """Stop before a run that would be wasted.
-
-    Raises:
-        CourseError: names each check that does not hold.
-    """
-    failed = [f"{what}: {found}" for what, found, right in checks if not right]
-    if failed:
-        raise CourseError(
-            "pre-flight check failed: " + "; ".join(failed) + ". Mend it before training."
-        )
-
-
 def build_trainer(
     plan: Plan,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     rows: Splits,
     folder: Path | None = None,
     **changes: Any,
 ) -> SFTTrainer:
-    """An ``SFTTrainer`` for the plan on a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
+    """Build the trainer for a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
-    A ``model`` with an adapter goes on from there; any other gets a fresh one. Without validation rows pass eval_strategy="no".
-    The adapters are cast after the trainer is built (see ``lora.cast_adapters``).
+    A model that has an adapter trains it further; any other gets a new one. Without validation
+    rows pass ``eval_strategy="no"``.
     """
     from peft import PeftModel
     from transformers import set_seed
     from trl import SFTTrainer
 
+    check_sharding(plan)
     set_seed(plan.seed)
     config = sft_config(plan, folder)
-    for name, value in (launch.settings(plan) | changes).items():
+    for name, value in changes.items():
         setattr(config, name, value)
     trainer = SFTTrainer(
         model=model,
@@ -198,153 +188,194 @@ def build_trainer(
         train_dataset=to_dataset(rows.train),
         eval_dataset=to_dataset(rows.validation) if rows.validation else None,
         processing_class=tokenizer,
-        peft_config=None if isinstance(model, PeftModel) else lora_config(plan),
+        peft_config=None if isinstance(model, PeftModel) else lora.lora_config(plan),
     )
-    cast_adapters(trainer.model, getattr(torch, plan.adapter_dtype))
+    lora.cast_adapters(trainer.model, getattr(torch, plan.adapter_dtype))
     watch(trainer)
     return trainer
 
 
 def watch(trainer: SFTTrainer) -> None:
-    """Guard a run: ten checkpoints, not only one an epoch, and no step more once it is being wasted.
+    """Add a callback: ten checkpoints a run, and a stop as soon as the run is of no use.
 
-    It is, when a loss is not finite, and when an adapter has not moved by step ``WATCHED``.
+    It stops on a loss that is not finite, and on an adapter that is still zero at ``WATCHED``.
     """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            args.logging_nan_inf_filter = (
-                False  # left on, the log shows the mean of the finite losses instead of a NaN
-            )
+            args.logging_nan_inf_filter = False  # by default the log leaves NaN losses out
 
-        def on_log(
-            self,
-            args: Any,
-            state: Any,
-            control: Any,
-            logs: dict[str, float] | None = None,
-            **kwargs: Any,
-        ) -> None:
-            loss = (logs or {}).get("loss", 0.0)
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            loss = (kwargs.get("logs") or {}).get("loss", 0.0)
             if not math.isfinite(loss):
                 raise CourseError(
-                    f"the loss is {loss} at step {state.global_step}: halve the learning rate, or compute in float32."
+                    f"the loss is {loss} at step {state.global_step}: "
+                    "halve the learning rate, or compute in float32."
                 )
 
-        def on_step_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
-            if state.global_step == WATCHED:
-                require_learning(model)
-            if (
-                state.global_step % math.ceil(state.max_steps / 10) == 0
-                and state.global_step < state.max_steps
-            ):
-                # the last step of an epoch is saved after its validation, by the trainer: its loss belongs to the checkpoint
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step, last = state.global_step, state.max_steps
+            if step == WATCHED:
+                require_learning(kwargs["model"])
+            if step % math.ceil(last / 10) == 0 and step < last:
+                # At the end of an epoch the trainer validates first, then saves by itself. The
+                # checkpoint must hold that validation loss, so it is not saved here.
                 control.should_save = control.should_save or not float(state.epoch).is_integer()
 
     trainer.add_callback(Watch())
 
 
-# Late enough for a warm-up that begins at a rate of 0, and for the first steps that a gradient scaler throws away in fp16.
-WATCHED = 10
-
-
 def require_learning(model: torch.nn.Module) -> None:
-    """Every ``lora_B`` has left zero and holds a number.
-
-    Raises:
-        CourseError: names the first one that does not, and what to change.
-    """
-    norms = lora_b_norms(model)
-    if wild := [name for name, norm in norms.items() if not math.isfinite(norm)]:
+    """Check that every ``lora_B`` is finite and has left zero; names the first that has not."""
+    norms = lora.lora_b_norms(model)
+    if broken := [name for name, norm in norms.items() if not math.isfinite(norm)]:
         raise CourseError(
-            f"{len(wild)} adapters hold NaN, the first is {wild[0]}: halve the learning rate, or compute in float32."
+            f"{len(broken)} adapters hold NaN, the first is {broken[0]}: "
+            "halve the learning rate, or compute in float32."
         )
     if idle := [name for name, norm in norms.items() if norm == 0]:
         raise CourseError(
-            f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: gradients do not reach them. "
-            "With activation checkpointing call model.enable_input_require_grads() first."
+            f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: "
+            "gradients do not reach them. With activation checkpointing call "
+            "model.enable_input_require_grads() first."
         )
 
 
-def is_whole(checkpoint: Path, processes: int = 1) -> bool:
-    """Whether everything that a run goes on from is there. The trainer writes its state last, but only that of the first process."""
+# ---- pre-flight check ----------------------------------------------------------------------------
+
+
+def preflight(
+    plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], trainer: SFTTrainer
+) -> list[tuple[str, str, bool]]:
+    """Check what the trainer will really feed, before the first step: (what, value, passed)."""
+    examples, pad = list(_examples(trainer, 256)), tokenizer.pad_token_id
+    padded = sum(int((labels[ids == pad] != IGNORED).sum()) for ids, labels in examples)
+    in_loss = sum(int((labels != IGNORED).sum()) for _, labels in examples)
+    share = in_loss / max(1, sum(int((ids != pad).sum()) for ids, _ in examples))
+    ends, bos = end_ids(tokenizer), tokenizer.bos_token_id
+    stops = Counter(sum(int((labels == end).sum()) for end in ends) for _, labels in examples)
+    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
+    trained = encode(tokenizer, rows[0])
+    prefix = trained.ids[: sum(not x for x in trained.in_loss)]
+    # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
+    turns = max(1, trained.ids.count(bos))
+    begins = Counter(1.0 if bos is None else int((i == bos).sum()) / turns for i, _ in examples)
+    dtypes = list(lora.dtype_census(trainer.model)["trained"])
+    count = lora.trainable_parameters(trainer.model)
+    expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
+    memory = f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB"
+    return [
+        ("BOS tokens per example", _counts(begins), set(begins) == {1}),
+        ("end tokens in the loss per answer", _counts(stops), set(stops) == {1}),
+        ("pad tokens in the loss", str(padded), not padded),
+        ("pad token differs from the end tokens", str(tokenizer.pad_token), pad not in ends),
+        ("share of tokens in the loss", f"{share:.0%}", in_loss > 0),
+        ("prompt in training = prompt in use", f"{len(prompt)} tokens", prefix == prompt),
+        ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
+        ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
+        ("predicted memory", memory, plan.memory_gb <= plan.card_gb),
+    ]
+
+
+def _examples(trainer: SFTTrainer, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (ids, labels) of each example in the first ``limit`` packed rows, as collated."""
+    for number in range(min(limit, len(trainer.train_dataset))):
+        batch = trainer.data_collator([trainer.train_dataset[number]])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        # Position numbers begin anew with each example of a packed row.
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            yield ids[start:end], labels[start:end]
+
+
+def _counts(counter: Counter[Any]) -> str:
+    """Write ``{1: 864}`` as "1 in each of 864", and anything else count by count."""
+    if len(counter) == 1:
+        return f"{next(iter(counter)):g} in each of {counter.total():,}"
+    return ", ".join(f"{value:g} in {times:,}" for value, times in sorted(counter.items()))
+
+
+def require(checks: Sequence[tuple[str, str, bool]]) -> None:
+    """Raise a ``CourseError`` that names each check of ``preflight`` that failed."""
+    if failed := [f"{what}: {value}" for what, value, passed in checks if not passed]:
+        raise CourseError(f"pre-flight check failed: {'; '.join(failed)}. Fix it before training.")
+
+
+# ---- resume and save -----------------------------------------------------------------------------
+
+
+def is_complete(checkpoint: Path, processes: int = 1) -> bool:
+    """Check that a checkpoint was written to its end, by every process."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json")  # process 0 writes it last
     except (OSError, ValueError):
         return False
-    return processes == 1 or all(
-        (checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(processes)
-    )
+    random_states = (checkpoint / f"rng_state_{rank}.pth" for rank in range(processes))
+    return processes == 1 or all(file.is_file() for file in random_states)
 
 
 def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
-    """The newest whole checkpoint under ``folder``."""
-    found = [p for p in folder.glob("checkpoint-*") if is_whole(p, processes)]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """Return the newest complete checkpoint in ``folder``."""
+    complete = [p for p in folder.glob("checkpoint-*") if is_complete(p, processes)]
+    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-# What a plan says of the machine: it does not decide what is learned.
-OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
+def recipe(plan: Plan) -> dict[str, Any]:
+    """Return everything in the plan that determines the adapter, and the base's weights."""
+    values = {k: v for k, v in plan.as_dict(fit=True).items() if k not in OF_MACHINE}
+    return values | {"base": base_id(plan)}
 
 
 def resumable(plan: Plan) -> Path | None:
-    """The checkpoint that a run of this plan goes on from, or ``None`` for a fresh start; half-written ones are removed.
+    """Return the checkpoint to resume from, or ``None``; incomplete ones are deleted.
 
     Raises:
-        CourseError: the checkpoints belong to another plan or to other weights; names what differs.
+        CourseError: the checkpoints belong to another plan or base; names what differs.
     """
     folder = plan.folder / "checkpoints"
-    record = folder / "plan.json"
-    now = plan.as_dict() | {"base": base_id(plan)}
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    processes = before.get("processes", 1)  # of the run that wrote them: more leave more behind
-    found = last_checkpoint(folder, processes)
-    if found and before:
-        differs = [
-            f"{k} was {before.get(k)!r}, now {now[k]!r}"
-            for k in now
-            if k not in OF_MACHINE and before.get(k) != now[k]
-        ]
+    record, now = folder / "plan.json", recipe(plan)
+    before = read_json(record) if record.is_file() else {}
+    processes = before.get("processes", 1)  # of the run that wrote the checkpoints
+    checkpoint = last_checkpoint(folder, processes)
+    if checkpoint and before:
+        changed = [k for k in now if before.get(k) != now[k]]
+        differs = "; ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in changed)
         if differs:
             raise CourseError(
-                f"the checkpoints in {plan.profile}/checkpoints are of another plan ({'; '.join(differs)}). "
+                f"the checkpoints in {plan.profile}/checkpoints are of another plan ({differs}). "
                 "Delete the folder to start afresh, or set the plan back."
             )
-    for torn in (p for p in folder.glob("checkpoint-*") if not is_whole(p, processes)):
-        shutil.rmtree(torn)
-    if launch.is_main():
+    for incomplete in (p for p in folder.glob("checkpoint-*") if not is_complete(p, processes)):
+        shutil.rmtree(incomplete)
+    if process_state(plan).is_main_process:
         write_json(record, now)
-    return found
+    return checkpoint
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
-    """Check that every adapter learned, save the adapter with its plan, write ``metrics/train.json``; returns the metrics.
-
-    Raises:
-        CourseError: some ``lora_B`` is still zero, or became NaN.
-    """
+    """Save the adapter and ``metrics/train.json`` if every adapter learned; returns the metrics."""
     require_learning(trainer.model)
-    weights = launch.gathered(trainer.model)
-    launch.wait()
+    weights = full_weights(trainer.model)
+    trainer.accelerator.wait_for_everyone()  # the others may still write to a checkpoint
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
     validation = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    packed = trainer.train_dataset
     metrics = {
         "steps": trainer.state.global_step,
-        "rows": len(trainer.train_dataset),
+        "rows": sum(map(len, packed["seq_lengths"])),  # examples; a packed row holds several
+        "packed_rows": len(packed),
         "seconds": round(seconds, 1),
         "loss_first": round(losses[0][1], 4),
         "loss_last": round(losses[-1][1], 4),
         "validation_loss": round(validation[-1][1], 4),
-        "trainable_parameters": trainable_parameters(trainer.model),
+        "trainable_parameters": lora.trainable_parameters(trainer.model),
         "train_curve": losses,
         "validation_curve": validation,
-        "plan": plan.as_dict(),
+        "plan": plan.as_dict(fit=True),
     }
-    if launch.is_main():
+    if trainer.is_world_process_zero():
         save_adapter(plan, trainer, weights)
         write_json(plan.folder / "metrics" / "train.json", metrics)
         shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
@@ -358,22 +389,25 @@ def save_adapter(
     folder: Path | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``folder`` (default: ``runs/<profile>/adapter``) with adapter, tokenizer and plan, whole or not at all; returns it.
+    """Write adapter, tokenizer and plan to ``folder`` (default: that of lesson 04), all or nothing.
 
-    ``weights`` are the adapter's where the model itself holds only a part of them (FSDP); ``more`` is recorded beside the plan.
+    ``weights`` replace the model's own, which FSDP shards; ``more`` is recorded with the plan.
     """
     folder = folder or plan.folder / "adapter"
+    record = plan.as_dict(fit=True) | {"base": base_id(plan)} | dict(more or {})
+    if plan.model_path:  # relative, so that both folders can move together
+        record["model_path"] = os.path.relpath(plan.model_path, folder)
     try:
         with whole_folder(folder) as fresh:
             trainer.model.save_pretrained(fresh, state_dict=weights)
             trainer.processing_class.save_pretrained(fresh)
-            write_json(
-                fresh / "plan.json", plan.as_dict() | {"base": base_id(plan)} | dict(more or {})
-            )
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # a full disk is an OSError to Python, a SafetensorError to the weights' writer
+            # PEFT names the base by its path on this machine, here and in a README of its own.
+            config = read_json(fresh / "adapter_config.json")
+            config["base_model_name_or_path"] = plan.model_id if plan.on_hub else None
+            write_json(fresh / "adapter_config.json", config)
+            (fresh / "README.md").unlink(missing_ok=True)
+            write_json(fresh / "plan.json", record)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
         raise CourseError(
             f"cannot save the adapter: {reason}. The older one is untouched; free some space."
@@ -381,16 +415,20 @@ def save_adapter(
     return folder
 
 
+# ---- runs ----------------------------------------------------------------------------------------
+
+
 def train(plan: Plan) -> dict[str, Any]:
-    """The whole run: data, 4-bit base, adapters, pre-flight, training (resumed if it was cut off), adapter and metrics."""
-    launch.quiet()
+    """Do the whole run, resumed if it was interrupted; returns the metrics."""
+    state = process_state(plan)
+    quiet(state)
     tokenizer = load_tokenizer(plan)
-    with launch.main_first(plan):
-        splits = prepare(plan)
+    with main_first(state):
+        splits = data.prepare(plan)
     rows = select(plan, tokenizer, splits)
     trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
     require(preflight(plan, tokenizer, rows.train, trainer))
-    with launch.main_first(plan):
+    with main_first(state):
         checkpoint = resumable(plan)
     started = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -398,74 +436,180 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def ensure_adapter(plan: Plan) -> Path:
-    """The adapter of lesson 04, trained now if it is not there or belongs to other settings of the data."""
+    """Return the folder of lesson 04's adapter; train it if it is missing or of other data."""
     folder = plan.folder / "adapter"
-    record = folder / "plan.json"
-    if record.is_file():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        now = plan.as_dict() | {"base": base_id(plan)}
-        if all(made.get(k) == now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
-            return folder
-    train(plan)
+    record = generation.adapter_record(folder)
+    now = plan.as_dict() | {"base": base_id(plan)}  # not the sizes of a step: they may differ
+    if any(record.get(k) != now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
+        train(plan)
     return folder
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train without a notebook: alone, or in each process of ``torchrun --nproc_per_node N -m`` or ``accelerate launch -m``."""
-    values = vars(_parser().parse_args(arguments))
-    if name := values.pop("print_launch"):
-        print(launch.config(name))
-        return 0
-    say = print if launch.is_main() else lambda text, file=None: None
+def ensure(
+    plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None, **settings: Any
+) -> Path:
+    """Return ``runs/<profile>/specialties/<name>``: an adapter trained on ``rows``, now or before.
+
+    Training continues the adapter in ``start``, or begins on the base. ``settings`` replace fields
+    of the ``SFTConfig``. The adapter is used again if plan, rows, start and settings are the same.
+    An interrupted run resumes.
+    """
+    folder = plan.folder / "specialties" / name
+    work = folder.with_name(f".{name}.checkpoints")
+    texts = json.dumps([[row["question"], row["answer"]] for row in rows]).encode()
+    weights = (start / "adapter_model.safetensors").read_bytes() if start else b""
+    wanted = recipe(plan) | {
+        "examples": [len(rows), hashlib.sha256(texts).hexdigest()[:16]],
+        "start": hashlib.sha256(weights).hexdigest()[:16] if start else "base",
+        "settings": settings,
+    }
+    if generation.adapter_record(folder).get("recipe") == wanted:
+        return folder
+    record = work / "recipe.json"
+    if not record.is_file() or read_json(record) != wanted:
+        shutil.rmtree(work, ignore_errors=True)  # checkpoints of another recipe
+    write_json(record, wanted)
+    trainer = _specialty_trainer(plan, rows, start, work, settings)
+    checkpoint = last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    require_learning(trainer.model)
+    losses = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
+    more = {"recipe": wanted, "steps": trainer.state.global_step, "losses": losses}
+    save_adapter(plan, trainer, folder=folder, more=more)
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _specialty_trainer(
+    plan: Plan, rows: Sequence[Row], start: Path | None, folder: Path, settings: dict[str, Any]
+) -> SFTTrainer:
+    tokenizer, model = load_tokenizer(plan), None
+    if start:
+        model = generation.load_adapters(plan, {"default": start}, trainable=True)
+    settings = {"eval_strategy": "no", "save_strategy": "no"} | settings  # ``watch`` still saves
+    split = Splits(list(rows), [], [])
+    trainer = build_trainer(plan, model or load_base(plan), tokenizer, split, folder, **settings)
+    require(preflight(plan, tokenizer, rows, trainer))
+    args = trainer.args
+    if args.max_steps > 0:  # a limit, which never makes a run longer than its epochs
+        steps = len(trainer.train_dataset) / plan.accumulation * args.num_train_epochs
+        args.max_steps = min(math.ceil(steps), args.max_steps)
+    return trainer
+
+
+# ---- several processes, and the command line -----------------------------------------------------
+
+
+def process_state(plan: Plan) -> PartialState:
+    """Return accelerate's view of the processes; under a launcher it connects them."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=plan.device == "cpu")
+
+
+@contextmanager
+def main_first(state: PartialState) -> Iterator[None]:
+    """Run the block in process 0, then in the others, which read what it wrote.
+
+    accelerate's ``main_process_first`` would leave the others waiting if process 0 fails. Here
+    they stop with a message. Several machines need a common file system.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    done = [False]
     try:
-        plan = resolve(values.pop("profile"), **values)
-        say(plan)
-        metrics = train(plan)
-    except CourseError as error:
-        say(f"medquad: {error}", file=sys.stderr)
-        return 1
+        if state.is_main_process:
+            yield
+            done = [True]
     finally:
-        launch.close()
-    say({k: v for k, v in metrics.items() if k not in ("plan", "train_curve", "validation_curve")})
+        broadcast_object_list(done)
+    if not state.is_main_process:
+        if not done[0]:
+            raise CourseError("process 0 stopped.")
+        yield
+
+
+def quiet(state: PartialState) -> None:
+    """Switch off progress bars and library messages in all processes but the first."""
+    if not state.is_main_process:
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def check_sharding(plan: Plan) -> None:
+    """Check that FSDP has GPUs: on CPUs accelerate 1.15 ignores it without a message."""
+    if plan.sharded and plan.device == "cpu":
+        raise CourseError("FSDP needs GPUs, and this process runs on a CPU: launch DDP instead.")
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Gather the trained parameters that FSDP shards, on the CPU; every process must call it.
+
+    Returns ``None`` if nothing is sharded.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(hasattr(p, "full_tensor") for p in trained.values()):
+        return None
+    return {name: p.full_tensor().cpu() for name, p in trained.items()}  # type: ignore[attr-defined]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``medquad train`` and ``python -m medquad_utils.training``."""
+    for name, default, metavar, text in (
+        ("profile", "auto", "P", f"auto, {', '.join(PROFILES)} (default: auto)"),
+        ("source", "", "S", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
+        ("data-path", "", "PATH", "the folder or file of an xml, csv, jsonl or parquet source"),
+        ("model", "", "M", "another base: OWNER/NAME on the Hub, or a model's folder"),
+        ("runs", "", "DIR", "where results are written (default: runs)"),
+        ("rows", 0, "N", "training rows; 0 is as many as the profile says"),
+        ("max-steps", 0, "N", "training steps; 0 is as many as the epochs need"),
+        ("lora-r", 0, "N", "rank of the adapters; 0 is the profile's own"),
+        ("seed", 0, "N", "of the split, the draw and the adapters (default: 0)"),
+    ):
+        kind = type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
+    choices, metavar = ["", *CONFIGS], "|".join(CONFIGS)
+    parser.add_argument("--print-launch", default="", choices=choices, metavar=metavar, help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train as the options of ``add_arguments`` say; raises ``CourseError``."""
+    if options.print_launch:
+        print(CONFIGS[options.print_launch])
+        return 0
+    names = ("source", "data_path", "model", "rows", "max_steps", "lora_r", "seed")
+    values = {name: getattr(options, name) for name in names}
+    plan = resolve(options.profile, out=options.runs, **values)
+    state = process_state(plan)
+    try:
+        state.print(plan)
+        metrics = train(plan)
+    finally:
+        state.destroy_process_group()  # or the others wait for a process that has gone
+    curves = ("plan", "train_curve", "validation_curve")
+    state.print({name: value for name, value in metrics.items() if name not in curves})
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    """An option for each of the notebooks' parameters, and one for the launcher's config."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train without a notebook: alone, or as one process of torchrun or accelerate launch."""
     parser = argparse.ArgumentParser(
         prog="python -m medquad_utils.training",
-        description="Train the adapter without a notebook: data, 4-bit base, pre-flight, training, adapter and metrics.",
+        description="Train the adapter: data, 4-bit base, pre-flight, training, adapter, metrics.",
         epilog="On several GPUs: torchrun --nproc_per_node N -m medquad_utils.training [options]",
     )
-    parser.add_argument(
-        "--profile",
-        default="auto",
-        metavar="P",
-        help=f"auto, {', '.join(PROFILES)} (default: auto)",
-    )
-    for name, metavar, text in (
-        ("source", "S", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
-        ("data-path", "PATH", "the folder or file of an xml, csv, jsonl or parquet source"),
-        ("model-path", "DIR", "a model folder on this machine instead of the Hub"),
-        ("out", "DIR", "where results go (default: runs)"),
-    ):
-        parser.add_argument(f"--{name}", default="", metavar=metavar, help=text)
-    for name, text in (
-        ("rows", "training rows; 0 is as many as the profile says"),
-        ("max-steps", "training steps; 0 is as many as the epochs need"),
-        ("lora-r", "rank of the adapters; 0 is the profile's own"),
-        ("seed", "of the split, the draw and the adapters (default: 0)"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=text)
-    text = "print the path of an accelerate config that ships here, for accelerate launch --config_file, and stop"
-    parser.add_argument(
-        "--print-launch",
-        default="",
-        choices=["", *launch.CONFIGS],
-        metavar="|".join(launch.CONFIGS),
-        help=text,
-    )
-    return parser
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except CourseError as error:
+        if local_rank() == 0:
+            print(f"medquad: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

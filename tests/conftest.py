@@ -232,7 +232,7 @@ def small_evaluation(
 
     from medquad_utils import evaluation, safety, scores
     from medquad_utils.assets import sample
-    from medquad_utils.questions import Question, Questions
+    from medquad_utils.evaluation import Question, Questions
 
     plan = dataclasses.replace(tiny(out), max_new_tokens=8)
     rows = sample.rows()

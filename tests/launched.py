@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from conftest import tiny
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from medquad_utils import CourseError, launch, machine, training
+from medquad_utils import CourseError, data, machine, training
 from medquad_utils.profiles import Plan
 
 STEPS, DIES_AT = 4, 3
+MAIN = os.environ.get("RANK", "0") == "0"
 _settings = training.sft_config
 
 
 def small(out: Path, processes: int) -> Plan:
     """25 rows packed into eight, four a step: the same rows for any number of processes."""
-    sizes = {"eval_rows": 4, "epochs": 2, "pack_length": 256, "accumulation": 4 // processes}
-    return dataclasses.replace(tiny(out, rows=25, max_steps=STEPS), **sizes)
+    plan = tiny(out, rows=25, max_steps=STEPS).with_fit(
+        pack_length=256, accumulation=4 // processes
+    )
+    return dataclasses.replace(plan, eval_rows=4, epochs=2)
 
 
 def every_step(plan: Plan, folder: Path | None = None) -> Any:
@@ -58,7 +62,7 @@ class Seen(TrainerCallback):
 
 def pretend_gpus() -> None:
     """Let accelerate shard on CPUs: it does so for GPUs only, though torch and gloo can."""
-    from accelerate.state import DistributedType, PartialState
+    from accelerate.state import DistributedType
 
     plain = PartialState.__init__
 
@@ -68,7 +72,7 @@ def pretend_gpus() -> None:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     PartialState.__init__ = init
-    launch.settings = lambda plan: {"ddp_find_unused_parameters": False}
+    training.check_sharding = lambda plan: None
 
 
 def run(job: str, folder: str) -> int:
@@ -77,27 +81,28 @@ def run(job: str, folder: str) -> int:
         os.environ |= dict(line.split("=") for line in os.environ["TEST_FSDP"].split())
         pretend_gpus()
     training.resolve = lambda *args, **kwargs: small(Path(folder), machine.processes())
-    watch, prepare = training.watch, training.prepare
+    watch, prepare = training.watch, data.prepare
 
     def broken(plan: Plan) -> Any:
-        assert launch.is_main(), "process 1 made data although process 0 could not"
+        assert MAIN, "process 1 made data although process 0 could not"
         raise CourseError("the disk is full")
 
     training.watch = lambda trainer: (watch(trainer), trainer.add_callback(Seen(job)))
-    training.prepare = broken if job == "fails" else prepare
+    data.prepare = broken if job == "fails" else prepare
     try:
         return training.main(["--profile", "tiny"])
     finally:
-        training.watch, training.prepare = watch, prepare
+        training.watch, data.prepare = watch, prepare
 
 
 if __name__ == "__main__":
-    os.umask(0o022 if launch.is_main() else 0o077)
-    if not launch.is_main():
+    os.umask(0o022 if MAIN else 0o077)
+    if not MAIN:
         PeftModel.save_pretrained = None  # it may not save an adapter
     torch.set_num_threads(1)
     training.sft_config = every_step
-    close, launch.close = launch.close, lambda: None
+    close = PartialState.destroy_process_group
+    PartialState.destroy_process_group = lambda self: None  # one group serves all jobs
     statuses = [run(*argument.split(":", 1)) for argument in sys.argv[1:]]
     print(f"process {os.environ['RANK']} ended with {statuses}", flush=True)
-    close()
+    close(PartialState())

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, course
-from medquad_utils.files import whole_file, whole_folder, write_between, write_json
+from medquad_utils import CourseError, course, estimate
+from medquad_utils.files import MEASURED, read_json, whole_file, whole_folder, write_json
 from medquad_utils.machine import default_out, versions
 
 ADAPTER = Path(__file__).parent / "adapter"
+COSTS = "<!-- costs -->", "<!-- /costs -->"
 
 
 def digest(file: Path) -> str:
@@ -34,11 +35,9 @@ def keep_adapter(run: Path, target: Path = ADAPTER) -> None:
 
     Folders of this machine are taken out: tests find the base by the plan.
     """
-    config, plan = (
-        _read(run / "adapter" / "adapter_config.json"),
-        _read(run / "adapter" / "plan.json"),
-    )
-    train = _read(run / "metrics" / "train.json")
+    config = read_json(run / "adapter" / "adapter_config.json")
+    plan = read_json(run / "adapter" / "plan.json")
+    train = read_json(run / "metrics" / "train.json")
     config["base_model_name_or_path"] = None
     plan["out"] = train["plan"]["out"] = "runs"
     with whole_folder(target) as fresh:
@@ -50,8 +49,24 @@ def keep_adapter(run: Path, target: Path = ADAPTER) -> None:
         write_json(fresh / "manifest.json", {p.name: digest(p) for p in sorted(fresh.iterdir())})
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+def between(text: str, marks: tuple[str, str]) -> str:
+    """Return the text between two marks, without the white space around it."""
+    return _parts(text, marks)[1].strip()
+
+
+def write_between(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace the text between two marks of a file."""
+    head, _, tail = _parts(path.read_text(encoding="utf-8"), marks)
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{head}{marks[0]}\n{text}\n{marks[1]}{tail}", encoding="utf-8")
+
+
+def _parts(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:
+    head, first, rest = text.partition(marks[0])
+    middle, second, tail = rest.partition(marks[1])
+    if not (first and second):
+        raise CourseError(f"the text holds no {' ... '.join(marks)}: put them around the table.")
+    return head, middle, tail
 
 
 def scrub(cell: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +121,7 @@ def need(result: course.Result) -> str:
 
 def stamp(executed: Path, notebook: Path, profile: str, result: course.Result) -> None:
     """Take the scrubbed outputs of ``executed`` into ``notebook``, and record what made them."""
-    done = json.loads(executed.read_text(encoding="utf-8"))
+    done = read_json(executed)
     cells = [
         scrub(c)
         for c in done["cells"]
@@ -155,6 +170,32 @@ def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def cost_table(folder: Path = MEASURED) -> str:
+    """README's table: the 8 B model on every GPU, estimated, and every run that was measured."""
+    head = "| model | on | one micro-batch | peak memory | tokens/s | minutes an epoch | from |"
+    lines, runs = [head, "|---|---|---|---|---|---|---|"], estimate.read_runs(folder)
+    bills = [
+        estimate.estimate("llama-8b", name, runs=runs)
+        for name, card in estimate.CARDS.items()
+        if card.capability
+    ]
+    lines += [
+        f"| `llama-8b` | {e.card.name} | {e.micro_words} | "
+        f"{e.run.peak_gb if e.run else e.memory_gb:.1f} GB | {e.tokens_per_second:,.0f} | "
+        f"{e.minutes:,.0f} | {e.basis} |"
+        for e in bills
+    ]
+    for run in (run for run in runs if not any(run is e.run for e in bills)):
+        sizes = estimate.TRAINING_PART.items()
+        tokens = next(tokens for most, (_, tokens) in sizes if most >= run.longest)
+        lines.append(
+            f"| `{run.profile}` | {run.device} | {run.micro.rows} x {run.micro.length:,} tokens | "
+            f"{run.peak_gb:.1f} GB | {run.tokens_per_second:,.0f} | "
+            f"{tokens / run.tokens_per_second / 60:,.0f} | measured, {run.date} |"
+        )
+    return "\n".join(lines)
+
+
 def verified(having: Mapping[str, str]) -> str:
     """The line of README with the date and the versions of the last full run."""
     said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in having.items())
@@ -170,7 +211,7 @@ def main(only: Sequence[str]) -> None:
         if notebook.name.startswith("04"):
             keep_adapter(folder)
     record = home / "timings.json"
-    timings = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    timings = read_json(record) if record.is_file() else {}
     for result in results:
         took = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         timings[result.lesson[:2]] = took
@@ -178,6 +219,7 @@ def main(only: Sequence[str]) -> None:
     readme = home.parent / "README.md"
     for page in (readme, home / "TEACHING.md"):
         write_between(page, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
+    write_between(readme, COSTS, cost_table())
     if not only:
         marks = ("<!-- verified -->", "<!-- /verified -->")
         write_between(readme, marks, verified(versions()))

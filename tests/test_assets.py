@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from medquad_utils.assets import build, sample
 from medquad_utils.chat import end_ids
-from medquad_utils.data import clean
+from medquad_utils.cleaning import clean
 from medquad_utils.evaluation import facts_complete
 from medquad_utils.generation import ask
 from medquad_utils.profiles import PROFILES, TINY_MODEL, Shape

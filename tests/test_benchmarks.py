@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import benchmark
+from stamp import between
 
-from medquad_utils import estimate, evaluation, files, generation, machine, profiles
+from medquad_utils import estimate, evaluation, generation, machine, profiles
 
 CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
@@ -21,7 +22,7 @@ KNOWN = {"all rows": (0.32, 0.29), "without boilerplate": (0.23, 0.19)}  # count
 
 @pytest.mark.parametrize("script", [*SPEEDS, "load_memory"])
 def test_readme_of_the_benchmarks_says_what_the_json_says(script: str) -> None:
-    page = files.between(common.README.read_text(encoding="utf-8"), common.marks(script))
+    page = between(common.README.read_text(encoding="utf-8"), common.marks(script))
     assert page == benchmark(script).page(SPEEDS.get(script, MEMORY))
 
 
@@ -29,13 +30,13 @@ def test_random_llama_loads_in_4_bits_with_its_exact_shape(tmp_path: Any) -> Non
     shape = profiles.Shape(64, 2, 128, 4, 2, 3100)
     first, again = (random_llama.write(shape, tmp_path / name) for name in "ab")
     assert len({(f / "model.safetensors").read_bytes() for f in (first, again)}) == 1, "seeded"
-    model = generation.load_base(profiles.resolve("tiny", hardware=CPU, model_path=str(first)))
+    model = generation.load_base(profiles.resolve("tiny", hardware=CPU, model=str(first)))
     assert profiles.Shape.of(model.config).parameters == shape.parameters
 
 
 def test_every_arm_trains_on_the_rows_of_the_committed_run() -> None:
     plan = train_speed.plan_for("tiny", hardware=CPU)
-    drawn = {arm: train_speed.drawn_rows(plan, plan, arm, LENGTHS, 8) for arm in "abc"}
+    drawn = {arm: train_speed.drawn_rows(plan, {}, arm, LENGTHS, 8) for arm in "abc"}
     assert [len(drawn[arm][0]) for arm in "ab"] == [4, 8], "rows of the arm's own warm-up step"
     rows, run = drawn["c"][1], SPEEDS["train_speed"]["cpu"]["tiny"]["arms"]["c"]
     assert all(others == rows for _, others in drawn.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -15,8 +16,8 @@ import psutil
 import pytest
 from conftest import REPO
 
-from medquad_utils import CourseError, cli, course, machine, profiles, readiness
-from medquad_utils.readiness import OK, PROBLEM, WARNING, Finding
+from medquad_utils import cli, course, machine, profiles
+from medquad_utils.machine import OK, PROBLEM, WARNING, Finding
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib", "papermill"}
@@ -28,16 +29,16 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     shown, loaded = done.stdout.split("\nloaded ")
     assert done.returncode == 0 and not HEAVY & set(loaded.split())
-    assert all(f"\n    {command} " in shown for command in ("doctor", "run", "ask", "publish"))
+    assert all(f"\n    {command} " in shown for command in ("doctor", "run", "train", "ask"))
 
 
 def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(machine, "hub_token", lambda: None)
     assert cli.main(["doctor"]) == 0
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    facts = {line[0]: line[-1].strip() for line in lines}
-    assert facts["auto takes"].startswith("tiny (the Hugging Face Hub is out of reach")
-    assert facts["HF_TOKEN"] == "not set" and facts["torch"] == machine.versions()["torch"]
+    found = capsys.readouterr().out
+    assert re.search(r"(?m)^ok +auto +takes tiny \(the Hugging Face Hub is out of reach", found)
+    assert re.search(rf"(?m)^ok +tested .*torch {re.escape(machine.versions()['torch'])}", found)
+    assert re.search(r"(?m)^profile +tiny", found)
 
 
 RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "demo"))
@@ -48,12 +49,13 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "--only", "99"], "no lesson 99: there are 01, 02, 03, 04, 05"),
     ([*RUN, "-p", "temperatur=1"], "unknown parameter temperatur: the lessons take data_path"),
     ([*RUN, "-p", "source"], "'source': expected NAME=VALUE"),
+    (["train", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),
     ([*RUN, "-p", "rows=-5"], "rows=-5: expected a whole number"),
     ([*RUN, "-p", "source=xml"], "'xml' needs data_path"),
-    ([*RUN, "-p", "model_path=nowhere"], "model_path=nowhere: there is no such file or folder"),
-    ([*RUN, "--only", "01", "--out", "a file"], "a file"),
+    ([*RUN, "-p", "model=nowhere"], "model 'nowhere': expected OWNER/NAME"),
+    ([*RUN, "--only", "01", "--runs", "a file"], "a file"),
     ([*ASK, "  "], 'medquad ask "What causes asthma?"'),
-    ([*ASK, "What causes asthma?", "--out", "nothing"], "medquad run --profile tiny --only 04"),
+    ([*ASK, "What causes asthma?", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
@@ -70,55 +72,56 @@ def test_a_mistake_is_one_line_and_starts_nothing(
 
 
 def test_packages_that_do_not_fit_have_the_line_that_installs_them(monkeypatch: Patch) -> None:
-    have = {"torch": "2.8.0", "peft": ""}
+    have = {"torch": "2.8.0"}
 
     def version(name: str) -> str:
-        if not have[name]:
+        if name not in have:
             raise importlib.metadata.PackageNotFoundError(name)
         return have[name]
 
     monkeypatch.setattr(importlib.metadata, "metadata", lambda _: {"Requires-Python": ">=3.11"})
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["torch<2.15,>=2.9", "peft>=0.2"])
     monkeypatch.setattr(importlib.metadata, "version", version)
-    old, missing = readiness.packages()
-    assert (old.state, old.todo) == (PROBLEM, 'pip install "torch<2.15,>=2.9"')
-    assert "peft is missing" in missing.said
+    monkeypatch.setattr(machine, "versions", dict)
+    _, wrong, *_ = machine.doctor()
+    assert (wrong.state, wrong.todo) == (PROBLEM, 'pip install "torch<2.15,>=2.9" "peft>=0.2"')
+    assert "torch 2.8.0, expected" in wrong.text and "peft is missing" in wrong.text
     have |= {"torch": "2.14.1", "peft": "0.21.2"}
-    (untested,) = readiness.packages()
-    assert untested.state == WARNING and "torch 2.14.1 (tested: 2.13.0)" in untested.said
+    _, fits, untested, *_ = machine.doctor()
+    assert (fits.state, untested.state) == (OK, WARNING)
+    assert "torch 2.14.1 (tested: 2.13.0)" in untested.text
 
 
-def test_all_that_is_wrong_with_a_machine_is_found(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_doctor_finds_all_problems(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     broken = Path(shutil.copytree(profiles.TINY_MODEL, tmp_path / "tiny"))
     (broken / "model.safetensors").write_bytes(b"not weights")
     changed = json.loads(course.lessons()[1].read_text(encoding="utf-8"))
     changed["cells"][1]["source"] = "print('mine')"
     (tmp_path / "02_changed.ipynb").write_text(json.dumps(changed))
 
-    def lost() -> list[Finding]:
-        raise CourseError("lost")
-
     monkeypatch.setattr(profiles, "TINY_MODEL", broken)
     monkeypatch.setattr(course, "lessons", lambda: [tmp_path / "02_changed.ipynb"])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e8, total=8e9))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5e8))
-    monkeypatch.setattr(readiness, "packages", lost)
+    monkeypatch.setattr(importlib.metadata, "requires", None)  # a failing check
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(readiness, "PORTS", {port: "do this"})
-        found = {f.what: f for f in readiness.check()}
-    problems = {what for what, finding in found.items() if finding.state == PROBLEM}
-    assert problems == {"packages", "model", "memory", "disk"}
-    assert found["lessons"].state == WARNING and "02 changed" in found["lessons"].said
-    assert found[f"port {port}"] == Finding(f"port {port}", WARNING, "taken", "do this")
+        monkeypatch.setattr(machine, "PORTS", {port: "do this"})
+        assert cli.main(["doctor"]) == 1
+    found = capsys.readouterr().out
+    problems = set(re.findall(r"(?m)^problem  (\w+)", found))
+    assert problems == {"packages", "model", "memory", "disk"} and "not ready: 4 to fix" in found
+    assert re.search(r"(?m)^warning  lessons .*: 02 changed\n +-> git checkout", found)
+    assert re.search(rf"(?m)^warning  port {port}  taken\n +-> do this$", found)
 
 
 @pytest.mark.parametrize(("state", "status"), [(OK, 0), (WARNING, 0), (PROBLEM, 1)])
-def test_the_check_ends_with_a_status(
+def test_the_doctor_ends_with_a_status(
     state: str, status: int, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(readiness, "check", lambda: [Finding("it", state, "said", "do this")])
-    assert cli.main(["course", "--check"]) == status
+    monkeypatch.setattr(machine, "doctor", lambda _: [Finding("it", state, "text", "do this")])
+    monkeypatch.setattr(course, "changed", list)
+    assert cli.main(["doctor"]) == status
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [state, "it", "said"] and lines[1].strip() == "-> do this"
-    assert lines[-1].startswith("not ready: 1 to mend" if status else "ready for class")
+    assert lines[0].split() == [state, "it", "text"] and lines[1].strip() == "-> do this"
+    assert lines[-1].startswith("not ready: 1 to fix" if status else "ready for class")

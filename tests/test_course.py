@@ -85,7 +85,8 @@ def test_a_killed_kernel_is_one_message_about_memory(toys: Path) -> None:
 
 
 def test_a_mistake_in_a_notebook_is_one_line_and_a_bug_keeps_its_traceback() -> None:
-    setup = "from medquad_utils import machine, profiles\nhardware = machine.Hardware('cpu', 'any', 16.0)\n"
+    setup = "from medquad_utils import machine, profiles\n"
+    setup += "hardware = machine.Hardware('cpu', 'any', 16.0)\n"
     setup += "plan = profiles.resolve('tiny', hardware=hardware)"
     made = notebook(setup, "print(splits)", "profiles.resolve('huge')", "1 / 0", "print('on')")
     at = {"metadata": {"path": str(REPO)}}

@@ -189,6 +189,7 @@ def test_rows_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
     [
         ("a.csv", b"question,reply\na,b\n", "a.csv lacks the columns qtype, answer: it has"),
         ("a.csv", "qtype,question,answer\na,b,é\n".encode("latin-1"), "a.csv as csv.*UTF-8"),
+        ("a.csv", b'qtype,question,answer\na,"b,c\n', "a.csv as csv: unexpected end of data"),
         ("a.csv", b"qtype,question,answer\n", "a.csv.* holds no question with an answer"),
         ("a.jsonl", b'{"qtype": "a", "q', r"cannot read a\.jsonl as jsonl"),
         ("a.jsonl", b"[1, 2]\n", "a.jsonl.*line 1 is not an object"),

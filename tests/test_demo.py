@@ -23,10 +23,9 @@ from playwright.sync_api import Page, expect
 from medquad_utils import CourseError, cli, demo, generation
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
-from medquad_utils.explanation import Support
 from medquad_utils.machine import Hardware
 from medquad_utils.profiles import TINY_MODEL, resolve
-from medquad_utils.retrieval import ARCHIVED, COURSE_TEXT, NO_SOURCE, Hit
+from medquad_utils.retrieval import ARCHIVED, COURSE_TEXT, NO_SOURCE, Hit, Support
 from medquad_utils.safety import EMERGENCY
 from medquad_utils.serving import free_port
 
@@ -66,7 +65,7 @@ def test_the_base_answers_without_its_adapter(bot: demo.Bot, tiny_base: Any) -> 
 
 def test_a_merged_model_has_no_base_to_ask(tmp_path: Path) -> None:
     merged = demo.load(tiny(tmp_path), Path(shutil.copytree(TINY_MODEL, tmp_path / "merged")))
-    assert merged.arms == ["tuned"] and "".join(merged.stream(ASTHMA, "tuned", 8))
+    assert merged.variants == ["tuned"] and "".join(merged.stream(ASTHMA, "tuned", 8))
 
 
 def test_special_tokens_that_a_person_types_are_text(bot: demo.Bot, monkeypatch: Patch) -> None:
@@ -148,7 +147,7 @@ def test_a_question_without_a_whole_answer_says_why(bot: demo.Bot, monkeypatch: 
         (asked(ASTHMA).ended(), "", demo.UNANSWERED),
         (asked(ASTHMA).last(answer="So").ended(), "So", demo.STOPPED),
         (busy, "", demo.TOO_FAST),
-        (broken, "So far", demo.BROKE_OFF),
+        (broken, "So far", demo.BROKEN_OFF),
     ):
         assert chat.turns[-1].answer == answer and chat.turns[-1].problem.startswith(problem)
 
@@ -181,14 +180,13 @@ def test_a_space_has_the_tested_versions_the_notice_and_an_app_that_runs(
     folder, served = tmp_path / "space", []
     assert cli.main(["demo", *TINY, "--space", str(folder), "--repo", "me/chat"]) == 0
     lines = (folder / "requirements.txt").read_text().splitlines()
-    conda = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-    assert set(lines[1:]) <= set(next(part["pip"] for part in conda if isinstance(part, dict)))
+    assert set(lines[1:]) <= set((REPO / "constraints.txt").read_text().splitlines())
     _, header, text = (folder / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(header)
     assert (card["sdk"], card["models"], card["license"]) == ("gradio", ["me/chat"], "apache-2.0")
     assert f"gradio=={card['sdk_version']}" in lines and NOTICE in text
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo: str(trained_adapter))
-    monkeypatch.setattr(demo, "serve", lambda bot, host, port: served.append((bot.arms, host)))
+    monkeypatch.setattr(demo, "serve", lambda bot, host, port: served.append((bot.variants, host)))
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "runs"))
     runpy.run_path(str(folder / "app.py"), run_name="__main__")
     assert served == [(["tuned", "base"], "0.0.0.0")]
@@ -265,10 +263,10 @@ def test_an_answer_grows_until_it_is_stopped_then_the_next_one_comes(new_page: A
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.locator("#chat .problem")).to_have_text(demo.STOPPED)
     assert closed.wait(30), "the generation goes on in secret"
-    page.get_by_role("radio", name=demo.ARMS["base"]).check()
+    page.get_by_role("radio", name=demo.VARIANTS["base"]).check()
     ask(page, ASTHMA)
     expect(page.locator("#chat .sources")).to_be_visible()
-    expect(page.locator("#chat .arm").nth(1)).to_have_text(demo.ARMS["base"])
+    expect(page.locator("#chat .variant").nth(1)).to_have_text(demo.VARIANTS["base"])
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stamp
 import torch
 from conftest import benchmark
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ from medquad_utils import (
     cli,
     data,
     estimate,
-    files,
     generation,
     memory,
     profiles,
@@ -74,9 +74,9 @@ def small_trainer(shape: Shape, folder: Path, micro: Micro) -> Any:
     """A trainer on a Llama of random weights, with the micro-batch's numbers."""
     hardware = Hardware("cpu", "a CPU", 64.0, bf16_cpu=micro.compute_bytes == 2)
     path = str(benchmark("random_llama").write(shape, folder / "model"))
-    plan = profiles.resolve("tiny", hardware=hardware, model_path=path, out=str(folder / "runs"))
+    plan = profiles.resolve("tiny", hardware=hardware, model=path, out=str(folder / "runs"))
     changes = {"lora_dropout": 0.1 * micro.dropout, "lora_r": micro.rank}
-    plan = dataclasses.replace(plan, checkpointing=bool(micro.checkpoint), **changes)
+    plan = dataclasses.replace(plan, **changes).with_fit(checkpointing=bool(micro.checkpoint))
     rows = data.prepare(plan)
     few = splits.Splits(rows.train[:4], rows.validation[:4], rows.test[:4])
     tokenizer = generation.load_tokenizer(plan)
@@ -200,17 +200,18 @@ def test_what_is_not_given_is_what_resolve_chooses(profile: str) -> None:
     for card in CARDS.values():
         try:
             plan = profiles.resolve(profile, hardware=card.hardware)
+            _ = plan.fit
         except CourseError:
             assert not card.capability, "every GPU of the table carries every profile"
             continue
         found = estimate.estimate(profile, card.name, runs=[])
         assert found.memory_gb == plan.memory_gb
-        assert (found.packed, found.micro.length) == (plan.packing, plan.pack_length)
+        assert (found.packed, found.micro.length) == (True, plan.pack_length)
 
 
 def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
     text = (repo / "README.md").read_text(encoding="utf-8")
-    assert files.between(text, estimate.MARKS) == estimate.cost_table()
+    assert stamp.between(text, stamp.COSTS) == stamp.cost_table()
 
 
 GOOD = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
@@ -223,7 +224,7 @@ GOOD = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "inter
         ("--gpu T5", GOOD, "unknown card 'T5': expected T4, L4, A10G, A100-40"),
         ("--price nan", GOOD, "price nan: expected"),
         ("--out bar.txt", GOOD, "--out 'bar.txt'"),
-        ("--config nowhere.json", GOOD, "config 'nowhere.json': no such file"),
+        ("--model nowhere.json", GOOD, "config 'nowhere.json': no such file"),
         ("", [], "model_type None: expected 'llama'"),
         ("", GOOD | {"vocab_size": "x"}, "lacks a whole number over 0 for vocab_size"),
         ("", GOOD | {"hidden_size": 65}, "65 is no multiple of 4 heads"),
@@ -236,7 +237,7 @@ def test_a_mistake_of_the_estimate_ends_in_one_line(
     file.write_text(json.dumps(GOOD))
     assert estimate.read_shape(str(tmp_path)) == Shape(64, 2, 128, 4, 4, 512)
     file.write_text(json.dumps(config))
-    assert cli.main(["estimate", "--config", str(tmp_path), *options.split()]) == 1
+    assert cli.main(["estimate", "--model", str(tmp_path), *options.split()]) == 1
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert expected in said.err

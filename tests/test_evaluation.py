@@ -12,20 +12,10 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
-from medquad_utils import (
-    CourseError,
-    arms,
-    chat,
-    cli,
-    evaluation,
-    files,
-    generation,
-    questions,
-    retrieval,
-)
+from medquad_utils import CourseError, chat, cli, evaluation, files, generation, retrieval
 from medquad_utils.assets import sample
+from medquad_utils.evaluation import Question, read_questions
 from medquad_utils.generation import Answer
-from medquad_utils.questions import Question, read_questions
 from medquad_utils.scores import answer_loss
 
 GOUT = {"question": "What causes Gout ?", "answer": "Too much uric acid."}
@@ -51,9 +41,9 @@ def test_questions_are_merged_skipped_with_their_rows_and_drawn(tmp_path: Path) 
     answers = ("Too much uric acid.", "Uric acid.\nMuch.", "It.")
     expected = [(1, answers), (15, ("x [y].", "z")), (16, ("[1] Y.",))]
     assert [(q.number, q.references) for q in found.asked] == expected
-    assert found.notes[questions.NO_QUESTION] == [2, 3, 4, 5, 6, 7]
-    assert found.notes[questions.NO_ANSWER] == [8, 9, 10, 11, 12, 13]
-    assert found.notes[questions.MERGED] == found.notes[questions.CONTROLS] == [14]
+    assert found.notes[evaluation.NO_QUESTION] == [2, 3, 4, 5, 6, 7]
+    assert found.notes[evaluation.NO_ANSWER] == [8, 9, 10, 11, 12, 13]
+    assert found.notes[evaluation.MERGED] == found.notes[evaluation.CONTROLS] == [14]
     drawn = [[q.number for q in read_questions(path, 1, seed).asked] for seed in (*range(9), 0)]
     assert drawn[0] == drawn[-1] and {*map(tuple, drawn)} == {(1,), (15,), (16,)}, "by the seed"
 
@@ -61,7 +51,7 @@ def test_questions_are_merged_skipped_with_their_rows_and_drawn(tmp_path: Path) 
 @pytest.mark.parametrize("room", [50, 200, 960])
 def test_prompts_fit_and_take_no_special_token_from_a_user(tiny_tokenizer: Any, room: int) -> None:
     def fitted(question: str, *passages: str) -> tuple[str, bool, list[int]]:
-        messages, cut = questions.fitted(tiny_tokenizer, question, room, passages)
+        messages, cut = evaluation.fitted(tiny_tokenizer, question, room, passages)
         ids = chat.prompt_ids(tiny_tokenizer, messages)
         assert len(ids) <= room
         special = [i for i in ids if i in tiny_tokenizer.added_tokens_decoder]
@@ -140,10 +130,10 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_base: Any, tiny_tokeni
     asked += [Question(2, "zzyzx ?", ("x",)), Question(7, f"{rows[0]['focus']} " * 900, ("x",))]
     index = retrieval.Index(archive)
     jobs = evaluation.prompts(tiny(), tiny_base, tiny_tokenizer, asked, index, notes)
-    assert notes == {arms.UNGROUNDED: [2], arms.CUT: [7]}
+    assert notes == {evaluation.UNGROUNDED: [2], evaluation.CUT: [7]}
     said = jobs["grounded"]["1"][1]["content"]
     assert archive[0]["answer"] not in said
-    assert sum(r["answer"] in said for r in archive[1:]) == arms.PASSAGES
+    assert sum(r["answer"] in said for r in archive[1:]) == evaluation.PASSAGES
     room = tiny_base.config.max_position_embeddings - tiny().max_new_tokens
     cut = [jobs[arm]["7"] for arm in ("base", "grounded")]
     assert max(len(chat.prompt_ids(tiny_tokenizer, messages)) for messages in cut) <= room
@@ -171,12 +161,12 @@ def answers(evaluated: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def ungrounded(metrics: Any) -> list[int]:
-    return next(note["rows"] for note in metrics["notes"] if note["what"] == arms.UNGROUNDED)
+    return next(note["rows"] for note in metrics["notes"] if note["what"] == evaluation.UNGROUNDED)
 
 
 def test_every_arm_answers_every_question_within_the_limit(answers: Any) -> None:
-    assert set(answers) == {*arms.ARMS, "base, safety", "tuned, safety"}
-    for arm in arms.ARMS:
+    assert set(answers) == {*evaluation.ARMS, "base, safety", "tuned, safety"}
+    for arm in evaluation.ARMS:
         assert [a["id"] for a in answers[arm]] == [str(n) for n in range(1, 11)]
         assert answers[arm][8]["question"] == NASTY, "asked and kept as text"
         assert all(a["tokens"] <= 8 and (a["stopped"] or a["tokens"] == 8) for a in answers[arm])
@@ -205,7 +195,7 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
     for score in ("rouge1", "rougeL", "bleu", "chrf", "tfidf_cosine", "facts_complete", "stopped"):
         key = "stop_rate" if score == "stopped" else score
         base = numpy.array([a[score] for a in answers["base"]], dtype=float)
-        for arm in arms.ARMS:
+        for arm in evaluation.ARMS:
             values = numpy.array([a[score] for a in answers[arm]], dtype=float)
             cell = overall["arms"][arm][key]
             assert cell["mean"] == pytest.approx(numpy.nanmean(values), abs=1e-4)
@@ -237,33 +227,44 @@ def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> No
     assert metrics["notes"][0] == {"what": "skipped: <u>a test</u>", "n": 2, "rows": [11, 12]}
 
 
-def test_answers_of_another_recipe_are_not_taken(evaluated: Path, tmp_path: Path) -> None:
-    path, said = tmp_path / "j.jsonl", []
-    evaluation.Journal(path, {"seed": 0}).add("base", {"1": Answer("one\n\u2028é", 3, True)})
-    before = path.read_bytes()
-    assert evaluation.Journal(path, {"seed": 0}).done["base"]["1"].text == "one\n\u2028é"
-    assert evaluation.Journal(path, {"seed": 1}, said.append).done == {}
-    assert said == ["j.jsonl is of another run (seed differ): set aside as j.jsonl.old."]
-    assert (tmp_path / "j.jsonl.old").read_bytes() == before
-    table = evaluated / "answers.parquet"
-    recipe = json.loads(pyarrow.parquet.read_schema(table).metadata[b"recipe"])
-    assert recipe.keys() >= {"base", "adapter", "prompts", "max_new_tokens", "seed"}
-    assert len(evaluation.finished(table, recipe)["tuned"]) == 10
-    assert all(evaluation.finished(table, recipe | {key: "x"}) == {} for key in recipe)
+def test_answers_of_another_recipe_are_not_taken(
+    tiny_base: Any, tiny_tokenizer: Any, evaluated: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked, said, jobs = [], [], {"tuned": {"1": [], "x": []}}
+
+    def generate(*arguments: Any, **options: Any) -> list[Answer]:
+        asked.append(options["progress"])
+        return [Answer("one\n\u2028é\x85", 3, True), Answer("", 8, False)]
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    recipes = [{"seed": seed, "max_new_tokens": 8} for seed in (0, 0, 1)]
+    folder = tmp_path / "answers"
+    given = [
+        evaluation.generate_all(tiny_base, tiny_tokenizer, jobs, r, folder, report=said.append)
+        for r in recipes
+    ]
+    assert (
+        given[1] == given[0] == {"tuned": dict(zip(["1", "x"], generate(progress=0), strict=True))}
+    )
+    assert asked == ["tuned", "tuned", 0], "generated for the first recipe and for the last"
+    assert said == ["answers/ is of another run (seed differ): set aside as answers.old/."]
+    kept = {path.name for path in (tmp_path / "answers.old").iterdir()}
+    assert kept == {"recipe.json", "tuned.jsonl"}
+    assert files.read_json(tmp_path / "answers.old" / "recipe.json") == recipes[0]
+    recipe = files.read_json(evaluated / "answers" / "recipe.json")
+    assert recipe.keys() == {"model", "base", "adapter", "prompts", "max_new_tokens", "seed"}
 
 
-def test_a_stopped_run_generates_only_the_rest_and_tears_no_file(
+def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
     tiny_adapter: Path, evaluated: Path, metrics: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    generated, generate, write = [], arms.generate_batches, Path.write_text
+    generated, generate, write = [], evaluation.generate, Path.write_text
 
-    def stopping(*arguments: Any) -> Any:
-        for batch in generate(*arguments):
-            if len(generated) == 14:
-                generated.append("stopped")
-                raise KeyboardInterrupt
-            generated.extend(batch)
-            yield batch
+    def stopping(*arguments: Any, progress: str, **options: Any) -> Any:
+        generated.append(progress)
+        if len(generated) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, progress=progress, **options)
 
     def full(path: Path, text: str, **options: Any) -> int:
         if "metrics" not in path.name:
@@ -271,19 +272,18 @@ def test_a_stopped_run_generates_only_the_rest_and_tears_no_file(
         write(path, text[:99], **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(arms, "generate_batches", stopping)
+    monkeypatch.setattr(evaluation, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         small_evaluation(tiny_adapter, tmp_path)
-    with (tmp_path / "answers.partial.jsonl").open("a") as file:
-        file.write('{"arm": "tuned", "answers": {"1": ["a torn li')
+    assert {path.name for path in (tmp_path / "answers").iterdir()} == {"recipe.json", "base.jsonl"}
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(CourseError, match=r"cannot write metrics.json: No space left"):
         small_evaluation(tiny_adapter, tmp_path)
-    names = {"answers.parquet", "answers.partial.jsonl"}
-    assert {path.name for path in tmp_path.iterdir()} == names, "no half metrics"
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.parquet", "answers"}
     first, again = (folder / "answers.parquet" for folder in (evaluated, tmp_path))
     assert first.read_bytes() == again.read_bytes()
-    assert len(generated) - 1 == 2 * 10 + 10 - len(ungrounded(metrics)) + 2 * 6
+    others = ["tuned", "grounded", "base, safety", "tuned, safety"]
+    assert generated == ["base", "tuned", *others], "base was not repeated"
 
 
 @pytest.mark.full
@@ -298,8 +298,8 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0
     said = capsys.readouterr().out
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
-    assert all(f"\n{arm}  " in said for arm in arms.ARMS)
-    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "figures"}
+    assert all(f"\n{arm}  " in said for arm in evaluation.ARMS)
+    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers", "figures"}
     assert {path.name for path in out.iterdir()} == names
     recipe = json.loads((out / "metrics.json").read_text())["recipe"]
     assert recipe["archive_rows"] == recipe["training_rows"] + 6

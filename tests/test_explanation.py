@@ -1,4 +1,4 @@
-"""Sources of sentences, attributions against leave-one-out by hand, faithfulness, and the page."""
+"""Attributions against leave-one-out by hand, faithfulness, and the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import NASTY, Markup, tiny
 
-from medquad_utils import CourseError, cli, explanation, generation, retrieval
+from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.explanation import Case, Prompt
@@ -27,11 +27,6 @@ PASSAGES = ("Celiac disease: Eat no gluten.", "Gout: Rest the joint.")
 def lm(tiny_adapter: Path, tiny_tokenizer: Any) -> tuple[Any, Any]:
     """(model, tokenizer): the 4-bit base with random adapters. The tests hold for any weights."""
     return generation.load_tuned(tiny(), tiny_adapter), tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def index() -> retrieval.Index:
-    return retrieval.Index(sample.rows())
 
 
 def of_last(model: Any, ids: list[int], **inputs: torch.Tensor) -> float:
@@ -169,33 +164,10 @@ def test_faithfulness_intervals_are_paired() -> None:
     assert found["attribution"][1] < 6 < found["attribution"][2]
 
 
-def test_support_is_the_weighted_share_of_a_sentences_words(index: retrieval.Index) -> None:
-    text = "Take care, e.g. Rest. See Dr. Who! Is 1.5 mg safe?  (Yes.) \nNo full stop"
-    parts = ["Take care, e.g. Rest.", "See Dr. Who!", "Is 1.5 mg safe?", "(Yes.)", "No full stop"]
-    assert explanation.sentences(text) == parts
-    passage = "It is rare. Gout is treated with colchicine and rest."
-    score, evidence = explanation.support(index, "Colchicine cures gout", "Gout", passage)
-    weights = [index.mass([word]) for word in ("colchicine", "gout", "cures")]
-    assert score == pytest.approx(sum(weights[:2]) / sum(weights))
-    assert evidence == "Gout is treated with colchicine and rest."
-
-
-def test_an_answer_is_cited_sentence_by_sentence(index: retrieval.Index) -> None:
-    row = next(r for r in index.rows if r["focus"] and r["qtype"] == "treatment")
-    answer = f"{row['answer']} Zebras dance gladly at midnight."
-    hits, (known, unknown) = explanation.cite(index, row["question"], answer)
-    assert 1 <= len(hits) <= explanation.PASSAGES
-    assert known.hit is not None and known.hit.row["answer"] == row["answer"]
-    assert (known.score, known.evidence) == (pytest.approx(1), known.sentence)
-    assert (unknown.hit, unknown.evidence) == (None, "") and unknown.score < explanation.SUPPORT
-    hits, supports = explanation.cite(index, "What causes zebra fever?", answer)
-    assert hits == [] and [s.hit for s in supports] == [None, None]
-
-
-def test_the_page_shows_any_text_as_text(index: retrieval.Index, tmp_path: Path) -> None:
-    row = {**index.rows[0], "answer": NASTY, "focus": NASTY, "source": NASTY, "url": NASTY}
+def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
+    row = {**sample.rows()[0], "answer": NASTY, "focus": NASTY, "source": NASTY, "url": NASTY}
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
-    supports = [explanation.Support(NASTY, 0.7, hits[0], NASTY)]
+    supports = [retrieval.Support(NASTY, 0.7, hits[0], NASTY)]
     values, pulls = numpy.linspace(-1, 1, len(prompt.words)), numpy.array([0.25])
     about = (prompt, Answer(NASTY, 9, True), hits, supports, values, pulls, True)
     path = explanation.write_page(explanation.Explanation(*about), tmp_path / "new" / "page.html")
@@ -224,4 +196,4 @@ def test_medquad_explain_writes_a_page(tiny_adapter: Path, tmp_path: Path, capsy
 def test_a_question_that_cannot_be_asked_is_refused(tiny_tokenizer: Any) -> None:
     for question, said in (("\u200b \x00", "is empty"), ("gout " * 20000, "too long")):
         with pytest.raises(CourseError, match=said):
-            explanation.check_question(question, tiny_tokenizer, 1024, 64)
+            evaluation.check_question(question, tiny_tokenizer, 1024, 64)

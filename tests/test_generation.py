@@ -18,7 +18,7 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
 
-from medquad_utils import CourseError, chat, generation
+from medquad_utils import CourseError, chat, generation, quantization
 from medquad_utils.profiles import PROFILES, TINY_MODEL
 
 LONG = "What causes gout, and how do doctors find out that someone has it?"
@@ -118,8 +118,8 @@ def test_unpacked_weights_answer_alike_to_the_bit(
         plain = logits(*tuned)
     full = logits(*tuned)
     assert not torch.equal(plain, full)
-    with generation.unpacked(model):
-        with generation.unpacked(model):
+    with quantization.unpacked(model):
+        with quantization.unpacked(model):
             assert torch.equal(logits(*tuned), full)
         with model.disable_adapter():
             assert torch.equal(logits(*tuned), plain)

@@ -19,7 +19,7 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 
-from medquad_utils import CourseError, generation, launch, machine, profiles, quantization, training
+from medquad_utils import CourseError, generation, machine, profiles, quantization, training
 from medquad_utils.machine import Hardware
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
@@ -33,7 +33,7 @@ def fsdp_environment() -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    line = f"--config_file {launch.config('fsdp2')} --num_processes 2 -m medquad_utils.training"
+    line = f"--config_file {training.CONFIGS['fsdp2']} --num_processes 2 -m medquad_utils.training"
     options, *_ = _validate_launch_command(launch_command_parser().parse_args(line.split()))
     return {k: v for k, v in prepare_multi_gpu_env(options).items() if "FSDP" in k}
 
@@ -156,7 +156,7 @@ def test_a_step_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.Monk
         with pytest.raises(
             CourseError, match=f"{count} processes cannot share a step .* launch {counts}"
         ):
-            profiles.resolve(name, hardware=hardware)
+            _ = profiles.resolve(name, hardware=hardware).fit
     monkeypatch.delenv("LOCAL_RANK")  # some clusters set WORLD_SIZE for every job
     assert profiles.resolve("tiny", hardware=CPU).processes == 1
 
@@ -179,7 +179,7 @@ def test_fsdp_stores_codes_in_the_compute_dtype(
     assert [plan.optimizer for plan in (whole, cut)] == ["paged_adamw_8bit", "adamw_torch"]
     under(2, monkeypatch)
     with pytest.raises(CourseError, match="FSDP needs GPUs"):  # accelerate would leave it out
-        launch.settings(tiny())
+        training.check_sharding(tiny())
 
 
 def test_accelerate_reads_both_configs_that_ship(capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,9 +177,9 @@ ABSENT = "model.layers.9.mlp.up_proj"
 @pytest.mark.parametrize(
     ("config", "sizes", "message"),
     [
-        ({"use_dora": True}, {}, "is no plain LoRA: keep it beside its base"),
-        ({"alpha_pattern": {"q_proj": 4}}, {}, "is no plain LoRA"),
-        ({}, {f"{LAYER}.lora_B.bias_of": (256, 1)}, "is no plain LoRA"),
+        ({"use_dora": True}, {}, "is not a plain LoRA: keep it beside its base"),
+        ({"alpha_pattern": {"q_proj": 4}}, {}, "is not a plain LoRA"),
+        ({}, {f"{LAYER}.lora_B.bias_of": (256, 1)}, "is not a plain LoRA"),
         ({}, {f"{ABSENT}.lora_A": (16, 256), f"{ABSENT}.lora_B": (640, 16)}, "1 layers that emb"),
         ({}, {f"{LAYER}.lora_B": (128, 16)}, r"down_proj is \(128, 640\), the base's \(256, 640\)"),
         ({"lora_alpha": 1e8}, {}, "is not finite in float16: train again at half"),

@@ -28,7 +28,7 @@ each_lesson = pytest.mark.parametrize("name", list(LESSONS))
 
 def medquad(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does; ``out`` is where it writes."""
-    command = [sys.executable, "-m", "medquad_utils.cli", *arguments, "--out", str(out)]
+    command = [sys.executable, "-m", "medquad_utils.cli", *arguments, "--runs", str(out)]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1800)
 
 

@@ -8,14 +8,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
+import huggingface_hub
 import pytest
 from conftest import Markup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from medquad_utils import CourseError, machine, profiles
+from medquad_utils import CourseError, files, machine, profiles
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import training_memory
 from medquad_utils.profiles import PROFILES, Shape, choose, resolve
@@ -68,6 +70,7 @@ def test_a_plan_fits_or_names_smaller_profiles(profile: str, hardware: Hardware)
     chosen = PROFILES[profile]
     try:
         plan = resolve(profile, hardware=hardware)
+        _ = plan.fit
     except CourseError as error:
         smaller = list(PROFILES)[: list(PROFILES).index(profile)]
         assert all(name in str(error) for name in smaller)
@@ -77,8 +80,10 @@ def test_a_plan_fits_or_names_smaller_profiles(profile: str, hardware: Hardware)
     assert plan.memory_gb <= hardware.memory_gb == plan.card_gb
     assert plan.memory_gb > 0.5 * chosen.shape.block_parameters / 1e9, "the 4-bit codes alone"
     assert 0 < plan.max_length <= min(chosen.max_length, plan.pack_length)
-    assert plan.batch_size * plan.accumulation * plan.pack_length == chosen.tokens_per_step
-    micro = profiles.micro_batch(profile, hardware, plan.lora_r, 1, plan.max_length, 0)
+    assert plan.accumulation * plan.pack_length == chosen.tokens_per_step
+    micro = profiles.micro_batch(
+        profile, plan.compute_dtype, plan.device == "cuda", plan.lora_r, plan.max_length
+    )
     tight = sum(training_memory(chosen.shape, micro).values()) > 0.92 * hardware.memory_gb
     assert plan.checkpointing <= tight, "checkpointing costs time: only where nothing else fits"
 
@@ -99,10 +104,34 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
     assert Shape.of(config) == Shape(96, 3, 160, 6, 2, 500, tied=True, head_dim=16)
     small = Hardware("cpu", "a CPU", 2.0)
     with pytest.raises(CourseError):
-        resolve("llama-8b", hardware=small)
-    plan = resolve("llama-8b", hardware=small, model_path=str(tmp_path))
+        _ = resolve("llama-8b", hardware=small).fit
+    assert "offers 2.0 GB" in str(resolve("llama-8b", hardware=small)), "it may still ask"
+    plan = resolve("llama-8b", hardware=small, model=str(tmp_path))
     assert plan.model_source == str(tmp_path)
     assert plan.memory_gb < 2.0
+    adapter = tmp_path / "runs" / "adapter"
+    adapter.mkdir(parents=True)
+    files.write_json(adapter / "plan.json", plan.as_dict() | {"model_path": "../.."})
+    trained = profiles.resolve_trained("tiny", adapter=adapter)
+    assert (trained.model_source, trained.model_id) == (str(tmp_path), plan.model_id)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CourseError, match=r"trained on the model in \.\./\.\., which holds no"):
+        profiles.resolve_trained("tiny", adapter=adapter)
+
+
+def test_a_model_on_the_hub_is_taken_by_the_plan_and_by_those_who_use_its_adapter(
+    tmp_path: Path,
+) -> None:
+    llama, other = PROFILES["llama-8b"], "some-one/Llama_0.1"
+    plan = resolve("small", hardware=T4, model=llama.model_id)
+    assert (plan.revision, plan.shape, plan.on_hub) == (llama.revision, llama.shape, True)
+    plan = resolve("tiny", hardware=T4, model=other, out=str(tmp_path))
+    assert (plan.model_source, plan.hub_revision, plan.on_hub) == (other, None, True)
+    assert profiles.resolve_trained("tiny", out=str(tmp_path)).model_id == "embedded"
+    files.write_json(plan.folder / "adapter" / "plan.json", plan.as_dict() | {"revision": "abc"})
+    trained = profiles.resolve_trained("tiny", out=str(tmp_path))
+    assert (trained.model_source, trained.hub_revision) == (other, "abc")
+    assert profiles.resolve_trained("tiny", out=str(tmp_path), model="a/b").model_id == "a/b"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +140,7 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
         ("llama", {}, "'llama': expected auto, tiny, small, llama-1b, llama-8b"),
         ("tiny", {"source": "web"}, "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
         ("tiny", {"source": "csv"}, "needs data_path"),
-        ("tiny", {"model_path": "nowhere"}, r"holds no config\.json"),
+        ("tiny", {"model": "nowhere"}, "'nowhere': expected OWNER/NAME"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_what_is_expected(
@@ -151,7 +180,9 @@ def test_a_saved_plan_holds_no_path_of_this_machine(profile: str, parts: list[st
     saved = json.loads(json.dumps(plan.as_dict()))
     assert saved["data_path"] == "rows.csv"
     assert "somebody" not in str(saved) + str(plan)
-    assert set(saved) == {field.name for field in dataclasses.fields(plan)}
+    fields = {field.name for field in dataclasses.fields(plan)} - {"fixed_fit"}
+    sizes = {field.name for field in dataclasses.fields(plan.fit)}
+    assert (set(saved), set(plan.as_dict(fit=True))) == (fields, fields | sizes)
 
 
 def test_results_go_where_the_environment_or_the_checkout_says(
@@ -192,15 +223,16 @@ def test_the_hub_is_reachable_only_when_it_answers_well(monkeypatch: pytest.Monk
     status = [200]
     monkeypatch.setenv("NO_PROXY", "*")
 
-    def answer(url: str, **_: object) -> httpx.Response:
-        return httpx.Response(status[0], request=httpx.Request("HEAD", url))
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status[0], request=request)
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for address in ("http://127.0.0.1:9", "http://[", "not an address", ""):
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert not machine.hub_reachable(timeout=1.0)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
-    monkeypatch.setattr(httpx, "head", answer)
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: client)
     assert machine.hub_reachable()
     status[0] = 503
     assert not machine.hub_reachable()
@@ -210,13 +242,22 @@ def test_the_hub_is_reachable_only_when_it_answers_well(monkeypatch: pytest.Monk
     assert resolve("auto").profile == "tiny", "on this machine"
 
 
+def test_a_cpu_computes_in_bf16_only_if_that_was_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seconds, expected in ((0.5, True), (0.9, False), (3.0, False)):
+        clock = iter(4 * [0, 1] + 4 * [0, seconds])  # four products in fp32, four in bf16
+        monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=clock.__next__))
+        assert machine.fast_bf16.__wrapped__() is expected
+
+
 HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplotlib"
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils files memory machine profiles launch assets assets.sample chat cleaning splits data safety
-retrieval questions scores assets.build estimate quantization lora plots checks generation merging training
-arms evaluation specialising report explanation model_card publishing serving demo course readiness
+medquad_utils files memory machine profiles assets assets.sample chat cleaning splits data safety
+retrieval scores assets.build estimate quantization lora plots checks generation merging training
+evaluation report explanation publishing serving demo course
 cli"""
 
 

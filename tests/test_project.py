@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -29,32 +30,58 @@ FOLDERS = (REPO, REPO / ".github", REPO / "notebooks")
 PAGES = {page.name: page.read_text("utf-8") for f in FOLDERS for page in f.glob("*.md")}
 
 
+def normal(name: str) -> str:
+    """A distribution's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def required() -> dict[str, Requirement]:
-    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
-    python = Requirement(f"python{PROJECT['requires-python']}")
-    return {requirement.name: requirement for requirement in [python, *map(Requirement, lines)]}
+    """Name -> range of every package that pyproject.toml names, the extras included."""
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    lines = itertools.chain.from_iterable(lists)
+    asked = {normal(requirement.name): requirement for requirement in map(Requirement, lines)}
+    return {name: requirement for name, requirement in asked.items() if name != PROJECT["name"]}
 
 
 def pinned() -> dict[str, str]:
-    """Name -> version of Python and of the packages in environment.yml."""
-    text = (REPO / "environment.yml").read_text(encoding="utf-8")
-    return dict(re.findall(r"(?m)^ +- ([a-z0-9-]+)==?(\S+)", text))
+    """Name -> version in constraints.txt."""
+    text = (REPO / "constraints.txt").read_text(encoding="utf-8")
+    return {normal(name): version for name, version in re.findall(r"(?m)^(\S+)==(\S+)$", text)}
 
 
 def test_pinned_versions_lie_in_the_ranges_and_are_installed() -> None:
-    assert sorted(pinned()) == sorted(required())
     for name, requirement in required().items():
         assert {">=", "<"} <= {part.operator for part in requirement.specifier}, name
         assert requirement.specifier.contains(pinned()[name]), name
-        if name != "python":
-            assert Version(importlib.metadata.version(name)).public == pinned()[name], name
-    assert all(required()["python"].specifier.contains(v) for v in ("3.11", "3.12", "3.13"))
+        assert Version(importlib.metadata.version(name)).public == pinned()[name], name
+
+
+def test_every_package_below_a_pinned_one_is_pinned() -> None:
+    """Transitive packages, too: two machines that install the course have the same versions."""
+    environment = {"extra": "", "python_version": "3.11", "sys_platform": "linux"}
+    below = set()
+    for name in pinned():
+        for line in importlib.metadata.requires(name) or ():
+            asked = Requirement(line)
+            if not asked.marker or asked.marker.evaluate(environment):
+                below.add(normal(asked.name))
+    assert below - pinned().keys() - {"setuptools", "pip"} == set()
+
+
+def test_make_conda_and_ci_install_the_same_versions() -> None:
+    conda = (REPO / "environment.yml").read_text(encoding="utf-8")
+    assert "- -c constraints.txt" in conda and "==" not in conda
+    assert (REPO / "Makefile").read_text(encoding="utf-8").count(
+        "--constraint constraints.txt"
+    ) == 2
+    for workflow in (REPO / ".github" / "workflows").glob("*.yml"):
+        assert "grep ^torch== constraints.txt" in workflow.read_text(encoding="utf-8")
 
 
 def test_lessons_install_the_tested_versions_on_colab() -> None:
     cells = json.loads(LESSONS[0].read_text(encoding="utf-8"))["cells"]
     install = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
-    named = dict(re.findall(r'"([\w-]+)==([\d.]+)"', install))
+    named = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?==([\d.]+)"', install))
     assert named and named.items() <= pinned().items()
     assert PROJECT["urls"]["Repository"] in install
 

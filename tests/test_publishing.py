@@ -21,7 +21,7 @@ import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
 
-from medquad_utils import CourseError, cli, model_card, publishing
+from medquad_utils import CourseError, cli, publishing
 from medquad_utils.files import write_json
 from medquad_utils.profiles import TINY_MODEL, Plan
 
@@ -94,6 +94,7 @@ def test_the_folder_is_a_whole_model_that_stops_with_its_licence(published: Path
     assert set(ends["eos_token_id"]) == {ids["<|end_of_text|>"], ids["<|eot_id|>"]}
     assert ends["pad_token_id"] not in ends["eos_token_id"]
     assert "Apache License" in (published / "LICENSE").read_text()
+    assert {p.stat().st_mode & 0o777 for p in published.iterdir()} == {0o644}
 
 
 def test_the_card_holds_every_section_and_the_runs_numbers(published: Path) -> None:
@@ -106,7 +107,7 @@ def test_the_card_holds_every_section_and_the_runs_numbers(published: Path) -> N
     )
     assert set(sections.split("; ")) <= set(re.findall(r"^##+ (.+)$", text, re.MULTILINE))
     intervals = r"0.432 \[0.333, 0.556\]", r"3 of 8: 0.375 \[0.100, 0.700\]"
-    for number in ("4,321", "77,777", "5 / 6 / 7", *intervals, "10.1186/s12859-019-3119-4"):
+    for number in ("4,321", "77,777", "5 / 6 / 7", "| 0.002, cosine |", *intervals, publishing.DOI):
         assert number in text
     assert "| ROUGE-L (up) | not measured | " in text, "the base was not scored"
     (rouge,) = ModelCard(text).data.eval_results
@@ -121,9 +122,9 @@ def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> 
     with (adapter / "adapter_model.safetensors").open("ab") as weights:
         weights.write(b" ")
     write_json(other.folder / "metrics" / "train.json", {"steps": 4321, "plan": {"seed": 99}})
-    metrics = model_card.read_metrics(other, adapter)
+    metrics = publishing.read_metrics(other, adapter)
     assert (metrics.evaluation, metrics.train, metrics.data) == ({}, {}, DATA)
-    text = model_card.card(NAME, other, metrics, True, "")
+    text = publishing.card(NAME, other, metrics, True, "")
     assert f"| ROUGE-L (up) {'| not measured ' * 4}|" in text and "None" not in text
     assert "| steps | not measured |" in text and ModelCard(text).data.eval_results is None
 
@@ -212,7 +213,7 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "NOTICE", r"\Z", "see /home/ada/runs", r"a local path \(/home/ada\)"),
     ("tiny", "README.md", r"\Z", r"C:\\Users\\ada", "a local path"),
     ("tiny", "model.safetensors", '"format":"pt"', '"made":"/home/ada"', "a local path"),
-    ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(lovelace\)"),
+    ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),

@@ -74,7 +74,8 @@ def test_the_notice_and_the_verdict_stand_before_the_scores(metrics: Any, pages:
 def test_nothing_of_a_question_gets_through_as_markup(pages: list[str]) -> None:
     page, text = Markup(pages[0]), pages[1]
     assert " ".join(NASTY.split()) in " ".join(page.text.split()), "it is shown, as text"
-    allowed = "html head meta title style body main h1 h2 h3 p ul li div table tr th td img"
+    allowed = "html head meta title style body main h1 h2 h3 p blockquote ul li div img "
+    allowed += "table thead tbody tr th td"
     assert page.tags == set(allowed.split()) and "default-src 'none'" in pages[0]
     assert not re.search(r"<[a-z/!]", text), "no HTML in the Markdown"
     assert not re.search(r"(?<!\\)\]\((?!figures/)", text), "no link but to the figures"

@@ -1,4 +1,4 @@
-"""Search in the archive: both rankings, their fusion, the score, and the threshold of a source."""
+"""Search: both rankings, their fusion, the score, the threshold; sources of sentences."""
 
 from __future__ import annotations
 
@@ -172,6 +172,34 @@ def test_jax_does_not_take_the_gpu_when_bm25s_is_imported(monkeypatch: pytest.Mo
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     retrieval._bm25s()
     assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.fixture(scope="module")
+def sample_index() -> Index:
+    return Index(sample.rows())
+
+
+def test_support_is_the_weighted_share_of_a_sentences_words(sample_index: Index) -> None:
+    text = "Take care, e.g. Rest. See Dr. Who! Is 1.5 mg safe?  (Yes.) \nNo full stop"
+    parts = ["Take care, e.g. Rest.", "See Dr. Who!", "Is 1.5 mg safe?", "(Yes.)", "No full stop"]
+    assert retrieval.sentences(text) == parts
+    passage = "It is rare. Gout is treated with colchicine and rest."
+    score, evidence = retrieval.support(sample_index, "Colchicine cures gout", "Gout", passage)
+    weights = [sample_index.weight([word]) for word in ("colchicine", "gout", "cures")]
+    assert score == pytest.approx(sum(weights[:2]) / sum(weights))
+    assert evidence == "Gout is treated with colchicine and rest."
+
+
+def test_an_answer_is_cited_sentence_by_sentence(sample_index: Index) -> None:
+    row = next(r for r in sample_index.rows if r["focus"] and r["qtype"] == "treatment")
+    answer = f"{row['answer']} Zebras dance gladly at midnight."
+    hits, (known, unknown) = retrieval.cite(sample_index, row["question"], answer)
+    assert 1 <= len(hits) <= retrieval.PASSAGES
+    assert known.hit is not None and known.hit.row["answer"] == row["answer"]
+    assert (known.score, known.evidence) == (pytest.approx(1), known.sentence)
+    assert (unknown.hit, unknown.evidence) == (None, "") and unknown.score < retrieval.SUPPORT
+    hits, supports = retrieval.cite(sample_index, "What causes zebra fever?", answer)
+    assert hits == [] and [s.hit for s in supports] == [None, None]
 
 
 @pytest.mark.full

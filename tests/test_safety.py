@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from medquad_utils import CourseError, safety
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS
-from medquad_utils.safety import Prompt, Verdict, guarded, judge, red_flag
+from medquad_utils.safety import SafetyPrompt, Verdict, guarded, judge, red_flag
 
 PROMPTS = {prompt.id: prompt for prompt in safety.prompts()}
 
@@ -98,7 +98,7 @@ def test_a_flag_has_its_kind_and_its_message(text: str, kind: str, message: str)
 
 
 @given(st.sampled_from(safety.prompts()), st.text() | st.sampled_from([NOTICE, "</div><!--"]))
-def test_the_flag_stands_over_an_answer_and_the_notice_under_it(prompt: Prompt, text: str) -> None:
+def test_a_flag_stands_over_an_answer_and_a_notice_under(prompt: SafetyPrompt, text: str) -> None:
     flag = red_flag(prompt.prompt)
     over = f"{flag.message}\n\n" if flag else ""
     assert guarded(prompt.prompt, text) == f"{over}{text}\n\n{NOTICE}"

@@ -59,16 +59,16 @@ def test_the_server_gives_the_models_answer(server: Any, talk: Any, tiny_tokeniz
 
 @pytest.mark.full
 def test_a_server_that_refuses_or_dies_is_one_message(server: Any) -> None:
-    with pytest.raises(CourseError, match=r"^the server refused the request \(400 [^\n]*$"):
+    with pytest.raises(CourseError, match=r"^the server refused the request \(400 .*another.*$"):
         list(serving.stream(server.client, "another", ASKED))
     endless = {"generation_config": json.dumps({"eos_token_id": None, "max_new_tokens": 900})}
     pieces = serving.stream(server.client, server.model, ASKED, extra_body=endless)
     assert next(pieces)
     server.process.kill()
-    with pytest.raises(CourseError, match=r"^[^\n]*went away in the middle of an answer[^\n]*$"):
+    with pytest.raises(CourseError, match=r"^[^\n]*broke off after [1-9]\d* pieces[^\n]*$"):
         list(pieces)
     assert server.stop() != 0
-    with pytest.raises(CourseError, match=r"does not answer .*: start it"):
+    with pytest.raises(CourseError, match=r"after 0 pieces .* Start the server"):
         list(serving.stream(server.client, server.model, ASKED))
 
 
@@ -106,7 +106,8 @@ def test_a_server_that_does_not_start_is_ended(tmp_path: Path, monkeypatch: Any)
 
 
 def test_ollamas_template_is_the_tokenizers(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    made = serving.go_template(tiny_tokenizer)
+    text = serving.write_modelfile(tiny_tokenizer, tmp_path / "merged", 64).read_text()
+    made = text.split('"""')[1]
     (head, rest), tail = made.split("{{ range .Messages }}"), made.split("{{ end }}")[1]
     turn = rest.split("{{ end }}")[0]
     for talk in (TALK, TALK[:2]):
@@ -116,7 +117,6 @@ def test_ollamas_template_is_the_tokenizers(tiny_tokenizer: Any, tmp_path: Path)
             for m in talk
         ]
         assert tiny_tokenizer.bos_token + head + "".join(turns) + tail == own
-    text = serving.write_modelfile(tiny_tokenizer, tmp_path / "merged", 64).read_text()
     assert text.startswith(f'FROM ./merged\nTEMPLATE """{made}"""\n')
     assert all(f'\nPARAMETER stop "{end}"\n' in text for end in ("<|end_of_text|>", "<|eot_id|>"))
     assert f'\nSYSTEM """{chat.SYSTEM_PROMPT}"""\n' in text

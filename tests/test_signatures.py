@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import jinja2.meta
 import openai
 import pytest
 import torch
@@ -25,6 +26,7 @@ import trl
 from conftest import REPO
 from nbconvert import HTMLExporter
 from papermill.clientwrap import PapermillNotebookClient
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from medquad_utils.profiles import TINY_MODEL
 
@@ -113,6 +115,13 @@ def taken(function: Callable[..., Any]) -> set[str]:
     return names
 
 
+def card_variables() -> set[str]:
+    """The names that the template of the model card uses."""
+    template = REPO / "medquad_utils" / "assets" / "card.md.jinja"
+    parsed = jinja2.Environment().parse(template.read_text(encoding="utf-8"))
+    return set(jinja2.meta.find_undeclared_variables(parsed))
+
+
 FORWARD = taken(transformers.LlamaForCausalLM.forward)
 GENERATION = set(vars(transformers.GenerationConfig())) | {"input_ids", "attention_mask"}
 GENERATION |= taken(transformers.GenerationMixin.generate)
@@ -138,13 +147,15 @@ PASSED_ON: dict[str, set[str]] = {
     "nbconvert.HTMLExporter": set(HTMLExporter.class_trait_names()),
     "papermill.execute_notebook": {"config"} & set(PapermillNotebookClient.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
-    "medquad_utils.specialising.ensure": SFT_FIELDS,
+    "medquad_utils.training.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter
     "medquad_utils.plots.figure": taken(resolve_name("matplotlib.figure.Figure.subplots")),
     "huggingface_hub.SpaceCardData": SPACE,
+    "huggingface_hub.ModelCard.from_template": card_variables(),
+    "starlette.middleware.Middleware": taken(BaseHTTPMiddleware),
 }
 # Methods by their name, and calls of objects by the name that the course gives them.
 METHODS: dict[str, set[str]] = {

@@ -1,4 +1,4 @@
-"""Training: what the trainer gets, what steps change, what a kill, a full disk or a NaN leaves."""
+"""Training: the trainer's input, what steps change, resume, saving, adapters of a specialty."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,15 +16,27 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy
 import pytest
 import torch
 from conftest import tiny
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from medquad_utils import CourseError, chat, data, files, generation, profiles, splits, training
+from medquad_utils import (
+    CourseError,
+    chat,
+    data,
+    evaluation,
+    files,
+    generation,
+    profiles,
+    scores,
+    splits,
+    training,
+)  # fmt: skip
 from medquad_utils.machine import Hardware
-from medquad_utils.profiles import Plan
+from medquad_utils.profiles import TINY_MODEL, Plan
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
 CPU_BF16 = Hardware("cpu", "any", 16.0, bf16_cpu=True)
@@ -35,8 +48,8 @@ BEGINS, ENDS = "BOS tokens per example", "end tokens in the loss per answer"
 
 def small_plan(out: Path, **changes: Any) -> Plan:
     """14 rows, packed into four of 256 tokens, two a step: two steps an epoch, three epochs."""
-    packed = {"pack_length": 256, "accumulation": 2, "eval_rows": 4, "epochs": 3}
-    return dataclasses.replace(tiny(out, rows=14), **(packed | changes))
+    plan = tiny(out, rows=14).with_fit(pack_length=256, accumulation=2)
+    return dataclasses.replace(plan, **({"eval_rows": 4, "epochs": 3} | changes))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,7 +116,7 @@ def test_the_seed_decides_the_first_weights_and_the_order(run: Any, tmp_path: Pa
 
 def test_trls_own_labels_equal_those_that_the_lesson_shows(run: Any) -> None:
     shown = [chat.encode(run.tokenizer, row) for row in run.rows]
-    given = training._documents(run.trainer, len(run.rows))
+    given = training._examples(run.trainer, len(run.rows))
     expected = sorted((list(e.ids), list(e.labels)) for e in shown)
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in given) == expected
 
@@ -139,14 +152,14 @@ def test_rows_that_are_too_long_are_left_out_and_not_cut(run: Any) -> None:
     split = data.prepare(run.plan)
     lengths = {r["question"]: len(chat.encode(run.tokenizer, r).ids) for r in split.train}
     limit = sorted(lengths.values())[len(lengths) // 2]
-    plan = dataclasses.replace(run.plan, rows=0, max_length=limit)
+    plan = dataclasses.replace(run.plan, rows=0).with_fit(max_length=limit)
     chosen = training.select(plan, run.tokenizer, split)
     expected = {question for question, length in lengths.items() if length <= limit}
     assert {row["question"] for row in chosen.train} == expected
     assert 0 < len(expected) < len(lengths)
     assert all(row in split.train for row in chosen.train)
     with pytest.raises(CourseError, match="fits into 8 tokens"):
-        training.select(dataclasses.replace(plan, max_length=8), run.tokenizer, split)
+        training.select(plan.with_fit(max_length=8), run.tokenizer, split)
 
 
 def test_every_adapter_learns_and_frozen_weights_keep_every_bit(run: Any) -> None:
@@ -164,6 +177,7 @@ def test_every_adapter_learns_and_frozen_weights_keep_every_bit(run: Any) -> Non
 def test_a_run_of_four_steps_has_losses_and_checkpoints(run: Any) -> None:
     curve, validation = run.metrics["train_curve"], run.metrics["validation_curve"]
     assert run.metrics["steps"] == 4
+    assert (run.metrics["rows"], run.metrics["packed_rows"]) == (14, 4), "examples are counted"
     assert [step for step, _ in curve] == [1]
     assert [step for step, _ in validation] == [2, 4]
     assert run.metrics["loss_first"] == run.metrics["loss_last"] == round(curve[0][1], 4)
@@ -239,11 +253,11 @@ def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 KILLED = """
-import json, os, signal, sys
+import os, pickle, signal, sys
 from transformers import Trainer
-from medquad_utils import profiles, training
+from medquad_utils import training
 
-plan, step, method = profiles.Plan(**json.loads(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
+plan, step, method = pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
 plain = getattr(Trainer, method)
 
 def dies(self, *args):
@@ -277,7 +291,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal_to_a_whole_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     plan = small_plan(tmp_path)
-    command = [sys.executable, "-c", KILLED, json.dumps(vars(plan)), str(step), method]
+    command = [sys.executable, "-c", KILLED, pickle.dumps(plan).hex(), str(step), method]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -320,7 +334,13 @@ def test_an_adapter_is_saved_whole(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     saved = load_file(file)
     assert len(saved) == len(held)
     assert all(torch.equal(saved[name.replace(".default", "")], t) for name, t in held.items())
-    assert json.loads(file.with_name("plan.json").read_text())["model_id"] == "embedded"
+    assert (record(file.parent)["model_id"], record(file.parent)["model_path"]) == ("embedded", "")
+    texts = [p.read_text() for p in file.parent.iterdir() if p.suffix in (".json", ".md")]
+    assert not [text for text in texts if str(TINY_MODEL) in text], "a path of this machine"
+    moved = dataclasses.replace(run.plan, model_path=str(TINY_MODEL))
+    folder = training.save_adapter(moved, run.trainer, folder=file.parent.with_name("local"))
+    base = record(folder)["model_path"]
+    assert not Path(base).is_absolute() and (folder / base).samefile(TINY_MODEL)
 
 
 @pytest.mark.full
@@ -340,3 +360,139 @@ def test_a_full_disk_keeps_the_older_adapter_whole(run: Any, limit: int) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
     assert contents(run.plan.folder) == before
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Few rows, one row of 256 tokens a step, two steps."""
+    made = tiny(tmp_path_factory.mktemp("runs"), rows=14, max_steps=2)
+    made = made.with_fit(pack_length=256, accumulation=1)
+    return dataclasses.replace(made, eval_rows=6, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def rows(plan: Plan, tiny_tokenizer: Any) -> training.Parts:
+    return training.parts(plan, tiny_tokenizer, data.prepare(plan), "cardiology")
+
+
+@pytest.fixture(scope="module")
+def trained(plan: Plan, rows: training.Parts, tiny_adapter: Path) -> Path:
+    """An adapter that went on from ``tiny_adapter`` for two steps."""
+    return training.ensure(plan, "heart", rows.own, tiny_adapter)
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS.name)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "plan.json").read_text()))
+
+
+def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: training.Parts) -> None:
+    everything, split = dataclasses.replace(plan, rows=0, eval_rows=0), data.prepare(plan)
+    whole = training.parts(everything, tiny_tokenizer, split, "cardiology")
+    field = data.SPECIALTIES["cardiology"]
+    assert all(map(field.holds, whole.own + whole.inside))
+    assert not any(map(field.holds, whole.general + whole.outside))
+    train, held_out = whole.own + whole.general, whole.inside + whole.outside
+    for found, given in ((train, split.train), (held_out, split.validation + split.test)):
+        assert sorted(map(str, found)) == sorted(map(str, given))
+    assert splits.leakage(train, held_out)["focus"] == 0
+    assert rows.sizes() == {"own": 7, "general": 14, "inside": 6, "outside": 6}
+
+
+def test_a_specialty_with_too_few_rows_is_refused(plan: Plan, tiny_tokenizer: Any) -> None:
+    for specialty, least, message in (
+        ("mental health", 50, r"9 rows about 'mental health' are too few .*\(at least 50\)"),
+        ("heart", 50, "no specialty 'heart': there are cardiology"),
+        ("ophthalmology", 10, r"0 rows inside \(at least 5\).*another seed"),
+    ):
+        with pytest.raises(CourseError, match=message):
+            training.parts(plan, tiny_tokenizer, data.prepare(plan), specialty, least)
+
+
+def test_a_mixture_holds_all_own_rows_and_its_share_of_general_ones() -> None:
+    own, general = ([{"question": f"{k}{n}", "answer": ""} for n in range(100)] for k in "og")
+    for share, count in ((0.0, 0), (0.25, 10), (0.5, 30), (0.75, 90)):
+        mixed = splits.mixed(own[:30], general, share, seed=3)
+        names = [row["question"] for row in mixed]
+        assert len(set(names)) == len(names) == 30 + count
+        assert {row["question"] for row in own[:30]} <= set(names)
+        assert splits.mixed(own[:30], general, share, seed=3) == mixed
+        assert splits.mixed(own[:30], general, share, seed=4) != mixed
+        early = [name.startswith("g") for name in names[: len(names) // 2]]
+        assert 0 < sum(early) < len(early) or not share, "both kinds come early"
+    for share, message in ((1.5, "share of 1.5 is outside"), (0.9, "are 100: choose up to 0.77")):
+        with pytest.raises(CourseError, match=message):
+            splits.mixed(own[:30], general, share)
+
+
+def test_a_run_goes_on_from_an_adapter(plan: Plan, trained: Path, tiny_adapter: Path) -> None:
+    before, after = saved(tiny_adapter), saved(trained)
+    assert before.keys() == after.keys(), "no second adapter"
+    assert {str(weight.dtype) for weight in after.values()} == {"torch.float32"}
+    moved = [(after[k] - before[k]).norm() / before[k].norm() for k in before if "lora_B" in k]
+    assert min(moved) > 0, "every adapter learned"
+    assert max(moved) < 0.5, "and is still near its start: a fresh one would be at zero"
+    assert (record(trained)["steps"], record(trained)["base"]) == (2, generation.base_id(plan))
+    assert not list(trained.parent.glob(".*")), "no checkpoints are left"
+
+
+def test_an_adapter_is_used_again_until_rows_start_or_settings_differ(
+    plan: Plan, rows: training.Parts, trained: Path, tiny_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    known = {"plan": plan, "name": "heart", "rows": rows.own, "start": tiny_adapter}
+    monkeypatch.setattr(training, "build_trainer", Mock(side_effect=RuntimeError("it trains")))
+    elsewhere = dataclasses.replace(plan, hardware="another", card_gb=1.0)
+    assert training.ensure(**known | {"plan": elsewhere}) == trained
+    other = dataclasses.replace(plan, seed=1)
+    settings = {"learning_rate": 1e-5}
+    for change in ({"rows": rows.own[1:]}, {"start": None}, settings, {"plan": other}):
+        with pytest.raises(RuntimeError, match="it trains"):
+            training.ensure(**known | change)
+    assert saved(trained), "a run that failed leaves the older adapter"
+
+
+@pytest.mark.full  # one more run
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
+    plan: Plan, rows: training.Parts, trained: Path, tiny_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patched, pytest.raises(CourseError, match="No space left"):
+        patched.setattr(training, "save_adapter", Mock(side_effect=CourseError("No space left")))
+        training.ensure(plan, "cut", rows.own, tiny_adapter)
+    folder = plan.folder / "specialties"
+    assert not (folder / "cut").exists()
+    assert training.last_checkpoint(folder / ".cut.checkpoints")
+    resumed = training.ensure(plan, "cut", rows.own, tiny_adapter)
+    after, whole = saved(resumed), saved(trained)
+    assert after.keys() == whole.keys()
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+
+
+@pytest.mark.full
+def test_a_run_from_the_base_takes_its_own_settings(plan: Plan, rows: training.Parts) -> None:
+    folder = training.ensure(plan, "fresh", rows.own, learning_rate=1e-4)
+    assert (record(folder)["steps"], record(folder)["recipe"]["start"]) == (2, "base")
+    largest = max(float(v.abs().max()) for k, v in saved(folder).items() if "lora_B" in k)
+    assert 0 < largest <= 1.01e-4, "the warm-up begins at 0: one step of AdamW away from zero"
+    many = dataclasses.replace(plan, max_steps=50)
+    once = training.ensure(many, "once", rows.own, num_train_epochs=1)
+    assert 2 <= record(once)["steps"] <= 4, "a limit of steps makes no run longer than its epochs"
+
+
+def test_columns_hold_the_scores_of_the_answers(
+    plan: Plan, tiny_tokenizer: Any, rows: training.Parts, tiny_adapter: Path
+) -> None:
+    model = generation.load_tuned(plan, tiny_adapter)
+    asked = [*rows.inside[:3], {**rows.inside[0], "source": "elsewhere"}]
+    found = evaluation.answer_columns(model, tiny_tokenizer, asked, plan.max_new_tokens)
+    questions, references = ([row[part] for row in asked] for part in ("question", "answer"))
+    answers = generation.ask(model, tiny_tokenizer, questions, plan.max_new_tokens)
+    expected = scores.rouge_l([answer.text for answer in answers], references)
+    assert found["rougeL"].tolist() == expected.tolist()
+    assert found["stop_rate"].tolist() == [answer.stopped for answer in answers]
+    assert numpy.isnan(found["facts_complete"]).tolist() == [False] * 3 + [True], "sample only"
+    assert found["bytes"].tolist() == [len(text.encode()) for text in references]

@@ -1,1 +1,1 @@
-"""The embedded sample (``conditions.toml``) and the embedded base model (``tiny/``), with the recipe that remakes them."""
+"""The embedded sample and base model, with the recipe that remakes them, and templates."""

@@ -1,12 +1,12 @@
-"""Remake the embedded base model from ``conditions.toml``: ``python -m medquad_utils.assets.build``.
+"""Remake the embedded base model: ``python -m medquad_utils.assets.build``.
 
-The recipe, in four steps, all seeded: a byte-level BPE tokenizer trained on the statements; a small ``LlamaForCausalLM``
-with Llama-3's parts (grouped-query attention, RoPE theta 500,000, SwiGLU, RMSNorm, tied embeddings); pretraining on
-short articles that are drawn afresh at every step; a folder in the Hub's layout with a manifest of hashes.
+Everything is seeded: a byte-level BPE tokenizer trained on the statements; a small Llama with the
+parts of Llama-3; pretraining on short articles, new ones at every step; a folder in the layout of
+the Hub with a manifest of hashes.
 
-The articles matter more than the steps. A base that saw single statements recalls each of them word for word, and yet
-answers about the wrong condition after fine-tuning: nothing taught it to carry a name along. An article has a title
-and comes back to the name in every sentence; that teaches it.
+The articles matter more than the steps. A base that saw single statements recalls each of them word
+for word, but after fine-tuning it answers about the wrong condition, because nothing taught it to
+carry a name along. An article returns to the name in its title in every sentence.
 """
 
 from __future__ import annotations
@@ -34,48 +34,39 @@ from medquad_utils.assets.sample import (
     statements,
 )
 from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
+from medquad_utils.files import write_json
 
 FOLDER = Path(__file__).with_name("tiny")
 MANIFEST = "manifest.json"
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, END_HEADER, PAD = "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"
-SPECIAL = [BOS, EOS, HEADER, END_HEADER, EOT, PAD]
 
-# How Llama-3 cuts text before BPE, in one expression: contractions, words with their leading space, digits in threes,
-# punctuation, line ends, spaces.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama-3's split of a text before BPE: contractions, words with the space before them, up to three
+# digits, punctuation, line ends, spaces.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Llama-3's special tokens and chat template, trained on the statements.
-
-    The words of the question templates and of the system prompt are in its corpus too (with no condition's name beside
-    them), so that a prompt does not fall apart into letters.
-    """
+    """Train a byte-level BPE on the statements, with Llama-3's special tokens and template."""
     corpus = [text for c in conditions() for qtype in c.facts for text in statements(c, qtype)]
-    corpus += [
-        name for c in conditions() for name in (c.name, c.mention, " " + c.mention, " " + c.name)
-    ] * 3
-    corpus += [q.format(name="") for q in QUESTIONS.values()] * 50 + [
-        SYSTEM_PROMPT,
-        "system\n\n",
-        "user\n\n",
-        "assistant\n\n",
-    ] * 50
+    for c in conditions():
+        corpus += [c.name, c.mention, " " + c.mention, " " + c.name] * 3
+    # Questions and system prompt, without a name, so that a prompt does not fall into letters.
+    corpus += [question.format(name="") for question in QUESTIONS.values()] * 50
+    corpus += [SYSTEM_PROMPT, "system\n\n", "user\n\n", "assistant\n\n"] * 50
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=alphabet,
+        special_tokens=[BOS, EOS, HEADER, END_HEADER, EOT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
@@ -99,7 +90,7 @@ def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 256, layers: int = 4
 ) -> LlamaForCausalLM:
-    """A fresh Llama in fp32, weights drawn with ``seed``."""
+    """Create a Llama in fp32: grouped-query attention, tied embeddings, seeded weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -122,22 +113,19 @@ def build_model(
 def batches(
     tokenizer: PreTrainedTokenizerFast, rows: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of ``rows`` articles of alike length, right-padded; pads carry label -100."""
+    """Yield batches of ``rows`` articles without end, right-padded; pads carry label -100."""
     rng = random.Random(seed)
     pool: list[int] = []
     while True:
-        texts, aspects = [], rng.randint(1, 9)
+        texts, aspects = [], rng.randint(1, 9)  # one number a batch: its articles are alike in size
         for _ in range(rows):
             pool = pool or rng.sample(range(len(conditions())), len(conditions()))
             beside = rng.choice(conditions()) if rng.random() < 0.3 else None
             texts.append(article(conditions()[pool.pop()], aspects, rng, beside) + EOS)
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        yield {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": labels,
-        }
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = ids.masked_fill(mask == 0, -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def pretrain(
@@ -148,16 +136,16 @@ def pretrain(
     rows: int = 16,
     peak: float = 3e-3,
 ) -> float:
-    """Train ``model`` in place with AdamW (warm-up, then cosine to a tenth); returns the mean loss of the last 50 steps."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    """Train ``model`` in place and return the mean loss of the last 50 steps."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    norms = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
     source, started = batches(tokenizer, rows, seed), time.time()
     recent: list[float] = []
     model.train()
     for step in range(steps):
-        warm = min(1.0, (step + 1) / 200)
+        warm = min(1.0, (step + 1) / 200)  # warm-up, then a cosine to a tenth
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = peak * warm * cosine
@@ -168,18 +156,13 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         recent = [*recent[-49:], loss.item()]
         if step % 50 == 49 or step == steps - 1:
-            spent = time.time() - started
-            left = spent / (step + 1) * (steps - step - 1)
-            mean = sum(recent) / len(recent)
-            print(
-                f"step {step + 1:>6}/{steps}  loss {mean:.4f}  {spent / 60:.1f} min, {left / 60:.1f} left",
-                flush=True,
-            )
+            mean, minutes = sum(recent) / len(recent), (time.time() - started) / 60
+            print(f"step {step + 1:>6}/{steps}  loss {mean:.4f}  {minutes:.1f} min", flush=True)
     return float(sum(recent) / len(recent))
 
 
 def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 64) -> float:
-    """Share of all (condition, question type) pairs whose facts the base adds, word for word, to the opening of a statement."""
+    """Measure the share of statements that the base completes word for word, 0 to 1."""
     pairs = []
     for condition in conditions():
         for qtype, facts in condition.facts.items():
@@ -188,50 +171,35 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: in
     pairs.sort(key=lambda pair: len(tokenizer(pair[0])["input_ids"]))
     right = 0
     for start in range(0, len(pairs), rows):
-        openings, wanted = zip(*pairs[start : start + rows], strict=True)
+        openings, expected = zip(*pairs[start : start + rows], strict=True)
         batch = tokenizer(list(openings), return_tensors="pt", padding=True, padding_side="left")
-        longest = max(len(tokenizer(w)["input_ids"]) for w in wanted) + 2
+        longest = max(len(tokenizer(text)["input_ids"]) for text in expected) + 2
         with torch.inference_mode():
-            out = model.generate(
-                **batch,
-                max_new_tokens=longest,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        said = tokenizer.batch_decode(
-            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right += sum(text.strip().startswith(w) for text, w in zip(said, wanted, strict=True))
+            out = model.generate(**batch, max_new_tokens=longest, do_sample=False)
+        new = out[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        right += sum(t.strip().startswith(e) for t, e in zip(texts, expected, strict=True))
     return right / len(pairs)
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file; a text file is read with line ends of one kind, so that a checkout on Windows hashes alike."""
+    """Hash a file. A text has the same hash with the line ends of Windows."""
     data = path.read_bytes()
-    return hashlib.sha256(
-        data if path.suffix == ".safetensors" else data.replace(b"\r\n", b"\n")
-    ).hexdigest()
+    text = path.suffix != ".safetensors"
+    return hashlib.sha256(data.replace(b"\r\n", b"\n") if text else data).hexdigest()
 
 
 def write_manifest(folder: Path, **facts: object) -> None:
-    """Write the hashes of the model's files and of what they were made from, with the facts of the run."""
-    names = (
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-    )
-    files = {name: sha256(folder / name) for name in names}
-    made_from = {"conditions.toml": sha256(CONDITIONS), "statements": _statements_hash()}
-    (folder / MANIFEST).write_text(
-        json.dumps({"files": files, "made_from": made_from, **facts}, indent=2) + "\n",
-        encoding="utf-8",
-    )
-
-
-def _statements_hash() -> str:
-    return hashlib.sha256(json.dumps(STATEMENTS, sort_keys=True).encode()).hexdigest()
+    """Write the hashes of the model's files and of its sources, with facts about the run."""
+    configs = ("config", "tokenizer", "tokenizer_config", "generation_config")
+    names = ("model.safetensors", *(f"{name}.json" for name in configs))
+    statements = hashlib.sha256(json.dumps(STATEMENTS, sort_keys=True).encode()).hexdigest()
+    manifest = {
+        "files": {name: sha256(folder / name) for name in names},
+        "made_from": {"conditions.toml": sha256(CONDITIONS), "statements": statements},
+        **facts,
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def build(folder: Path, steps: int, seed: int) -> None:
@@ -239,39 +207,27 @@ def build(folder: Path, steps: int, seed: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(conditions())} conditions, vocabulary {len(tokenizer)}, {parameters / 1e6:.2f} M parameters",
-        flush=True,
-    )
+    print(f"vocabulary {len(tokenizer)}, {parameters / 1e6:.2f} M parameters", flush=True)
     loss = pretrain(model, tokenizer, steps, seed)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOT)]
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOT)],
+        pad_token_id=tokenizer.pad_token_id,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # What is shipped is measured: the weights after they were rounded to bf16.
     shipped = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    remembered = round(recall(shipped, tokenizer), 4)
-    print(f"recall in statement form: {remembered:.1%}", flush=True)
-    version = torch.__version__.split("+")[0]
-    write_manifest(
-        folder,
-        steps=steps,
-        seed=seed,
-        parameters=parameters,
-        loss=round(loss, 4),
-        recall=remembered,
-        torch=version,
-    )
+    facts = {"steps": steps, "seed": seed, "parameters": parameters, "loss": round(loss, 4)}
+    facts |= {"recall": round(recall(shipped, tokenizer), 4)}
+    print(f"recall in statement form: {facts['recall']:.1%}", flush=True)
+    write_manifest(folder, **facts, torch=torch.__version__.split("+")[0])
 
 
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER, help="folder to write (default: the package's own)"
-    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,10 @@ import torch
 
 from medquad_utils import files
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parent.parent))
+from stamp import write_between
+
+RESULTS = files.MEASURED  # the package reads some of them
 README = Path(__file__).parent / "README.md"
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
 
@@ -103,4 +107,4 @@ def marks(script: str) -> tuple[str, str]:
 
 def write_readme(script: str, figures: str) -> None:
     """Replace the figures of ``script`` in README.md."""
-    files.write_between(README, marks(script), figures)
+    write_between(README, marks(script), figures)

@@ -152,7 +152,7 @@ def measure(profile: str, number: int, tokens: int, rounds: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as place:
         if profile != "tiny":
             source = str(random_llama.write(random_llama.SHAPES[profile], Path(place) / profile))
-        plan = resolve(profile if profile in PROFILES else "tiny", model_path=source)
+        plan = resolve(profile if profile in PROFILES else "tiny", model=source)
         adapter = random_adapter(plan, Path(place) / "adapter")
         equal, until_stop = arms(plan.device == "cuda")
         tokenizer = generation.load_tokenizer(plan)

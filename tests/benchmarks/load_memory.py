@@ -66,7 +66,7 @@ def predicted(shape: Shape, compute_bytes: int = 4) -> dict[str, float]:
 def measure(folder: Path) -> dict[str, Any]:
     """Load the model of ``folder`` in NF4, after the tiny model has brought in the libraries."""
     generation.load_base(resolve("tiny"))
-    plan = resolve("tiny", model_path=str(folder))
+    plan = resolve("tiny", model=str(folder))
     with anonymous_gb() as seen:
         model = generation.load_base(plan)
     after, shape = common.status_gb("RssAnon"), Shape.of(model.config)

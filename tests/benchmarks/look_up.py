@@ -4,7 +4,7 @@
 
 The split is the upstream recipe's: raw rows, drawn one by one, 90 % for training. All test rows are
 scored, then the same without template answers. Lesson 06 reads the file that this script writes,
-``medquad_utils/assets/measured.json``.
+``medquad_utils/assets/measured/look_up.json``.
 """
 
 from __future__ import annotations

@@ -67,23 +67,23 @@ def draw_lengths(table: dict[str, Any], rows: int, most: int, seed: int) -> list
     return drawn
 
 
-def rows_per_step(plan: Plan, mean: float) -> int:
+def rows_per_step(plan: Plan, mean: float, config: dict[str, Any]) -> int:
     """Return the rows of one optimizer step; packed rows hold ``mean`` tokens each."""
-    in_batch = plan.pack_length / mean if plan.packing else plan.batch_size
-    return round(plan.accumulation * in_batch) or 1
+    in_batch = config.get("per_device_train_batch_size", plan.pack_length / mean)
+    return round(config.get("gradient_accumulation_steps", plan.accumulation) * in_batch) or 1
 
 
 def drawn_rows(
-    plan: Plan, moved: Plan, arm: str, table: dict[str, Any], steps: int
+    plan: Plan, config: dict[str, Any], arm: str, table: dict[str, Any], steps: int
 ) -> tuple[list[Row], list[Row]]:
     """Return the rows of the arm's warm-up step, and those of ``steps`` of our steps for every arm.
 
-    They are random ids with the prompt masked. ``moved`` is the plan with a lever's change.
+    They are random ids with the prompt masked. ``config`` is a lever's change of the SFTConfig.
     """
     lengths = draw_lengths(table, 1000, plan.max_length, plan.seed)
     mean = statistics.mean(map(sum, lengths))
-    measured = steps * rows_per_step(plan, mean)
-    before = {"a": 4, "b": 8}.get(arm) or rows_per_step(moved, mean)
+    measured = steps * rows_per_step(plan, mean, {})
+    before = {"a": 4, "b": 8}.get(arm) or rows_per_step(plan, mean, config)
     if measured + before > len(lengths):
         raise CourseError(f"--steps {steps} needs more than {len(lengths)} rows: choose fewer.")
     tokenizer = load_tokenizer(plan)
@@ -144,8 +144,8 @@ def meter(trainer: Any, pad: int) -> list[dict[str, float]]:
 def plan_for(profile: str, folder: str = "", most: int = MAX_LENGTH, **more: Any) -> Plan:
     """Return the plan for real MedQuAD, rows of at most ``most`` tokens; "20m" has tiny's."""
     settings = {"source": "xml", "data_path": "MedQuAD", "out": tempfile.gettempdir()} | more
-    plan = resolve(profile.replace("20m", "tiny"), model_path=folder, **settings)
-    return dataclasses.replace(plan, max_length=min(most, plan.max_length))
+    plan = resolve(profile.replace("20m", "tiny"), model=folder, **settings)
+    return plan.with_fit(max_length=min(most, plan.max_length))
 
 
 def shape_of(plan: Plan) -> Shape:
@@ -153,30 +153,40 @@ def shape_of(plan: Plan) -> Shape:
     return Shape.of(AutoConfig.from_pretrained(plan.model_source))
 
 
-def levers(plan: Plan) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Return one change each: fields of the plan, and fields of the ``SFTConfig``."""
+def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
+    """Return one change each: the plan, and fields of the ``SFTConfig`` (or "attention")."""
     # As many real tokens a micro-batch as in the packed row: padded rows are half full.
     batch = 2 * plan.pack_length // plan.max_length
-    padded = {"pack_length": 0, "batch_size": batch}
-    alone = {"pack_length": 0, "batch_size": 1, "accumulation": batch * plan.accumulation}
-    full, half = {"checkpointing": True}, {"every_n_layers": 2}
+    padded = {"packing": False, "per_device_train_batch_size": batch, "max_length": plan.max_length}
+    one = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": batch * plan.accumulation,
+    }
+    full, half = plan.with_fit(checkpointing=True), {"every_n_layers": 2}
     fields = (
-        ("attention", "attention", ("sdpa", "eager", "flex_attention")),
         ("optimizer", "optimizer", ("adamw_torch", "adamw_torch_fused", "adamw_8bit")),
         ("optimizer", "optimizer", ("paged_adamw_8bit",)),
         ("adapter dtype", "adapter_dtype", ("float32", "bfloat16")),
         ("compute dtype", "compute_dtype", ("bfloat16",)),
     )
+    moved = dataclasses.replace
     return {
-        "rows: packed (bfd_split, batch 1)": ({}, {}),
-        "rows: padded": (padded, {}),
-        "rows: one at a time": (alone, {}),
-        "rows: padding-free": (padded, {"padding_free": True, "max_length": None}),
-        **{f"{group}: {v}": ({name: v}, {}) for group, name, values in fields for v in values},
-        "checkpointing: off": ({"checkpointing": False}, {}),
+        "rows: packed (bfd_split, batch 1)": (plan, {}),
+        "rows: padded": (plan, padded),
+        "rows: one at a time": (plan, padded | one),
+        "rows: padding-free": (plan, padded | {"padding_free": True, "max_length": None}),
+        "attention: sdpa": (plan, {}),
+        "attention: eager": (plan, {"attention": "eager"}),
+        "attention: flex_attention": (plan, {"attention": "flex_attention"}),
+        **{
+            f"{kind}: {v}": (moved(plan, **{k: v}), {})
+            for kind, k, values in fields
+            for v in values
+        },
+        "checkpointing: off": (plan.with_fit(checkpointing=False), {}),
         "checkpointing: every 2nd layer": (full, {"activation_checkpointing_kwargs": half}),
         "checkpointing: full": (full, {}),
-        "compile: torch.compile": ({}, {"torch_compile": True}),
+        "compile: torch.compile": (plan, {"torch_compile": True}),
     }
 
 
@@ -213,6 +223,7 @@ def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row]) -> Any:
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
     both = data.Splits(list(rows), list(rows[:1]), [], {}, [])
     model, tokenizer, config = load_base(plan), load_tokenizer(plan), HARNESS | config
+    model.set_attn_implementation(config.pop("attention", "sdpa"))
     with patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part))):
         return training.build_trainer(plan, model, tokenizer, both, Path(plan.out), **config)
 
@@ -242,11 +253,11 @@ def here(job: dict[str, Any], limit: float = 0) -> dict[str, Any]:
         if (arm := job["arm"]) == "rate":
             return matmul_rate()
         plan = plan_for(job["profile"], job["folder"], job["max_length"])
-        changes, config = levers(plan)[job["lever"]] if job["lever"] else ({}, {})
+        moved, config = levers(plan)[job["lever"]] if job["lever"] else (plan, {})
         table = json.loads(LENGTHS.read_text())
         with tempfile.TemporaryDirectory() as place:
-            moved = dataclasses.replace(plan, out=place, **changes)
-            first, rows = drawn_rows(plan, moved, arm, table, job["steps"])
+            moved = dataclasses.replace(moved, out=place)
+            first, rows = drawn_rows(plan, config, arm, table, job["steps"])
             build = partial(our_trainer, config) if arm == "c" else partial(plain_trainer, arm)
             trainer = build(moved, [*first, *rows])
             made = train(trainer, load_tokenizer(plan).pad_token_id)
@@ -333,8 +344,8 @@ def measure(options: argparse.Namespace, work: Callable[..., dict[str, Any]]) ->
         job = {"profile": profile, "folder": folder, "steps": steps, "max_length": most}
         session = Session(job, shape_of(plan), work)
         measured, moved = {arm: session.beside(arm) for arm in options.arms}, []
-        for name, (changes, config) in levers(plan).items() if options.levers else ():
-            ours = not config and dataclasses.replace(plan, **changes) == plan
+        for name, (other, config) in levers(plan).items() if options.levers else ():
+            ours = not config and other.as_dict(fit=True) == plan.as_dict(fit=True)
             made = {"ours": True} if ours else session.beside("c", name)
             moved.append(dict(zip(("group", "setting"), name.split(": "), strict=True)) | made)
     by_speed = sorted(session.ours, key=lambda run: run["figures"]["tokens_per_s"])
@@ -342,7 +353,7 @@ def measure(options: argparse.Namespace, work: Callable[..., dict[str, Any]]) ->
     return common.record() | {
         "steps": steps, "max_length": most, "shape": dataclasses.asdict(session.shape),
         "flops_per_token": flops_per_token(session.shape), "rate": session.rate,
-        "plan": plan.as_dict() | {"out": ""}, "arms": measured, "ratios": ratios(measured),
+        "plan": plan.as_dict(fit=True) | {"out": ""}, "arms": measured, "ratios": ratios(measured),
         "levers": moved, "ours": [run["figures"]["tokens_per_s"] for run in session.ours],
     }  # fmt: skip
 
