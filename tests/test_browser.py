@@ -156,7 +156,8 @@ def open_notebook(page: Page, lab: Lab, path: str) -> None:
 
 def run_all(page: Page, seconds: float) -> str:
     """Run > Run All Cells, until the kernel rests; what a dialog asks, or ""."""
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(state="attached")
+    # The status bar: before it says so, the kernel is not connected and a click runs nothing.
+    page.get_by_text("Python 3 (ipykernel) | Idle", exact=True).wait_for()
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
     end, quiet = time.monotonic() + seconds, 0

@@ -119,7 +119,7 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
         profiles.resolve_trained("tiny", adapter=adapter)
 
 
-def test_a_model_on_the_hub_is_taken_by_the_plan_and_by_those_who_use_its_adapter(
+def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
     tmp_path: Path,
 ) -> None:
     llama, other = PROFILES["llama-8b"], "some-one/Llama_0.1"
