@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from medquad_utils import CourseError
 from medquad_utils.files import MEASURED, read_json
@@ -20,7 +19,7 @@ from medquad_utils.memory import (
     training_memory,
     weights_gb,
 )
-from medquad_utils.profiles import BYTES, PROFILES, Fit, compute_dtype, fit_step, micro_batch
+from medquad_utils.profiles import BYTES, resolve
 
 # MedQuAD's training part (13,335 rows kept of 16,407, split by disease group): how many rows fit
 # into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
@@ -123,28 +122,28 @@ class Run:
     longest: int  # tokens of the longest example
     peak_gb: float  # torch.cuda.max_memory_allocated, or the resident set of a CPU run
     tokens_per_second: float
-    card: Card | None  # of ``CARDS``
+
+    def on(self, card: Card) -> bool:
+        """Whether this card took the run."""
+        return set(card.marks or (card.name,)) <= set(self.device.replace("-", " ").split())
 
 
 def read_runs(folder: Path = MEASURED) -> list[Run]:
-    """Read our arm of every run in ``train_speed_*.json``."""
+    """Read the course's own arm ("c") of every run in ``train_speed_*.json``."""
     runs = []
     for file in sorted(folder.glob("train_speed_*.json")):
         for name, run in read_json(file).items():
-            ours, plan = run["arms"].get("c", {}), run["plan"]
+            plan, ours = run["plan"], run["arms"].get("c", {})
             if not ours.get("figures"):
                 continue
-            sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
-            device = run["machine"]["device"]
-            words = set(device.replace("-", " ").split())
-            card = next((c for c in CARDS.values() if set(c.marks or (c.name,)) <= words), None)
             micro = Micro(
-                1, plan["pack_length"], plan["lora_r"], *sizes, int(plan["checkpointing"]),
-                plan["lora_dropout"] > 0, plan["device"] == "cuda",
+                1, plan["pack_length"], plan["lora_r"], BYTES[plan["compute_dtype"]],
+                BYTES[plan["adapter_dtype"]], int(plan["checkpointing"]), plan["lora_dropout"] > 0,
+                plan["device"] == "cuda",
             )  # fmt: skip
             runs.append(Run(
-                name, device, run["date"], Shape(**run["shape"]), micro, plan["max_length"],
-                ours["peak_gb"], ours["figures"]["tokens_per_s"], card,
+                name, run["machine"]["device"], run["date"], Shape(**run["shape"]), micro,
+                plan["max_length"], ours["peak_gb"], ours["figures"]["tokens_per_s"],
             ))  # fmt: skip
     return runs
 
@@ -213,53 +212,48 @@ class Estimate:
         return f"{rows} tokens, activation checkpointing {again}"
 
     def __str__(self) -> str:
-        millions, micro = self.shape.parameters / 1e6, self.micro
-        bits = f"{8 * micro.compute_bytes}-bit compute, {8 * micro.adapter_bytes}-bit adapters"
-        return "\n".join([
-            f"{self.name}, {millions:,.0f} M parameters, on {self.card.name} "
-            f"({self.card.memory_gb:g} GB)",
-            f"{bits} of rank {micro.rank}; {self.micro_words}",
-            "", *self._memory_lines(), "", *self._time_lines(),
-        ])  # fmt: skip
-
-    def _memory_lines(self) -> list[str]:
-        total, card = self.memory_gb, self.card.memory_gb
+        card, micro, total, basis = self.card, self.micro, self.memory_gb, f"[{self.basis}]"
+        plain, again = (flops_per_token(self.shape, part) / 1e9 for part in (0, self.recomputed))
+        unpack = 1000 * dequantisation_seconds(self.shape, card, self.recomputed)
+        does_not = "does not fit: try --length, --rank or --checkpointing full, or another card"
+        verdict = "fits" if total <= card.memory_gb else does_not
         digits = 2 if total > 5 else 3
-        verdict = "fits"
-        if total > card:
-            verdict = "does not fit: try --length, --rank or --checkpointing full, or another card"
-        lines = [f"  {name:<24} {gb:7.{digits}f} GB" for name, gb in self.parts.items()]
-        lines += [f"  {'all':<24} {total:7.{digits}f} GB of {card:g}: {verdict}  [estimate]"]
-        if self.run:
-            lines += [f"  {'peak':<24} {self.run.peak_gb:7.{digits}f} GB  [{self.basis}]"]
-        return lines
 
-    def _time_lines(self) -> list[str]:
-        card, shape, basis = self.card, self.shape, f"[{self.basis}]"
-        plain, again = (flops_per_token(shape, share) / 1e9 for share in (0, self.recomputed))
-        tax = 1000 * dequantisation_seconds(shape, card, self.recomputed)
-        rows = [
-            ("compute", f"{plain:.3g} GF a token at 4N, {again:.3g} with what is recomputed; "
-                        f"unpacking weights {tax:.0f} ms a micro-batch"),
-            ("speed", f"{self.tokens_per_second:,.0f} real tokens/s  {basis}"),
+        def row(name: str, gb: float) -> str:
+            return f"  {name:<24} {gb:7.{digits}f} GB"
+
+        lines = [
+            f"{self.name}, {self.shape.parameters / 1e6:,.0f} M parameters, "
+            f"on {card.name} ({card.memory_gb:g} GB)",
+            f"{8 * micro.compute_bytes}-bit compute, {8 * micro.adapter_bytes}-bit adapters "
+            f"of rank {micro.rank}; {self.micro_words}",
+            "", *(row(name, gb) for name, gb in self.parts.items()),
+            f"{row('all', total)} of {card.memory_gb:g}: {verdict}  [estimate]",
+            f"{row('peak', self.run.peak_gb)}  {basis}" if self.run else None,
+            "",
+            f"compute      {plain:.3g} GF a token at 4N, {again:.3g} with what is recomputed; "
+            f"unpacking weights {unpack:.0f} ms a micro-batch",
+            f"speed        {self.tokens_per_second:,.0f} real tokens/s  {basis}",
+            None if self.run else
+            f"             {card.efficiency:.0%} of {card.tflops:g} TFLOP/s; {card.basis}",
+            f"one epoch    {self.minutes:,.0f} min for {self.tokens:,} tokens of MedQuAD  {basis}",
+            f"price        {self.minutes / 60 * self.price:,.2f} an epoch "
+            f"at {self.price:.2f} an hour  {basis}" if self.price else None,
+            f"RAM to load  {self.loading()}  [estimate]",
         ]  # fmt: skip
-        if not self.run:
-            rows += [("", f"{card.efficiency:.0%} of {card.tflops:g} TFLOP/s; {card.basis}")]
-        tokens = f"{self.tokens:,} tokens of MedQuAD"
-        rows += [("one epoch", f"{self.minutes:,.0f} min for {tokens}  {basis}")]
-        if self.price:
-            cost = f"{self.minutes / 60 * self.price:,.2f} an epoch at {self.price:.2f} an hour"
-            rows += [("price", f"{cost}  {basis}")]
-        # Files are mapped and quantised tensor by tensor: no second copy of the model in RAM.
+        return "\n".join(line for line in lines if line is not None)
+
+    def loading(self) -> str:
+        """The RAM that loading takes: files are mapped, and each tensor is quantised alone."""
+        shape = self.shape
         ram = {
             "Python and libraries": LIBRARIES_GB,
             "one shard of the files": min(SHARD_GB, 2 * shape.parameters / 1e9),
             "the largest tensor": 2 * shape.vocab * shape.hidden / 1e9,
-            "the 4-bit model": 0.0 if card.capability else weights_gb(self.parts),
+            "the 4-bit model": 0.0 if self.card.capability else weights_gb(self.parts),
         }
         parts = " + ".join(f"{gb:.1f} {name}" for name, gb in ram.items())
-        rows += [("RAM to load", f"{sum(ram.values()):.1f} GB: {parts}  [estimate]")]
-        return [f"{name:<12} {text}" for name, text in rows]
+        return f"{sum(ram.values()):.1f} GB: {parts}"
 
 
 def estimate(
@@ -275,77 +269,32 @@ def estimate(
         length: tokens of a packed row, or of the longest example with ``packing=False``.
         checkpointing: 0 off, 1 every block, n every n-th block.
         tokens: real tokens of an epoch (default: of MedQuAD's training part).
-        config: a ``config.json`` of another Llama, or its folder.
+        config: another Llama: OWNER/NAME, a folder, or the path of its ``config.json``.
         runs: measured runs to compare with (default: those of the package).
 
     Raises:
-        CourseError: unknown profile or card, a config of no Llama, a number out of range.
+        CourseError: unknown profile, card or model, or a number out of range.
     """
-    _check(profile, gpu, length, rank, checkpointing or 0, price, tokens)
-    card = next(card for name, card in CARDS.items() if name.lower() == gpu.lower())
-    recipe, compute, cuda = PROFILES[profile], compute_dtype(card.hardware), bool(card.capability)
-    shape, rank = read_shape(config) if config else recipe.shape, rank or recipe.lora_r
-    try:
-        fit = fit_step(recipe, shape, compute, cuda, card.memory_gb, rank)
-    except CourseError:  # nothing fits: show by how much
-        fit = Fit(1, recipe.max_length // 4, recipe.max_length // 4, True, math.inf)
-    row = length or (fit.pack_length if packing else fit.max_length)
-    checkpoint = int(fit.checkpointing) if checkpointing is None else checkpointing
-    micro = micro_batch(profile, compute, cuda, rank, row, checkpoint)
-    longest = fit.max_length if packing else row
-    rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
-    mean = row if packing else min(row, known / rows)  # a padded row alone has no pads
-    runs, this = read_runs() if runs is None else runs, (profile, card, shape, micro)
-    same = [run for run in runs if (run.profile, run.card, run.shape, run.micro) == this]
-    path = Path(config).resolve()
-    name = (path.parent if path.suffix == ".json" else path).name if config else profile
-    run = same[-1] if same else None
-    return Estimate(name, shape, card, micro, packing, tokens or known, mean, price, run)
-
-
-def _check(
-    profile: str, gpu: str, length: int, rank: int, checkpointing: int, price: float, tokens: int
-) -> None:
-    """Check the names and the ranges of what the command line gives."""
-    if profile not in PROFILES:
-        raise CourseError(f"unknown profile {profile!r}: expected {', '.join(PROFILES)}.")
-    if gpu.lower() not in map(str.lower, CARDS):
+    numbers = {"length": length, "rank": rank, "checkpointing": checkpointing or 0,
+               "tokens": tokens, "price": price}  # fmt: skip
+    for name, number in numbers.items():
+        if not 0 <= number <= 10**15:  # NaN is not, either
+            raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
+    card = {name.lower(): card for name, card in CARDS.items()}.get(gpu.lower())
+    if not card:
         names = ", ".join(CARDS)
         raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
-    numbers = {
-        "length": (length, 1 << 20), "rank": (rank, 4096), "checkpointing": (checkpointing, 1000),
-        "tokens": (tokens, 10**15), "price": (price, 10**6),
-    }  # fmt: skip
-    for name, (value, most) in numbers.items():
-        if not 0 <= value <= most:
-            raise CourseError(f"{name} {value}: expected a number from 0 to {most:,}.")
-
-
-def read_shape(config: str) -> Shape:
-    """Read the shape from a Llama's ``config.json``, given as the file or its folder.
-
-    Raises:
-        CourseError: no such file, no JSON, another architecture, sizes missing or wrong.
-    """
-    path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
-    name = f"config {path.name!r}"
-    try:
-        values: Any = read_json(path)
-    except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not readable JSON"
-        raise CourseError(f"{name}: {reason}. Give a model's config.json or its folder.") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != "llama":
-        raise CourseError(f"{name} is of model_type {kind!r}: expected 'llama'.")
-    values = {"num_key_value_heads": values.get("num_attention_heads"), "head_dim": 0} | values
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-             "num_key_value_heads", "vocab_size")  # fmt: skip
-    wrong = [key for key in names if type(values.get(key)) is not int or values[key] < 1]
-    if wrong:
-        raise CourseError(f"{name} lacks a whole number over 0 for {', '.join(wrong)}.")
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    if not values["head_dim"] and width % heads:
-        raise CourseError(
-            f"{name}: hidden_size {width} is no multiple of {heads} heads, and it has no head_dim."
-        )
-    return Shape.of(SimpleNamespace(**{"tie_word_embeddings": False} | values))
+    plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
+    shape, longest = plan.shape, plan.recipe.max_length // 4
+    pack, checkpoint = longest, 1
+    with suppress(CourseError):  # nothing fits: show by how much
+        longest, pack, checkpoint = plan.max_length, plan.pack_length, int(plan.checkpointing)
+    length = length or (pack if packing else longest)
+    micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
+    longest = longest if packing else length
+    rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
+    mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
+    runs, this = read_runs() if runs is None else runs, (plan.profile, shape, micro)
+    same = [run for run in runs if (run.profile, run.shape, run.micro) == this and run.on(card)]
+    name, run = plan.model_id if config else plan.profile, same[-1] if same else None
+    return Estimate(name, shape, card, micro, packing, tokens or known, mean, price, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib.metadata
 import os
@@ -12,7 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ PORTS = {
 class Hardware:
     """What the machine offers; ``memory_gb`` is the card's memory, or the RAM of a CPU run."""
 
-    device: str  # "cpu", "cuda" or "mps"
+    device: str  # "cpu" or "cuda"; 4-bit training has no kernels for a Mac's GPU
     name: str
     memory_gb: float
     capability: tuple[int, int] | None = None  # CUDA compute capability
@@ -46,9 +45,8 @@ class Hardware:
     gpus: int = 0  # on this machine; a run takes one for each process
 
     def __str__(self) -> str:
-        if self.device == "cuda":
-            return f"{self.name}, {self.memory_gb:.0f} GB"
-        return f"CPU, {self.cores} cores, {self.memory_gb:.0f} GB"
+        name = self.name if self.device == "cuda" else f"CPU, {self.cores} cores"
+        return f"{name}, {self.memory_gb:.0f} GB"
 
 
 def processes() -> int:
@@ -71,30 +69,28 @@ def detect() -> Hardware:
     import torch
 
     gpus = take_one_gpu()
-    ram = psutil.virtual_memory().total / 1e9
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    if torch.cuda.is_available():
-        own, visible = local_rank(), torch.cuda.device_count()
-        if own >= visible:
-            raise CourseError(
-                f"process {own} has no GPU of its own: {visible} visible. "
-                "Launch as many processes as there are GPUs."
-            )
-        card = torch.cuda.get_device_properties(own)  # starts CUDA: from here the count is final
-        if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-            raise CourseError(
-                "CUDA had started on several GPUs before the plan was made, and a run without a "
-                "launcher takes one. Restart the kernel and make the plan first, or set "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-        # is_bf16_supported() would count emulation, in which a T4 crawls: keep the capability.
-        capability = card.major, card.minor
-        return Hardware("cuda", card.name, card.total_memory / 1e9, capability, False, cores, gpus)
-    if torch.backends.mps.is_available():
-        return Hardware("mps", "Apple GPU", ram, None, False, cores)
-    name = platform.processor() or platform.machine()
-    return Hardware("cpu", name, ram, None, fast_bf16(), cores)
+    if not torch.cuda.is_available():
+        name, ram = platform.processor() or platform.machine(), psutil.virtual_memory().total / 1e9
+        bf16 = sys.platform != "darwin" and fast_bf16()  # never tried on a Mac
+        return Hardware("cpu", name, ram, None, bf16, cores)
+    own, visible = local_rank(), torch.cuda.device_count()
+    if own >= visible:
+        raise CourseError(
+            f"process {own} has no GPU of its own: {visible} visible. "
+            "Launch as many processes as there are GPUs."
+        )
+    card = torch.cuda.get_device_properties(own)  # starts CUDA: from here the count is final
+    if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+        raise CourseError(
+            "CUDA had started on several GPUs before the plan was made, and a run without a "
+            "launcher takes one. Restart the kernel and make the plan first, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    # is_bf16_supported() would count emulation, in which a T4 crawls: keep the capability.
+    capability = card.major, card.minor
+    return Hardware("cuda", card.name, card.total_memory / 1e9, capability, False, cores, gpus)
 
 
 @functools.cache
@@ -103,12 +99,8 @@ def fast_bf16() -> bool:
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
-        matrix, best = torch.ones(512, 512, dtype=dtype), float("inf")
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            matrix @ matrix
-            best = min(best, time.perf_counter() - start)
-        return best
+        matrix = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: matrix @ matrix, repeat=4, number=1))  # one warms up
 
     return seconds(torch.float32) > 1.2 * seconds(torch.bfloat16)
 
@@ -225,13 +217,7 @@ def show_errors_plainly() -> None:
     if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
         return
 
-    def handler(
-        shell: Any,
-        kind: type[BaseException],
-        error: BaseException,
-        trace: Any,
-        tb_offset: Any = None,
-    ) -> list[str]:
+    def handler(shell: Any, kind: Any, error: Any, trace: Any, tb_offset: Any = None) -> list[str]:
         text = str(error)
         if isinstance(error, NameError):
             text += (
@@ -267,28 +253,27 @@ class Finding:
         return f"{line}\n{'':<20}-> {self.todo}" if self.todo else line
 
 
-Check = Callable[[], str | tuple[bool, str, str]]  # a text, or (good, text, next step if not)
+Answer = tuple[bool, str, str]  # whether all is well, what was found, the next step if not
 
 
 def doctor(checks: Mapping[str, Callable[[], str]] | None = None) -> list[Finding]:
     """Check what a class on ``tiny`` needs, then ``checks``, which return a text or raise."""
-    looks: dict[str, tuple[str, Check]] = {
-        "device": (OK, _device), "packages": (PROBLEM, _packages), "tested": (WARNING, _tested),
-        "Hub": (WARNING, _hub), "notebooks": (PROBLEM, _notebooks), "memory": (PROBLEM, _memory),
-        "disk": (PROBLEM, _disk),
-    }  # fmt: skip
-    looks |= {f"port {n}": (WARNING, functools.partial(_port, n)) for n in PORTS}
-    looks |= {name: (PROBLEM, check) for name, check in (checks or {}).items()}
+    table: list[tuple[str, str, Callable[[], str | Answer]]] = [  # what, state if not well, check
+        ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
+        ("tested", WARNING, _tested), ("Hub", WARNING, _hub), ("notebooks", PROBLEM, _notebooks),
+        ("memory", PROBLEM, _memory), ("disk", PROBLEM, _disk),
+        *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS),
+        *((name, PROBLEM, check) for name, check in (checks or {}).items()),
+    ]  # fmt: skip
     findings = []
-    for what, (state, look) in looks.items():
+    for what, state, check in table:
         try:
-            answer = look()
-            good, text, todo = (True, answer, "") if isinstance(answer, str) else answer
+            answer = check()
+            well, text, todo = (True, answer, "") if isinstance(answer, str) else answer
         except Exception as error:  # a broken package or file raises anything
-            text = (str(error).splitlines() or ["no message"])[0]
-            text = text if isinstance(error, CourseError) else f"{type(error).__name__}: {text}"
-            good, state, todo = False, PROBLEM, ""
-        findings.append(Finding(what, OK if good else state, text, "" if good else todo))
+            kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
+            well, state, text, todo = False, PROBLEM, kind + str(error).partition("\n")[0], ""
+        findings.append(Finding(what, OK if well else state, text, "" if well else todo))
     return findings
 
 
@@ -307,56 +292,51 @@ def _installed(name: str) -> str:
         return ""
 
 
-def _packages() -> tuple[bool, str, str]:
+def _packages() -> Answer:
     from packaging.requirements import Requirement
 
     lines = importlib.metadata.requires(PACKAGE) or ()
     needs = [Requirement(line) for line in lines if "extra ==" not in line]
-    python, needed = platform.python_version(), importlib.metadata.metadata(PACKAGE)
-    if not Requirement(f"python {needed['Requires-Python']}").specifier.contains(python):
-        text = f"Python {python}, expected {needed['Requires-Python']}"
-        return False, text, "make a .venv with another Python"
     have = {need.name: _installed(need.name) for need in needs}
     wrong = [n for n in needs if not (v := have[n.name]) or not n.specifier.contains(v, True)]
     listed = [f"{n.name} {have[n.name] or 'is missing'}, expected {n.specifier}" for n in wrong]
+    good = f"Python {platform.python_version()} and {len(needs)} packages are in range"
     todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
-    good = f"Python {python} and {len(needs)} packages are in range"
     return not wrong, "; ".join(listed) or good, todo
 
 
-def _tested() -> tuple[bool, str, str]:
-    pins = (checkout() or REPO) / "constraints.txt"
-    lines = pins.read_text(encoding="utf-8") if pins.is_file() else ""
-    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", lines, re.MULTILINE))
-    others = [f"{n} {_installed(n)} (tested: {v})" for n, v in tested.items()
-              if _installed(n) not in ("", v)]  # fmt: skip
+def _tested() -> Answer:
+    pins = ((checkout() or REPO) / "constraints.txt").read_text(encoding="utf-8")
+    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE))
+    others = [f"{name} {version} (tested: {tested[name]})" for name in tested
+              if (version := _installed(name)) not in ("", tested[name])]  # fmt: skip
     good = ", ".join(f"{name} {version}" for name, version in versions().items())
     return not others, ", ".join(others) or good, "install the tested versions: make course"
 
 
-def _hub() -> tuple[bool, str, str]:
+def _hub() -> Answer:
     if not hub_reachable():
         return False, "out of reach", "profile tiny needs no network, the others do"
     token = "set" if hub_token() else token_gap() or "not set, which only a Llama needs"
     return True, f"reachable; HF_TOKEN: {token}", ""
 
 
-def _notebooks() -> tuple[bool, str, str]:
+def _notebooks() -> Answer:
     count = len(list(((checkout() or REPO) / "notebooks").glob("0*_*.ipynb")))
     return count > 0, f"{count} lessons", "work in a clone of the course's repository"
 
 
-def _memory() -> tuple[bool, str, str]:
+def _memory() -> Answer:
     import psutil
 
-    timings = (checkout() or REPO) / "notebooks" / "timings.json"  # of the last full run
-    peaks = [v["peak_gb"] for v in read_json(timings).values()] if timings.is_file() else [1.0]
-    need, free = max(peaks) + BESIDE_GB, psutil.virtual_memory().available / 1e9
+    timings = read_json((checkout() or REPO) / "notebooks" / "timings.json")  # of the last full run
+    need = max(lesson["peak_gb"] for lesson in timings.values()) + BESIDE_GB
+    free = psutil.virtual_memory().available / 1e9
     text = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (largest lesson and a browser)"
     return free >= need, text, "close other programs and notebooks"
 
 
-def _disk() -> tuple[bool, str, str]:
+def _disk() -> Answer:
     out = Path(default_out())
     place = next(p for p in (out, *out.parents) if p.exists())
     free, todo = shutil.disk_usage(place).free / 1e9, "set MEDQUAD_OUT to another folder of yours"
@@ -367,13 +347,12 @@ def _disk() -> tuple[bool, str, str]:
     return free >= DISK_GB, f"{free:.1f} GB free in {out.name}/, {DISK_GB:.1f} GB needed", todo
 
 
-def _port(number: int) -> tuple[bool, str, str]:
+def _port(number: int) -> Answer:
     with socket.socket() as probe:
         # Without this, a connection that has just ended would still count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", number))
-        except OSError as error:
-            why = "taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
-            return False, why, PORTS[number]
+        except OSError:
+            return False, "taken", PORTS[number]
     return True, "free", ""

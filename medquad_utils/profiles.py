@@ -1,6 +1,7 @@
 """The dial of the course: a profile says what is studied, the hardware how, `resolve` joins both.
 
-Functions import torch and transformers, this module does not: the command line answers at once.
+`Profile` + `Hardware` = `Plan`. Torch and transformers are imported where a function needs them, so
+the command line answers at once.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ from medquad_utils.memory import Shape as Shape  # part of this module's interfa
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = ("sample", "hub", "xml", "csv", "jsonl", "parquet")
-# fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
-# schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
-ADAPTER_DTYPE = "float32"
+# Architectures of a Llama's seven linear layers a block, without experts.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tokens of a packed row at most. Longer rows spread the fixed cost of a micro-batch further, but
-# SDPA compares every token with the whole row and masks the rest: at 4,096 tokens that is a seventh
-# of an 8 B model's forward pass. A CPU's caches hold short rows only: tiny trains 1,500 tokens/s in
-# rows of 512 and 1,200 in rows of 2,048.
+# Tokens of a packed row at most. Attention compares every token with the whole row and masks the
+# rest: at 4,096 tokens that is a seventh of an 8 B model's forward pass. A CPU's caches hold short
+# rows only: tiny trains 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
 MAX_PACK = {"cuda": 4096, "cpu": 512}
 
 
@@ -51,13 +50,14 @@ class Profile:
     epochs: int
     max_new_tokens: int
     lora_r: int = 16
+    lora_dropout: float = 0.05
 
 
 LLAMA = {"rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 8192}
 PROFILES = {p.name: p for p in (
     Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
-            learning_rate=2e-3, epochs=3, max_new_tokens=64),
+            learning_rate=2e-3, epochs=3, max_new_tokens=64, lora_dropout=0.0),
     Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct", None,
             Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
@@ -95,7 +95,6 @@ class Plan:
     device: str  # where the model runs: "cpu" or "cuda"
     hardware: str
     compute_dtype: str  # of activations and of 4-bit matrix products
-    adapter_dtype: str
     optimizer: str
     lora_r: int
     lora_alpha: int
@@ -109,7 +108,10 @@ class Plan:
     seed: int
     out: str
     card_gb: float
-    why: str
+    why: str  # this profile was taken
+    # fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
+    # schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
+    adapter_dtype: str = "float32"
     processes: int = 1  # that share every step, each on its own GPU
     sharded: bool = False  # FSDP: a process holds a part of the weights. DDP: each holds all
     gpus: int = 0  # of the machine
@@ -122,10 +124,7 @@ class Plan:
         Raises:
             CourseError: no setting fits in memory, or the processes cannot share a step evenly.
         """
-        return self.fixed_fit or fit_step(
-            self.recipe, self.shape, self.compute_dtype, self.device == "cuda", self.card_gb,
-            self.lora_r, self.processes,
-        )  # fmt: skip
+        return self.fixed_fit or fit_step(self)
 
     def with_fit(self, **sizes: Any) -> Plan:
         """Return a copy in which some sizes of a step (fields of ``Fit``) are set by hand."""
@@ -140,12 +139,16 @@ class Plan:
 
     @property
     def recipe(self) -> Profile:
-        """The profile with its sizes for this source: real answers are long, tiny takes fewer."""
+        """The profile, sized for the plan's source."""
         return sized(PROFILES[self.profile], self.source)
 
     @property
     def shape(self) -> Shape:
-        """The sizes of the base: a profile's own are listed, others come from ``config.json``."""
+        """The sizes of the base: those of a profile are listed, others are in ``config.json``.
+
+        Raises:
+            CourseError: no readable config, or an architecture unlike a Llama's.
+        """
         listed = {p.model_id: p.shape for p in PROFILES.values()}
         if not self.model_path and self.model_id in listed:
             return listed[self.model_id]
@@ -153,12 +156,20 @@ class Plan:
 
         try:
             config = AutoConfig.from_pretrained(self.model_source, revision=self.hub_revision)
+            if config.model_type not in LLAMA_LIKE:
+                raise ValueError(f"model_type {config.model_type!r}")
             return Shape.of(config)
-        except (OSError, ValueError, AttributeError) as error:
+        except Exception as error:  # whatever the file holds, or the network does
             raise CourseError(
-                f"model {Path(self.model_source).name!r}: its sizes cannot be read "
-                f"({str(error).splitlines()[0]}). Expected a Llama's folder or OWNER/NAME."
+                f"model {self.model_id!r}: its sizes cannot be read ({str(error).splitlines()[0]})."
+                f" Expected OWNER/NAME or a folder of a model of type {', '.join(LLAMA_LIKE)}."
             ) from error
+
+    def micro(self, tokens: int, checkpoint: int = 0) -> Micro:
+        """Return a micro-batch of one packed row; every ``checkpoint``-th block is recomputed."""
+        sizes = BYTES[self.compute_dtype], BYTES[self.adapter_dtype]
+        dropout, cuda = self.lora_dropout > 0, self.device == "cuda"
+        return Micro(1, tokens, self.lora_r, *sizes, checkpoint, dropout, cuda)
 
     @property
     def folder(self) -> Path:
@@ -178,9 +189,8 @@ class Plan:
     @property
     def model_source(self) -> str:
         """The folder or Hub id for ``from_pretrained``."""
-        if self.model_path:
-            return self.model_path
-        return str(TINY_MODEL) if self.model_id == "embedded" else self.model_id
+        embedded = str(TINY_MODEL) if self.model_id == "embedded" else ""
+        return self.model_path or embedded or self.model_id
 
     @property
     def launch(self) -> str:
@@ -188,61 +198,59 @@ class Plan:
 
         It starts one process a GPU, or the largest number below that shares a step evenly.
         """
-        counts = shares(self.recipe)
-        count = max(n for n in counts if n <= max(1, self.gpus))
+        count = max(n for n in shares(self.recipe) if n <= max(1, self.gpus))
         if self.processes > 1 or count == 1:
             return ""
-        return (
-            f"torchrun --nproc_per_node {count} -m medquad_utils.training --profile {self.profile}"
-        )
+        module = "medquad_utils.training"
+        return f"torchrun --nproc_per_node {count} -m {module} --profile {self.profile}"
 
-    def table(self) -> list[tuple[str, str]]:
-        """Return the plan as (what, value) pairs in plain words."""
-        model, steps = self.model_id, f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
-        if self.model_path:
-            model = f"{Path(self.model_path).name} (local folder)"
-        elif self.revision:
-            model = f"{model} @ {self.revision[:8]}"
+    def table(self) -> dict[str, str]:
+        """Return the plan in plain words: what -> value."""
+        model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
+        revision = f" @ {self.revision[:8]}" if self.revision else ""
+        files = f" ({Path(self.data_path).name})" if self.data_path else ""
+        steps = f"{self.epochs} epoch" + ("s" if self.epochs > 1 else "")
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         others = f"this process takes 1 of {self.gpus}; to train on more: {self.launch}"
-        dtypes = f"{self.compute_dtype} compute, {self.adapter_dtype} adapters"
-        dropout = f"dropout {self.lora_dropout}, all linear layers"
         try:
-            rows = f"packed with rows of up to {self.max_length}{each}"
-            step = f"{self.accumulation} x {self.pack_length} tokens, {rows}"
+            step = f"{self.accumulation} x {self.pack_length} tokens, "
+            step += f"packed with rows of up to {self.max_length}{each}"
             memory = f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
             again = ", activation checkpointing" if self.checkpointing else ""
         except CourseError as error:  # a machine too small to train may still ask and serve
             step, memory, again = "none: this machine cannot train it", str(error), ""
-        return [
-            ("profile", f"{self.profile} ({self.why})"),
-            ("base model", model),
-            ("data", self.source + (f" ({Path(self.data_path).name})" if self.data_path else "")),
-            ("runs on", self.hardware),
-            *([("other GPUs", others)] if self.launch else []),
-            ("numbers", f"4-bit NF4 weights, {dtypes}"),
-            ("LoRA", f"rank {self.lora_r}, alpha {self.lora_alpha}, {dropout}"),
-            ("one step", step),
-            ("training", f"{f'{self.max_steps} steps' if self.max_steps else steps}, "
-                         f"learning rate {self.learning_rate:g}, {self.optimizer}{again}"),
-            ("rows", f"{self.rows or 'all'} for training, "
-                     f"up to {self.eval_rows} each for validation and test"),
-            ("predicted memory", memory),
-            *([("results", machine.colab_results(self.folder))] if machine.on_colab() else []),
-        ]  # fmt: skip
+        rows = {
+            "profile": f"{self.profile} ({self.why})",
+            "base model": model + revision,
+            "data": self.source + files,
+            "runs on": self.hardware,
+            "other GPUs": others if self.launch else "",
+            "numbers": f"4-bit NF4 weights, {self.compute_dtype} compute, "
+                       f"{self.adapter_dtype} adapters",
+            "LoRA": f"rank {self.lora_r}, alpha {self.lora_alpha}, dropout {self.lora_dropout}, "
+                    "all linear layers",
+            "one step": step,
+            "training": f"{f'{self.max_steps} steps' if self.max_steps else steps}, "
+                        f"learning rate {self.learning_rate:g}, {self.optimizer}{again}",
+            "rows": f"{self.rows or 'all'} for training, "
+                    f"up to {self.eval_rows} each for validation and test",
+            "predicted memory": memory,
+            "results": machine.colab_results(self.folder) if machine.on_colab() else "",
+        }  # fmt: skip
+        return {what: value for what, value in rows.items() if value}
 
     def __str__(self) -> str:
         rows = self.table()
-        width = max(len(k) for k, _ in rows)
-        return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
+        width = max(map(len, rows))
+        return "\n".join(f"{what:<{width}}  {value}" for what, value in rows.items())
 
     __repr__ = __str__  # a notebook keeps this text beside the HTML: no path of this machine in it
 
     def _repr_html_(self) -> str:
         left = 'style="text-align:left"'
         cells = "".join(
-            f"<tr><th {left}>{html.escape(k)}</th><td {left}>{html.escape(v)}</td></tr>"
-            for k, v in self.table()
+            f"<tr><th {left}>{html.escape(what)}</th><td {left}>{html.escape(value)}</td></tr>"
+            for what, value in self.table().items()
         )
         return f"<table>{cells}</table>"
 
@@ -252,66 +260,6 @@ class Plan:
         del values["fixed_fit"]
         names = {k: Path(values[k]).name for k in ("model_path", "data_path", "out")}
         return values | names | (dataclasses.asdict(self.fit) if fit else {})
-
-
-def sized(profile: Profile, source: str) -> Profile:
-    """Return the profile for ``source``: ``tiny`` takes fewer and longer rows of MedQuAD."""
-    sizes: dict[str, Any] = {"rows": 240, "eval_rows": 40, "max_length": 512, "epochs": 2}
-    long = profile.name == "tiny" and source != "sample"
-    return dataclasses.replace(profile, source=source, **(sizes if long else {}))
-
-
-def compute_dtype(hardware: Hardware) -> str:
-    """Choose bf16 where it is native (CUDA 8.0) or fast (CPU), fp16 on older cards, else fp32."""
-    if hardware.device == "cuda":
-        return "bfloat16" if (hardware.capability or (0, 0)) >= (8, 0) else "float16"
-    return "bfloat16" if hardware.device == "cpu" and hardware.bf16_cpu else "float32"
-
-
-def adapter_dropout(profile: str) -> float:
-    """Return the share of inputs that dropout zeroes: none for ``tiny``, whose data is exact."""
-    return 0.0 if profile == "tiny" else 0.05
-
-
-def micro_batch(
-    profile: str, compute: str, cuda: bool, rank: int, length: int, checkpoint: int = 0
-) -> Micro:
-    """Return a micro-batch of one packed row of ``length`` tokens in dtype ``compute``."""
-    sizes = BYTES[compute], BYTES[ADAPTER_DTYPE]
-    return Micro(1, length, rank, *sizes, checkpoint, adapter_dropout(profile) > 0, cuda)
-
-
-def choose_for(hardware: Hardware) -> tuple[str, str]:
-    """Ask the Hub and look for a token, then ``choose``."""
-    reachable = machine.hub_reachable()
-    token = bool(reachable and machine.hub_token())
-    return choose(hardware, reachable, token, "" if token else machine.token_gap())
-
-
-def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
-    """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
-
-    ``gap`` says why there is no token.
-    """
-    gb = hardware.memory_gb
-    if gb < 2:
-        return "tiny", f"auto: only {gb:.1f} GB of memory; 'small' needs 2 GB"
-    if not reachable:
-        return "tiny", "auto: the Hugging Face Hub is out of reach; with a network, 'small' is next"
-    if hardware.device != "cuda":
-        return "small", (
-            "auto: no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
-        )
-    if not token:
-        return "small", (
-            f"auto: a GPU but no HF_TOKEN{f' ({gap})' if gap else ''}; "
-            "accept the Llama 3 licence on the Hub and set the token for a Llama"
-        )
-    if gb >= 14:
-        return "llama-8b", "auto: a GPU with room for 8 B in 4 bits, and a token"
-    if gb >= 4:
-        return "llama-1b", f"auto: a GPU with {gb:.0f} GB and a token; 'llama-8b' needs 14 GB"
-    return "small", f"auto: a GPU with {gb:.0f} GB; 'llama-1b' needs 4 GB"
 
 
 def resolve(
@@ -332,19 +280,22 @@ def resolve(
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
-    hardware = hardware or machine.detect()
-    profile, why = choose_for(hardware) if profile == "auto" else (profile, "as asked")
+    hardware, why = hardware or machine.detect(), "as asked"
+    if profile == "auto":
+        reachable = machine.hub_reachable()
+        token = bool(reachable and machine.hub_token())
+        profile, why = choose(hardware, reachable, token, machine.token_gap())
     recipe = sized(PROFILES[profile], source or PROFILES[profile].source)
     check_source(recipe.source, data_path)
-    rank, cuda = lora_r or recipe.lora_r, hardware.device == "cuda"
+    model_id, revision, model_path = find_base(recipe, model)
     # accelerate launch sets this. FSDP2 cuts the tensors, and bitsandbytes 0.50's optimizer refuses
     # such ("mixed torch.Tensor and DTensor").
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    paged, rank = hardware.device == "cuda" and not sharded, lora_r or recipe.lora_r
     return Plan(
-        profile, *find_base(recipe, model), recipe.source, data_path, "cuda" if cuda else "cpu",
-        str(hardware), compute_dtype(hardware), ADAPTER_DTYPE,
-        optimizer="paged_adamw_8bit" if cuda and not sharded else "adamw_torch",
-        lora_r=rank, lora_alpha=2 * rank, lora_dropout=adapter_dropout(profile),
+        profile, model_id, revision, model_path, recipe.source, data_path, hardware.device,
+        str(hardware), compute_dtype(hardware), "paged_adamw_8bit" if paged else "adamw_torch",
+        lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
         learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
         rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
         max_new_tokens=recipe.max_new_tokens, seed=seed, out=out or machine.default_out(),
@@ -365,73 +316,53 @@ def resolve_trained(
     if model or not (adapter / "plan.json").is_file():
         return plan
     base = read_json(adapter / "plan.json")
-    folder = adapter / base["model_path"] if base.get("model_path") else None
+    folder = adapter / base["model_path"] if base["model_path"] else None
     if folder and not (folder / "config.json").is_file():
         raise CourseError(
             f"the adapter in {adapter.name}/ was trained on the model in {base['model_path']}, "
             "which holds no config.json now. Say where the model is: --model DIR."
         )
+    path = str(folder.resolve()) if folder else ""
     return dataclasses.replace(
-        plan,
-        model_id=base.get("model_id", plan.model_id),
-        revision=base.get("revision"),
-        model_path=str(folder.resolve()) if folder else "",
+        plan, model_id=base["model_id"], revision=base["revision"], model_path=path
     )
 
 
-def find_base(profile: Profile, model: str) -> tuple[str, str | None, str]:
-    """Return (model_id, revision, folder) of ``model``; "" is the profile's own base."""
-    if not model:
-        return profile.model_id, profile.revision, ""
-    if (Path(model) / "config.json").is_file():
-        return Path(model).resolve().name, None, model
-    if Path(model).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise CourseError(
-            f"model {model!r}: expected OWNER/NAME on the Hub, or a folder that holds config.json."
-        )
-    return model, {p.model_id: p.revision for p in PROFILES.values()}.get(model), ""
+def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
+    """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
 
-
-def fit_step(
-    profile: Profile, shape: Shape, compute: str, cuda: bool, memory_gb: float, rank: int,
-    processes: int = 1,
-) -> Fit:  # fmt: skip
-    """Return the fastest training step that fits in memory.
-
-    The longest examples come first: longer ones are left out of the data. Then come the longest
-    packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
-    comes last: it computes the forward pass a second time.
+    ``reachable`` is the Hub; ``gap`` says why there is no ``token``. The first true line decides.
     """
-    if processes not in (counts := shares(profile)):
-        raise CourseError(
-            f"{processes} processes cannot share a step of {profile.tokens_per_step:,} tokens "
-            f"evenly, and its size is part of the recipe: launch {', '.join(map(str, counts))}."
-        )
+    gb, missing = hardware.memory_gb, f"no HF_TOKEN ({gap})" if gap else "no HF_TOKEN"
+    lines = (
+        (gb < 2, "tiny", f"only {gb:.1f} GB of memory; 'small' needs 2 GB"),
+        (not reachable, "tiny",
+         "the Hugging Face Hub is out of reach; with a network, 'small' is next"),
+        (hardware.device != "cuda", "small",
+         "no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"),
+        (not token, "small", f"a GPU but {missing}; "
+         "accept the Llama 3 licence on the Hub and set the token for a Llama"),
+        (gb < 4, "small", f"a GPU with {gb:.0f} GB; 'llama-1b' needs 4 GB"),
+        (gb < 14, "llama-1b", f"a GPU with {gb:.0f} GB and a token; 'llama-8b' needs 14 GB"),
+        (True, "llama-8b", "a GPU with room for 8 B in 4 bits, and a token"),
+    )  # fmt: skip
+    return next((profile, f"auto: {why}") for decides, profile, why in lines if decides)
 
-    def need(tokens: int, checkpoint: int) -> float:
-        micro = micro_batch(profile.name, compute, cuda, rank, tokens, checkpoint)
-        return sum(training_memory(shape, micro).values())
 
-    share = profile.tokens_per_step // processes
-    most = min(MAX_PACK["cuda" if cuda else "cpu"], share)
-    for length in (profile.max_length >> n for n in range(3)):
-        # The largest size, its half, its quarter ... and the length itself.
-        packs = [most >> n for n in range(most.bit_length()) if most >> n > length] + [length]
-        for checkpoint, tokens in itertools.product((0, 1), packs):
-            if (memory := need(tokens, checkpoint)) <= 0.92 * memory_gb:
-                return Fit(max(1, share // tokens), length, tokens, bool(checkpoint), memory)
-    smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
-    raise CourseError(
-        f"profile {profile.name} needs about {need(profile.max_length // 4, 1):.1f} GB even for "
-        f"its shortest rows, but this machine offers {memory_gb:.1f} GB. Choose a smaller profile "
-        f"({', '.join(smaller) or 'none is left'}) or a larger card."
+def compute_dtype(hardware: Hardware) -> str:
+    """Choose bf16 where it is native (CUDA 8.0) or fast (CPU), fp16 on older cards, else fp32."""
+    if hardware.device == "cuda":
+        return "bfloat16" if (hardware.capability or (0, 0)) >= (8, 0) else "float16"
+    return "bfloat16" if hardware.bf16_cpu else "float32"
+
+
+def sized(profile: Profile, source: str) -> Profile:
+    """Return the profile for ``source``: ``tiny`` takes fewer and longer rows of MedQuAD."""
+    if profile.name != "tiny" or source == "sample":
+        return dataclasses.replace(profile, source=source)
+    return dataclasses.replace(
+        profile, source=source, rows=240, eval_rows=40, max_length=512, epochs=2
     )
-
-
-def shares(profile: Profile) -> list[int]:
-    """Return into how many equal parts, each of one example at least, a step can be cut."""
-    whole = profile.tokens_per_step
-    return [n for n in range(1, whole // profile.max_length + 1) if whole % n == 0]
 
 
 def check_source(source: str, data_path: str) -> None:
@@ -440,7 +371,57 @@ def check_source(source: str, data_path: str) -> None:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
     if source not in ("sample", "hub") and not data_path:
         kind = "folder" if source == "xml" else "file"
+        todo = "Add -p data_path=... (medquad data: --path ...)"
+        raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
+
+
+def find_base(profile: Profile, model: str) -> tuple[str, str | None, str]:
+    """Return (model_id, revision, folder) of ``model``; "" is the profile's own base."""
+    if not model:
+        return profile.model_id, profile.revision, ""
+    folder = Path(model).parent if Path(model).name == "config.json" else Path(model)
+    if (folder / "config.json").is_file():
+        return folder.resolve().name, None, str(folder)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise CourseError(
-            f"source {source!r} needs data_path: the {kind} to read. "
-            "Add -p data_path=... (medquad data: --path ...)"
+            f"model {model!r}: expected OWNER/NAME on the Hub, or a folder that holds config.json."
         )
+    return model, {p.model_id: p.revision for p in PROFILES.values()}.get(model), ""
+
+
+def fit_step(plan: Plan) -> Fit:
+    """Return the fastest training step that fits in memory.
+
+    The longest examples come first: longer ones are left out of the data. Then come the longest
+    packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
+    comes last: it computes the forward pass a second time.
+    """
+    recipe, shape, counts = plan.recipe, plan.shape, shares(plan.recipe)
+    if plan.processes not in counts:
+        raise CourseError(
+            f"{plan.processes} processes cannot share a step of {recipe.tokens_per_step:,} tokens "
+            f"evenly, and its size is part of the recipe: launch {', '.join(map(str, counts))}."
+        )
+
+    def need(tokens: int, checkpoint: int) -> float:
+        return sum(training_memory(shape, plan.micro(tokens, checkpoint)).values())
+
+    share = recipe.tokens_per_step // plan.processes
+    for length in (recipe.max_length >> n for n in range(3)):  # all sizes are powers of two
+        most = max(length, min(share, MAX_PACK[plan.device]))
+        packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
+        for checkpoint, tokens in itertools.product((0, 1), packs):
+            if (memory := need(tokens, checkpoint)) <= 0.92 * plan.card_gb:
+                return Fit(share // tokens, length, tokens, bool(checkpoint), memory)
+    smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
+    raise CourseError(
+        f"profile {recipe.name} needs about {need(recipe.max_length // 4, 1):.1f} GB even for "
+        f"its shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller "
+        f"profile ({', '.join(smaller) or 'none is left'}) or a larger card."
+    )
+
+
+def shares(profile: Profile) -> list[int]:
+    """Return into how many equal parts, each of one example at least, a step can be cut."""
+    whole = profile.tokens_per_step
+    return [n for n in range(1, whole // profile.max_length + 1) if whole % n == 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -214,33 +213,37 @@ def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
     assert stamp.between(text, stamp.COSTS) == stamp.cost_table()
 
 
-GOOD = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
-        "num_attention_heads": 4, "vocab_size": 512}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("options", "config", "expected"),
     [
-        ("--gpu T5", GOOD, "unknown card 'T5': expected T4, L4, A10G, A100-40"),
-        ("--price nan", GOOD, "price nan: expected"),
-        ("--out bar.txt", GOOD, "--out 'bar.txt'"),
-        ("--model nowhere.json", GOOD, "config 'nowhere.json': no such file"),
-        ("", [], "model_type None: expected 'llama'"),
-        ("", GOOD | {"vocab_size": "x"}, "lacks a whole number over 0 for vocab_size"),
-        ("", GOOD | {"hidden_size": 65}, "65 is no multiple of 4 heads"),
+        ("--gpu T5", "", "unknown card 'T5': expected T4, L4, A10G, A100-40"),
+        ("--price nan", "", "price nan: expected"),
+        ("--out bar.txt", "", "--out 'bar.txt'"),
+        ("--model nowhere.json", "", "model 'nowhere.json': expected OWNER/NAME"),
+        ("", '{"model_type": "gpt2"}', "(model_type 'gpt2'). Expected OWNER/NAME or a folder"),
+        ("", '{"model_type": "llama", "vocab_size": "x"}', "its sizes cannot be read"),
     ],
 )
 def test_a_mistake_of_the_estimate_ends_in_one_line(
-    options: str, config: Any, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: str, config: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(GOOD))
-    assert estimate.read_shape(str(tmp_path)) == Shape(64, 2, 128, 4, 4, 512)
-    file.write_text(json.dumps(config))
-    assert cli.main(["estimate", "--model", str(tmp_path), *options.split()]) == 1
+    if config:
+        (tmp_path / "config.json").write_text(config)
+        options = f"--model {tmp_path}"
+    assert cli.main(["estimate", *options.split()]) == 1
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert expected in said.err
+
+
+def test_another_llama_is_estimated_by_its_config(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=128,
+                         num_attention_heads=4, vocab_size=512)  # fmt: skip
+    config.save_pretrained(tmp_path / "mine")
+    other = estimate.estimate("small", config=str(tmp_path / "mine" / "config.json"))
+    assert (other.name, other.shape) == ("mine", Shape.of(config))
 
 
 def test_the_command_prints_memory_time_and_price(capsys: pytest.CaptureFixture[str]) -> None:
