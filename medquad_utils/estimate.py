@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from medquad_utils import CourseError
+from medquad_utils import CourseError, memory
 from medquad_utils.files import MEASURED, read_json
 from medquad_utils.machine import Hardware
-from medquad_utils.memory import (
-    Micro,
-    Shape,
-    adapter_parameters,
-    bits_per_parameter,
-    grouped,
-    training_memory,
-    weights_gb,
-)
+from medquad_utils.memory import Micro, Shape
 from medquad_utils.profiles import BYTES, resolve
 
 # MedQuAD's training part (13,335 rows kept of 16,407, split by disease group): how many rows fit
@@ -44,13 +37,12 @@ class Card:
     bandwidth: float  # GB/s
     efficiency: float  # share of tflops that matrix products are taken to reach
     basis: str  # where the efficiency comes from
-    marks: tuple[str, ...] = ()  # words of its name in torch; default: the name itself
 
     @property
     def hardware(self) -> Hardware:
         """The card as ``profiles.resolve`` sees it."""
-        kind, gpus = ("cuda", 1) if self.capability else ("cpu", 0)
-        return Hardware(kind, self.name, self.memory_gb, self.capability, gpus=gpus)
+        device = "cuda" if self.capability else "cpu"
+        return Hardware(device, self.name, self.memory_gb, self.capability)
 
 
 _LOW_POWER = "assumed: 70 W hold its clock far below the data sheet's"
@@ -65,11 +57,11 @@ CARDS = {card.name: card for card in (
     Card("T4", 15.0, (7, 5), 65, 320, 0.35, _LOW_POWER),
     Card("L4", 23.0, (8, 9), 121, 300, 0.40, _LOW_POWER),
     Card("A10G", 23.0, (8, 6), 70, 600, 0.50, _AMPERE),
-    Card("A100-40", 42.0, (8, 0), 312, 1555, 0.50, _AMPERE, ("A100", "40GB")),
-    Card("A100-80", 85.0, (8, 0), 312, 2039, 0.50, _AMPERE, ("A100", "80GB")),
+    Card("A100-40", 42.0, (8, 0), 312, 1555, 0.50, _AMPERE),
+    Card("A100-80", 85.0, (8, 0), 312, 2039, 0.50, _AMPERE),
     Card("H100", 85.0, (9, 0), 989, 3350, 0.45, _HOPPER),
     Card("H200", 150.0, (9, 0), 989, 4800, 0.45, _HOPPER),
-    Card("RTX 4090", 25.0, (8, 9), 165, 1008, 0.55, _ADA, ("RTX", "4090")),
+    Card("RTX 4090", 25.0, (8, 9), 165, 1008, 0.55, _ADA),
     Card("CPU", 16.0, None, 0.075, 20, 0.40, _CPU),
 )}  # fmt: skip
 
@@ -95,7 +87,7 @@ def flops_per_token(
     blocks = shape.block_parameters
     frozen = 4 * (blocks + shape.vocab * shape.hidden) + 2 * recomputed * blocks
     attention = shape.layers * shape.linears()["o_proj"][0] * context * (12 + 4 * recomputed)
-    return frozen + attention + adapter_parameters(shape, rank) * (6 + 2 * recomputed)
+    return frozen + attention + memory.adapter_parameters(shape, rank) * (6 + 2 * recomputed)
 
 
 def dequantisation_seconds(shape: Shape, card: Card, recomputed: float = 0.0) -> float:
@@ -105,8 +97,8 @@ def dequantisation_seconds(shape: Shape, card: Card, recomputed: float = 0.0) ->
     them unpacked and reads them again: 31.5 GB at 8 B in 16 bits. Over the memory's bandwidth that
     gives the reported costs: about 315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
     """
-    unpacked = 2 if card.capability else 4
-    moved = shape.block_parameters * (bits_per_parameter(double_quant=True) / 8 + 2 * unpacked)
+    packed, unpacked = memory.bits_per_parameter(double_quant=True) / 8, 2 if card.capability else 4
+    moved = shape.block_parameters * (packed + 2 * unpacked)
     return (2 + recomputed) * moved / card.bandwidth / 1e9
 
 
@@ -124,8 +116,9 @@ class Run:
     tokens_per_second: float
 
     def on(self, card: Card) -> bool:
-        """Whether this card took the run."""
-        return set(card.marks or (card.name,)) <= set(self.device.replace("-", " ").split())
+        """Whether this card took the run: torch calls an A100-40 "NVIDIA A100-SXM4-40GB"."""
+        words = re.split("[ -]", self.device.replace("GB", ""))
+        return set(re.split("[ -]", card.name)) <= set(words)
 
 
 def read_runs(folder: Path = MEASURED) -> list[Run]:
@@ -136,10 +129,10 @@ def read_runs(folder: Path = MEASURED) -> list[Run]:
             plan, ours = run["plan"], run["arms"].get("c", {})
             if not ours.get("figures"):
                 continue
+            sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
             micro = Micro(
-                1, plan["pack_length"], plan["lora_r"], BYTES[plan["compute_dtype"]],
-                BYTES[plan["adapter_dtype"]], int(plan["checkpointing"]), plan["lora_dropout"] > 0,
-                plan["device"] == "cuda",
+                plan["pack_length"], plan["lora_r"], *sizes, int(plan["checkpointing"]),
+                plan["lora_dropout"] > 0, plan["device"] == "cuda",
             )  # fmt: skip
             runs.append(Run(
                 name, run["machine"]["device"], run["date"], Shape(**run["shape"]), micro,
@@ -165,12 +158,12 @@ class Estimate:
     @property
     def parts(self) -> dict[str, float]:
         """Part -> GB of the predicted peak."""
-        return training_memory(self.shape, self.micro)
+        return memory.training_memory(self.shape, self.micro)
 
     @property
     def groups(self) -> dict[str, float]:
         """The parts as six, as many as a picture can tell apart."""
-        return grouped(self.parts)
+        return memory.grouped(self.parts)
 
     @property
     def memory_gb(self) -> float:
@@ -250,7 +243,7 @@ class Estimate:
             "Python and libraries": LIBRARIES_GB,
             "one shard of the files": min(SHARD_GB, 2 * shape.parameters / 1e9),
             "the largest tensor": 2 * shape.vocab * shape.hidden / 1e9,
-            "the 4-bit model": 0.0 if self.card.capability else weights_gb(self.parts),
+            "the 4-bit model": 0.0 if self.card.capability else memory.weights_gb(self.parts),
         }
         parts = " + ".join(f"{gb:.1f} {name}" for name, gb in ram.items())
         return f"{sum(ram.values()):.1f} GB: {parts}"

@@ -348,11 +348,8 @@ def _disk() -> Answer:
 
 
 def _port(number: int) -> Answer:
-    with socket.socket() as probe:
-        # Without this, a connection that has just ended would still count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", number))
-        except OSError:
-            return False, "taken", PORTS[number]
+    try:
+        socket.create_server(("127.0.0.1", number)).close()
+    except OSError:
+        return False, "taken", PORTS[number]
     return True, "free", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,21 +66,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch and the numbers that it is computed in."""
+    """One micro-batch, a single row, and the numbers that it is computed in."""
 
-    rows: int  # 1 if they are packed
-    length: int  # tokens of a row, its padding included
+    length: int  # tokens, padding included
     rank: int
     compute_bytes: int = 2
     adapter_bytes: int = 2
     checkpoint: int = 0  # recompute every n-th block from its input; 0 = none, 1 = every block
     dropout: bool = False  # on the adapters' inputs
     cuda: bool = True
-
-    @property
-    def tokens(self) -> int:
-        """Count the tokens, padding included."""
-        return self.rows * self.length
 
 
 def bits_per_parameter(
@@ -121,14 +116,12 @@ def block_bytes(shape: Shape, micro: Micro) -> float:
 
 def activation_bytes(shape: Shape, micro: Micro) -> float:
     """Return the bytes that autograd keeps of a whole micro-batch after the forward pass."""
-    c, h = micro.compute_bytes, shape.hidden
-    inputs = (
-        -(-shape.layers // micro.checkpoint) if micro.checkpoint else 0
-    )  # blocks that recompute
-    blocks = (shape.layers - inputs) * block_bytes(shape, micro) + inputs * h * c
-    ends = h * ((4 if inputs else 0) + c)  # the last norm (or in place of the first one), the head
+    c, h, n = micro.compute_bytes, shape.hidden, micro.checkpoint
+    again = -(-shape.layers // n) if n else 0  # blocks that keep their input only: every n-th
+    blocks = (shape.layers - again) * block_bytes(shape, micro) + again * h * c
+    ends = h * ((4 if again else 0) + c)  # the last norm (or in place of the first one), the head
     cast = adapter_parameters(shape, micro.rank) * c if micro.adapter_bytes != c else 0
-    return micro.tokens * (blocks + ends) + cast
+    return micro.length * (blocks + ends) + cast
 
 
 def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
@@ -142,13 +135,13 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     c, adapters = micro.compute_bytes, adapter_parameters(shape, micro.rank)
     norms = shape.parameters - shape.block_parameters - shape.embedding_parameters
     scale_bits = bits_per_parameter(double_quant=True) - NF4_CODE_BITS
-    rows, columns = min(micro.tokens, LOSS_ROWS), LOSS_COLUMNS
+    rows, columns = min(micro.length, LOSS_ROWS), LOSS_COLUMNS
     tile: float = rows * columns * c
     if not micro.cuda:  # no Triton: a handful of further tiles in 32 bits, 8.3 in all (counted)
         tile = 8.3 * 4 * rows * min(shape.vocab, columns)
     again = block_bytes(shape, micro) if micro.checkpoint else 0
-    loss = tile + 4 * micro.tokens * shape.hidden
-    backward = micro.tokens * (again + shape.intermediate * c)
+    loss = tile + 4 * micro.length * shape.hidden
+    backward = micro.length * (again + shape.intermediate * c)
     parts = {
         "4-bit weights": shape.block_parameters * NF4_CODE_BITS / 8,
         "quantisation constants": shape.block_parameters * scale_bits / 8,
@@ -177,8 +170,7 @@ def grouped(parts: Mapping[str, float]) -> dict[str, float]:
         "gradients": "adapters and optimizer", "optimizer": "adapters and optimizer",
         "loss or backward pass": "workspace", "unpacked weights": "workspace",
     }  # fmt: skip
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
     for name, gb in parts.items():
-        group = groups.get(name, name)
-        sums[group] = sums.get(group, 0.0) + gb
-    return sums
+        sums[groups.get(name, name)] += gb
+    return dict(sums)

@@ -69,6 +69,7 @@ PROFILES = {p.name: p for p in (
             "5f0b02c75b57c5855da9ae460ce51323ea669d8a", Shape(4096, 32, 14336, 32, 8, 128256),
             "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256),
 )}  # fmt: skip
+BASES = {profile.model_id: profile for profile in PROFILES.values()}
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,8 @@ class Plan:
         Raises:
             CourseError: no readable config, or an architecture unlike a Llama's.
         """
-        listed = {p.model_id: p.shape for p in PROFILES.values()}
-        if not self.model_path and self.model_id in listed:
-            return listed[self.model_id]
+        if not self.model_path and self.model_id in BASES:
+            return BASES[self.model_id].shape
         from transformers import AutoConfig
 
         try:
@@ -169,7 +169,7 @@ class Plan:
         """Return a micro-batch of one packed row; every ``checkpoint``-th block is recomputed."""
         sizes = BYTES[self.compute_dtype], BYTES[self.adapter_dtype]
         dropout, cuda = self.lora_dropout > 0, self.device == "cuda"
-        return Micro(1, tokens, self.lora_r, *sizes, checkpoint, dropout, cuda)
+        return Micro(tokens, self.lora_r, *sizes, checkpoint, dropout, cuda)
 
     @property
     def folder(self) -> Path:
@@ -386,7 +386,7 @@ def find_base(profile: Profile, model: str) -> tuple[str, str | None, str]:
         raise CourseError(
             f"model {model!r}: expected OWNER/NAME on the Hub, or a folder that holds config.json."
         )
-    return model, {p.model_id: p.revision for p in PROFILES.values()}.get(model), ""
+    return model, BASES[model].revision if model in BASES else None, ""
 
 
 def fit_step(plan: Plan) -> Fit:

@@ -189,7 +189,7 @@ def cost_table(folder: Path = MEASURED) -> str:
         sizes = estimate.TRAINING_PART.items()
         tokens = next(tokens for most, (_, tokens) in sizes if most >= run.longest)
         lines.append(
-            f"| `{run.profile}` | {run.device} | {run.micro.rows} x {run.micro.length:,} tokens | "
+            f"| `{run.profile}` | {run.device} | 1 x {run.micro.length:,} tokens | "
             f"{run.peak_gb:.1f} GB | {run.tokens_per_second:,.0f} | "
             f"{tokens / run.tokens_per_second / 60:,.0f} | measured, {run.date} |"
         )

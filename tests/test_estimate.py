@@ -87,26 +87,22 @@ def small_trainer(shape: Shape, folder: Path, micro: Micro) -> Any:
     return trainer
 
 
-def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens: one packed row of two documents, or padded rows."""
-    ids = torch.randint(10, 3000, (rows, length), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids.clone()}
-    if rows > 1:
-        mask = torch.ones_like(ids).index_fill(1, torch.tensor([length - 1]), 0)
-        return batch | {"attention_mask": mask}
+def packed_row(length: int) -> dict[str, torch.Tensor]:
+    """Random tokens of two documents of the same length."""
+    ids = torch.randint(10, 3000, (1, length), generator=torch.Generator().manual_seed(0))
     half = torch.arange(length // 2)
-    return batch | {"position_ids": torch.cat([half, half])[None]}
+    return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.cat([half, half])[None]}
 
 
 @pytest.mark.parametrize(
     ("shape", "micro"),
     [
-        (SMALL, Micro(1, 64, 8, 4, 4, cuda=False)),
-        (SMALL, Micro(1, 320, 16, 4, 4, dropout=True, cuda=False)),
-        (SMALL, Micro(3, 96, 8, 4, 4, checkpoint=1, cuda=False)),
-        (SMALL, Micro(1, 120, 8, 2, 4, checkpoint=2, dropout=True, cuda=False)),
-        (SMALL, Micro(1, 120, 8, 2, 4, cuda=False)),
-        (WIDE, Micro(1, 96, 8, 4, 4, checkpoint=1, dropout=True, cuda=False)),
+        (SMALL, Micro(64, 8, 4, 4, cuda=False)),
+        (SMALL, Micro(320, 16, 4, 4, dropout=True, cuda=False)),
+        (SMALL, Micro(288, 8, 4, 4, checkpoint=1, cuda=False)),
+        (SMALL, Micro(120, 8, 2, 4, checkpoint=2, dropout=True, cuda=False)),
+        (SMALL, Micro(120, 8, 2, 4, cuda=False)),
+        (WIDE, Micro(96, 8, 4, 4, checkpoint=1, dropout=True, cuda=False)),
     ],
 )
 def test_memory_of_a_step_is_what_autograd_and_the_tensors_say(
@@ -114,7 +110,7 @@ def test_memory_of_a_step_is_what_autograd_and_the_tensors_say(
 ) -> None:
     # trl's buffer for logits is 32,768 wide for any vocabulary; a CPU never touches the rest
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", shape.vocab)
-    trainer, batch = small_trainer(shape, tmp_path, micro), batch_of(micro.rows, micro.length)
+    trainer, batch = small_trainer(shape, tmp_path, micro), packed_row(micro.length)
     held = [*trainer.model.parameters(), *trainer.model.buffers(), *batch.values()]
     storages = [tensor.untyped_storage() for tensor in held]
 
@@ -134,7 +130,7 @@ def test_memory_of_a_step_is_what_autograd_and_the_tensors_say(
 
 
 def test_weights_adapters_and_optimizer_are_what_the_tensors_take(tmp_path: Path) -> None:
-    micro = Micro(1, 64, 16, 4, 4, cuda=False)
+    micro = Micro(64, 16, 4, 4, cuda=False)
     trainer = small_trainer(SMALL, tmp_path, micro)
     trainer.args.max_steps = 1
     trainer.train()
@@ -173,13 +169,13 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 
 def test_eight_billion_parameters_by_hand() -> None:
-    parts = training_memory(BIG, Micro(1, 1024, 16))
+    parts = training_memory(BIG, Micro(1024, 16))
     assert memory.weights_gb(parts) == pytest.approx(5.70, abs=0.005)
     assert parts["adapters"] == 41_943_040 * 2 / 1e9
     assert parts["unpacked weights"] == 4096 * 14336 * 2 / 1e9
     # Dropout, one block, bf16: of the inputs of the seven adapters two shared ones (4,096) and that
     # of down (14,336) are not needed any more; each value gets a mask of one byte.
-    dry, wet = (memory.block_bytes(BIG, Micro(1, 1, 16, dropout=d)) for d in (False, True))
+    dry, wet = (memory.block_bytes(BIG, Micro(1, 16, dropout=d)) for d in (False, True))
     inputs = 6 * 4096 + 14336
     assert wet - dry == 2 * (inputs - 2 * 4096 - 14336) + inputs
     n = 6_979_321_856 + 128256 * 4096
@@ -206,6 +202,21 @@ def test_what_is_not_given_is_what_resolve_chooses(profile: str) -> None:
         found = estimate.estimate(profile, card.name, runs=[])
         assert found.memory_gb == plan.memory_gb
         assert (found.packed, found.micro.length) == (True, plan.pack_length)
+
+
+def test_a_measured_run_is_shown_on_its_own_card() -> None:
+    bill = estimate.estimate("tiny", "CPU", runs=[])
+    devices = {
+        "NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100 80GB PCIe": "A100-80", "CPU": "CPU",
+        "Tesla T4": "T4", "NVIDIA L4": "L4", "NVIDIA GeForce RTX 4090": "RTX 4090",
+    }  # fmt: skip
+    for device, name in devices.items():
+        run = estimate.Run("tiny", device, "2026-01-01", bill.shape, bill.micro, 256, 1.25, 99.0)
+        assert [card.name for card in CARDS.values() if run.on(card)] == [name]
+    measured = estimate.estimate("tiny", "CPU", runs=[dataclasses.replace(run, device="CPU")])
+    assert measured.tokens_per_second == 99
+    for line in ("1.250 GB  [measured on CPU, 2026-01-01]", "99 real tokens/s  [measured on CPU"):
+        assert line in str(measured)
 
 
 def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
