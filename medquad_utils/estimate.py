@@ -271,16 +271,16 @@ def estimate(
     numbers = {"length": length, "rank": rank, "checkpointing": checkpointing or 0,
                "tokens": tokens, "price": price}  # fmt: skip
     for name, number in numbers.items():
-        if not 0 <= number <= 10**15:  # NaN is not, either
+        if not 0 <= number <= 10**15:  # NaN is neither
             raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
-    card = {name.lower(): card for name, card in CARDS.items()}.get(gpu.lower())
+    card = next((card for card in CARDS.values() if card.name.lower() == gpu.lower()), None)
     if not card:
         names = ", ".join(CARDS)
         raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
-    shape, longest = plan.shape, plan.recipe.max_length // 4
-    pack, checkpoint = longest, 1
-    with suppress(CourseError):  # nothing fits: show by how much
+    shape, shortest = plan.shape, plan.recipe.max_length // 4
+    longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
+    with suppress(CourseError):
         longest, pack, checkpoint = plan.max_length, plan.pack_length, int(plan.checkpointing)
     length = length or (pack if packing else longest)
     micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)

@@ -186,8 +186,7 @@ def token_gap() -> str:
 
 def checkout() -> Path | None:
     """Return the root of the checkout around the working folder, if there is one."""
-    here = Path.cwd()
-    for root in (here, *here.parents):
+    for root in (Path.cwd(), *Path.cwd().parents):
         if (root / "medquad_utils").is_dir() and (root / "pyproject.toml").is_file():
             return root
     return None
@@ -278,11 +277,11 @@ def doctor(checks: Mapping[str, Callable[[], str]] | None = None) -> list[Findin
 
 
 def _device() -> str:
-    it = detect()
-    number = f"bf16 is {'faster' if it.bf16_cpu else 'not faster'} than fp32"
-    if it.capability:
-        number = f"CUDA capability {it.capability[0]}.{it.capability[1]}"
-    return f"{it.device}: {it.name}, {it.memory_gb:.0f} GB, {it.cores} cores, {number}"
+    found = detect()
+    number = f"bf16 is {'faster' if found.bf16_cpu else 'not faster'} than fp32"
+    if found.capability:
+        number = "CUDA capability {}.{}".format(*found.capability)
+    return f"{found.device}: {found.name}, {found.memory_gb:.0f} GB, {found.cores} cores, {number}"
 
 
 def _installed(name: str) -> str:

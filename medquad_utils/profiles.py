@@ -207,7 +207,7 @@ class Plan:
     def table(self) -> dict[str, str]:
         """Return the plan in plain words: what -> value."""
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
-        revision = f" @ {self.revision[:8]}" if self.revision else ""
+        commit = f" @ {self.hub_revision[:8]}" if self.hub_revision else ""
         files = f" ({Path(self.data_path).name})" if self.data_path else ""
         steps = f"{self.epochs} epoch" + ("s" if self.epochs > 1 else "")
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
@@ -221,7 +221,7 @@ class Plan:
             step, memory, again = "none: this machine cannot train it", str(error), ""
         rows = {
             "profile": f"{self.profile} ({self.why})",
-            "base model": model + revision,
+            "base model": model + commit,
             "data": self.source + files,
             "runs on": self.hardware,
             "other GPUs": others if self.launch else "",
