@@ -23,7 +23,9 @@ from medquad_utils.memory import Micro, training_memory
 from medquad_utils.memory import Shape as Shape  # part of this module's interface
 
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
-SOURCES = ("sample", "hub", "xml", "csv", "jsonl", "parquet")
+# Source -> what its data_path names.
+SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
+           "parquet": "file"}  # fmt: skip
 # Architectures of a Llama's seven linear layers a block, without experts.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -315,7 +317,7 @@ def resolve_trained(
     adapter = adapter or plan.folder / "adapter"
     if model or not (adapter / "plan.json").is_file():
         return plan
-    base = read_json(adapter / "plan.json")
+    base = plan.as_dict() | read_json(adapter / "plan.json")
     folder = adapter / base["model_path"] if base["model_path"] else None
     if folder and not (folder / "config.json").is_file():
         raise CourseError(
@@ -369,8 +371,7 @@ def check_source(source: str, data_path: str) -> None:
     """Check that the source exists, and that a source of files comes with its path."""
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
-    if source not in ("sample", "hub") and not data_path:
-        kind = "folder" if source == "xml" else "file"
+    if (kind := SOURCES[source]) and not data_path:
         todo = "Add -p data_path=... (medquad data: --path ...)"
         raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
 
