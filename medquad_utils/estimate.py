@@ -268,9 +268,8 @@ def estimate(
     Raises:
         CourseError: unknown profile, card or model, or a number out of range.
     """
-    numbers = {"length": length, "rank": rank, "checkpointing": checkpointing or 0,
-               "tokens": tokens, "price": price}  # fmt: skip
-    for name, number in numbers.items():
+    for name, number in (("length", length), ("rank", rank), ("checkpointing", checkpointing or 0),
+                         ("price", price), ("tokens", tokens)):  # fmt: skip
         if not 0 <= number <= 10**15:  # NaN is neither
             raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
     card = next((card for card in CARDS.values() if card.name.lower() == gpu.lower()), None)
@@ -287,7 +286,8 @@ def estimate(
     longest = longest if packing else length
     rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
-    runs, this = read_runs() if runs is None else runs, (plan.profile, shape, micro)
-    same = [run for run in runs if (run.profile, run.shape, run.micro) == this and run.on(card)]
+    this = plan.profile, shape, micro
+    same = [run for run in (read_runs() if runs is None else runs)
+            if run.on(card) and (run.profile, run.shape, run.micro) == this]  # fmt: skip
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
     return Estimate(name, shape, card, micro, packing, tokens or known, mean, price, run)

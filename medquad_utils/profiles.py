@@ -26,8 +26,6 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 # Source -> what its data_path names.
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
-# Architectures of a Llama's seven linear layers a block, without experts.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tokens of a packed row at most. Attention compares every token with the whole row and masks the
 # rest: at 4,096 tokens that is a seventh of an 8 B model's forward pass. A CPU's caches hold short
@@ -150,7 +148,7 @@ class Plan:
         """The sizes of the base: those of a profile are listed, others are in ``config.json``.
 
         Raises:
-            CourseError: no readable config, or an architecture unlike a Llama's.
+            CourseError: no readable config, or a model that is built unlike a Llama.
         """
         if not self.model_path and self.model_id in BASES:
             return BASES[self.model_id].shape
@@ -158,13 +156,13 @@ class Plan:
 
         try:
             config = AutoConfig.from_pretrained(self.model_source, revision=self.hub_revision)
-            if config.model_type not in LLAMA_LIKE:
-                raise ValueError(f"model_type {config.model_type!r}")
+            if any("expert" in name for name in config.to_dict()):
+                raise ValueError(f"a {config.model_type} has experts, which are not counted")
             return Shape.of(config)
         except Exception as error:  # whatever the file holds, or the network does
             raise CourseError(
                 f"model {self.model_id!r}: its sizes cannot be read ({str(error).splitlines()[0]})."
-                f" Expected OWNER/NAME or a folder of a model of type {', '.join(LLAMA_LIKE)}."
+                " Expected OWNER/NAME or the folder of a Llama."
             ) from error
 
     def micro(self, tokens: int, checkpoint: int = 0) -> Micro:
@@ -289,14 +287,14 @@ def resolve(
         profile, why = choose(hardware, reachable, token, machine.token_gap())
     recipe = sized(PROFILES[profile], source or PROFILES[profile].source)
     check_source(recipe.source, data_path)
-    model_id, revision, model_path = find_base(recipe, model)
     # accelerate launch sets this. FSDP2 cuts the tensors, and bitsandbytes 0.50's optimizer refuses
     # such ("mixed torch.Tensor and DTensor").
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     paged, rank = hardware.device == "cuda" and not sharded, lora_r or recipe.lora_r
     return Plan(
-        profile, model_id, revision, model_path, recipe.source, data_path, hardware.device,
-        str(hardware), compute_dtype(hardware), "paged_adamw_8bit" if paged else "adamw_torch",
+        profile=profile, **find_base(recipe, model), source=recipe.source, data_path=data_path,
+        device=hardware.device, hardware=str(hardware), compute_dtype=compute_dtype(hardware),
+        optimizer="paged_adamw_8bit" if paged else "adamw_torch",
         lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
         learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
         rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
@@ -376,18 +374,18 @@ def check_source(source: str, data_path: str) -> None:
         raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
 
 
-def find_base(profile: Profile, model: str) -> tuple[str, str | None, str]:
-    """Return (model_id, revision, folder) of ``model``; "" is the profile's own base."""
-    if not model:
-        return profile.model_id, profile.revision, ""
-    folder = Path(model).parent if Path(model).name == "config.json" else Path(model)
-    if (folder / "config.json").is_file():
-        return folder.resolve().name, None, str(folder)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+def find_base(profile: Profile, model: str) -> dict[str, Any]:
+    """Return the plan's model_id, revision and model_path; "" is the profile's own base."""
+    path = Path(model).parent if Path(model).name == "config.json" else Path(model)
+    if model and (path / "config.json").is_file():
+        return {"model_id": path.resolve().name, "revision": None, "model_path": str(path)}
+    if model and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
         raise CourseError(
             f"model {model!r}: expected OWNER/NAME on the Hub, or a folder that holds config.json."
         )
-    return model, BASES[model].revision if model in BASES else None, ""
+    model_id = model or profile.model_id
+    revision = BASES[model_id].revision if model_id in BASES else None
+    return {"model_id": model_id, "revision": revision, "model_path": ""}
 
 
 def fit_step(plan: Plan) -> Fit:

@@ -231,7 +231,8 @@ def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
         ("--price nan", "", "price nan: expected"),
         ("--out bar.txt", "", "--out 'bar.txt'"),
         ("--model nowhere.json", "", "model 'nowhere.json': expected OWNER/NAME"),
-        ("", '{"model_type": "gpt2"}', "(model_type 'gpt2'). Expected OWNER/NAME or a folder"),
+        ("", '{"model_type": "gpt2"}', "no attribute 'intermediate_size'). Expected OWNER/NAME or"),
+        ("", '{"model_type": "mixtral"}', "its sizes cannot be read (a mixtral has experts"),
         ("", '{"model_type": "llama", "vocab_size": "x"}', "its sizes cannot be read"),
     ],
 )
