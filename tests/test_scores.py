@@ -131,8 +131,9 @@ def test_interval_is_the_percentile_bootstrap_of_the_seed(count: int) -> None:
 
 
 def test_equal_values_are_a_point_and_no_value_is_refused() -> None:
-    assert scores.interval([0.1, 0.1, 0.1]) == (0.1, 0.1, 0.1), "not 0.10000000000000002"
-    assert scores.interval([math.nan, 0.1]) == (0.1, 0.1, 0.1)
+    for equal in ([0.1] * 7, [math.nan, 0.1]):
+        value, low, high = scores.interval(equal)
+        assert low == value == high == pytest.approx(0.1)
     for nothing in ([], [math.nan]):
         with pytest.raises(CourseError, match="at least one row"):
             scores.interval(nothing)
@@ -174,11 +175,10 @@ def nats_by_hand(model: Any, ids: list[int], first: int) -> float:
     return -sum(float(log_p[at - 1, ids[at]]) for at in range(first, len(ids)))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any, batch: int) -> None:
+def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any) -> None:
     """The trainer's own encoding gives the ids and the mask; the end of turn does not count."""
     asked = [chat.prompt_messages(question) for question in QUESTIONS]
-    found = scores.answer_loss(tiny_base, tiny_tokenizer, asked, REFERENCES, batch)
+    found = scores.answer_loss(tiny_base, tiny_tokenizer, asked, REFERENCES)
     assert found.bytes.tolist() == [6, 38, 199, 19]  # trimmed, in UTF-8, the special token parted
     for number, (question, reference) in enumerate(zip(QUESTIONS, REFERENCES, strict=True)):
         encoded = chat.encode(tiny_tokenizer, {"question": question, "answer": reference})
@@ -191,7 +191,7 @@ def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any, b
 
 def test_text_loss_starts_at_the_first_token(tiny_base: Any, tiny_tokenizer: Any) -> None:
     asked = ["Asthma is common.", "", "Fever – 39 °C – passes.\nRest helps.", "x " * 2000]
-    found = scores.text_loss(tiny_base, tiny_tokenizer, asked, batch_size=2)
+    found = scores.text_loss(tiny_base, tiny_tokenizer, asked)
     for column in found:
         assert numpy.isnan(column).tolist() == [False, True, False, True], "left out, not cut"
     for number in (0, 2):
@@ -241,9 +241,13 @@ KNOWN = [["a rash and fever", "x"], ["rest", "x y"], ["It can include rest."], [
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_bert_score_equals_the_formula(encoder: str, layer: int) -> None:
+def test_bert_score_equals_the_formula(
+    encoder: str, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "BERT_MODEL", encoder)
+    monkeypatch.setattr(scores, "BERT_LAYER", layer)
     pairs = zip(SAID, KNOWN, strict=True)
     expected = [max(bert_score_by_hand(encoder, a, r, layer) for r in refs) for a, refs in pairs]
     assert expected[3] == pytest.approx(1) and min(expected) < 0.99
-    assert scores.bert_score(SAID, KNOWN, encoder, layer) == pytest.approx(expected, abs=1e-5)
-    assert scores.bert_score(["", "x"], ["rest", ""], encoder, layer).tolist() == [0, 0]
+    assert scores.bert_score(SAID, KNOWN) == pytest.approx(expected, abs=1e-5)
+    assert scores.bert_score(["", "x"], ["rest", ""]).tolist() == [0, 0]
