@@ -142,10 +142,9 @@ def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: list[str]) ->
 def unpacked(model: torch.nn.Module) -> Iterator[None]:
     """Dequantise 4-bit weights once inside the block; results stay the same to the bit.
 
-    On a CPU, bitsandbytes dequantises the whole matrix at every call of a layer, then multiplies
-    (``backends/default/ops.py``, ``_gemm_4bit_default_impl``). The matrices take 2 or 4 bytes a
-    weight: if that is more than half of the free RAM, nothing changes. A GPU's kernels multiply by
-    the packed weights, so nothing changes there either. Parameters and adapters stay as they are.
+    On a CPU, bitsandbytes dequantises the whole matrix at every call of a layer. Nothing changes on
+    a GPU, whose kernels read packed weights, or if the matrices (2 or 4 bytes a weight) need more
+    than half of the free RAM. Parameters and adapters stay as they are.
     """
     import psutil
     from bitsandbytes.functional import dequantize_4bit

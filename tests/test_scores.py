@@ -8,7 +8,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,21 +54,6 @@ def test_scores_equal_hand_values(score: str, answer: str, known: list[str], val
 def test_repetition_is_the_share_of_runs_of_four_words_said_before() -> None:
     answers = ["a b c d e f g h", "a b c d a b c d", "Go, go go! GO go go go", "go go go", ""]
     assert scores.repetition(answers) == pytest.approx([0, 1 / 5, 3 / 4, 0, 0])
-
-
-odd = ["Treats", "treatment", "the", "heart's", "U.S.A.", "naïve", "β-2", "3.5 mg", "\n", "a_b"]
-texts = st.lists(st.sampled_from(odd), max_size=14).map(" – ".join)
-articles = st.sampled_from(scores.plain_texts(tiny())[:12])
-
-
-@given(texts | articles, texts | articles)
-def test_rouge_equals_googles_scorer_on_odd_and_long_texts(answer: str, reference: str) -> None:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
-    expected = {kind: score.fmeasure for kind, score in theirs.items()}
-    found = {kind: values[0] for kind, values in scores.rouge([answer], [reference]).items()}
-    assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_tfidf_weighs_words_by_the_corpus_that_is_given() -> None:
@@ -175,8 +159,12 @@ def nats_by_hand(model: Any, ids: list[int], first: int) -> float:
     return -sum(float(log_p[at - 1, ids[at]]) for at in range(first, len(ids)))
 
 
-def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("batch", [1, 150, 8192])
+def test_answer_loss_is_of_trained_tokens(
+    tiny_base: Any, tiny_tokenizer: Any, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trainer's own encoding gives the ids and the mask; the end of turn does not count."""
+    monkeypatch.setattr(scores, "BATCH_TOKENS", batch)
     asked = [chat.prompt_messages(question) for question in QUESTIONS]
     found = scores.answer_loss(tiny_base, tiny_tokenizer, asked, REFERENCES)
     assert found.bytes.tolist() == [6, 38, 199, 19]  # trimmed, in UTF-8, the special token parted
