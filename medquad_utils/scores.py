@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 References = Sequence[str] | Sequence[Sequence[str]]
+Values = numpy.ndarray | Sequence[float]
 Interval = tuple[float, float, float]  # the value, and both ends of its 95 % interval
 
 BATCH_TOKENS = 8192  # in one forward pass, padding included
@@ -338,17 +339,15 @@ def plain_texts(plan: Plan) -> list[str]:
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def interval(values: numpy.ndarray | Sequence[float], seed: int = 0) -> Interval:
+def interval(values: Values, seed: int = 0) -> Interval:
     """Return (mean, low, high): the 95 % percentile bootstrap interval (Efron, 1979).
 
     NaN values are left out. Equal values, or a single one, give a point.
     """
-    return _ratio(values, numpy.ones(len(values)), seed)
+    return _ratio(numpy.asarray(values), numpy.ones(len(values)), seed)
 
 
-def paired_interval(
-    before: numpy.ndarray | Sequence[float], after: numpy.ndarray | Sequence[float], seed: int = 0
-) -> Interval:
+def paired_interval(before: Values, after: Values, seed: int = 0) -> Interval:
     """Return (mean, low, high) of ``after - before``, row by row (see ``interval``)."""
     a, b = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
     if a.shape != b.shape:
@@ -373,7 +372,7 @@ def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Int
     return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def _ratio(over: numpy.ndarray | Sequence[float], under: numpy.ndarray, seed: int) -> Interval:
+def _ratio(over: numpy.ndarray, under: numpy.ndarray, seed: int) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; rows with a NaN are left out."""
     table = numpy.array([over, under], dtype=float)
     over, under = table[:, numpy.isfinite(table).all(axis=0)]
