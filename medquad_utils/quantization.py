@@ -56,7 +56,8 @@ def quantize_blocks(
         raise ValueError(f"{weights.numel()} weights are no multiple of the block size {block}")
     blocks = weights.reshape(-1, block).float()
     scales = blocks.abs().amax(dim=1)
-    # A block of zeros has scale 0: the clamp avoids 0 / 0.
+    # The largest weight of a block becomes 1 or -1, which are levels: it is stored exactly.
+    # A block of zeros has scale 0, and the clamp avoids 0 / 0.
     unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     # The nearest level: count the midpoints between neighbouring levels that lie below the weight.
     codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)

@@ -73,7 +73,7 @@ def _rows(answers: Sequence[str], references: References) -> list[tuple[str, lis
     """Pair each answer with the list of its references."""
     rows = []
     for number, (answer, given) in enumerate(zip(answers, references, strict=True)):
-        several = given if isinstance(given, list | tuple) else [given]
+        several = given if isinstance(given, list | tuple | numpy.ndarray) else [given]
         texts = [text for text in several if isinstance(text, str)]
         if not texts:
             raise CourseError(f"row {number} has no reference answer: leave it out of the scoring.")
@@ -139,10 +139,11 @@ def tfidf_cosine(
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    texts = corpus or [text for _, texts in _rows(answers, references) for text in texts]
-    if not any(re.search(r"\w", text) for text in texts):  # scikit-learn refuses to fit no word
+    if corpus is None:
+        corpus = [text for _, texts in _rows(answers, references) for text in texts]
+    if not any(re.search(r"\w", text) for text in corpus):  # scikit-learn refuses to fit no word
         return numpy.zeros(len(answers))
-    vector = TfidfVectorizer(token_pattern=r"\w+").fit(texts).transform
+    vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform
 
     def cosine(answer: str, reference: str) -> float:  # the vectors have length 1
         return float((vector([answer]) @ vector([reference]).T).sum())

@@ -89,6 +89,8 @@ def test_empty_answers_score_0_and_missing_references_are_named(score: str) -> N
     nothing: list[Any] = ["", None, math.nan, " \n", "?!", "\x00\x07", "<br/>"]
     assert measure(score, nothing, [CAT] * len(nothing)).tolist() == [0] * len(nothing)
     assert measure(score, [], []).shape == (0,)
+    known = ["a dog", CAT]  # pandas reads a list in a parquet file as an array
+    assert measure(score, ["cat"], [numpy.array(known)]) == measure(score, ["cat"], [known])
     for missing in ([], None, math.nan, [None]):
         with pytest.raises(CourseError, match="row 1 has no reference answer"):
             measure(score, ["a", "b"], ["a", missing])
