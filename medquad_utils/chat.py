@@ -38,8 +38,7 @@ CHAT_TEMPLATE = (
     "{%- endif %}"
 )
 
-END_OF_TURN = "<|eot_id|>"
-END_OF_TEXT = "<|end_of_text|>"
+END_OF_TURN, END_OF_TEXT = "<|eot_id|>", "<|end_of_text|>"
 PAD_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>"]
 IGNORED = -100  # the label that the loss skips
 
@@ -70,13 +69,11 @@ def prompt_messages(
 def grounded_messages(question: str, passages: Sequence[str] = ()) -> list[dict[str, str]]:
     """Build the turns before an answer, with numbered ``passages`` in front of the question."""
     system, user = prompt_messages(question)
-    if not passages:
-        return [system, user]
-    numbered = "\n".join(
-        f"[{number}] {without_tokens(' '.join(text.split()))}"
-        for number, text in enumerate(passages, start=1)
-    )
-    return [system, {"role": "user", "content": f"Passages:\n{numbered}\n\n{user['content']}"}]
+    if passages:
+        texts = [without_tokens(" ".join(passage.split())) for passage in passages]
+        numbered = "\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1))
+        user["content"] = f"Passages:\n{numbered}\n\n{user['content']}"
+    return [system, user]
 
 
 def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -110,7 +107,8 @@ class Encoded:
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
 ) -> list[int]:
-    """Tokenize ``messages`` and the header of the answer. The template writes the only BOS."""
+    """Tokenize ``messages`` and the header of the answer."""
+    # The template writes the BOS token. A call of the tokenizer on rendered text adds a second one.
     encoded = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, return_dict=True
     )
@@ -120,42 +118,41 @@ def prompt_ids(
 def encode(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None
 ) -> Encoded:
-    """Tokenize a row with labels on the answer and its end-of-turn token only."""
+    """Tokenize a row, cut at ``max_length``; only the answer and its end of turn have labels."""
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
     turns = example["prompt"] + example["completion"]
-    full = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-    # The full text begins with the prompt, token by token: a special token ends the header.
-    labels = [IGNORED] * len(prompt) + list(full[len(prompt) :])
-    return Encoded(list(full[:max_length]), labels[:max_length])
+    ids = list(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])
+    # The ids begin with those of the prompt: no token spans the header's newlines and the answer.
+    # A label stands at the place of its own token. The model shifts the labels when it computes
+    # the loss.
+    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+    return Encoded(ids[:max_length], labels[:max_length])
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that stop generation: end of text and end of turn."""
-    # A base calls one of them its EOS, an instruct model the other.
-    tokens = (tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TEXT, END_OF_TURN))
-    ids = [tokenizer.eos_token_id, *tokens]
-    return list(dict.fromkeys(i for i in ids if i is not None and i != tokenizer.unk_token_id))
+    # A base model calls one of them its EOS, an instruct model the other.
+    tokens = [tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TEXT, END_OF_TURN)]
+    ids = dict.fromkeys([tokenizer.eos_token_id, *tokens])
+    # A vocabulary without the token gives None or the id of "unknown".
+    return [i for i in ids if i not in (None, tokenizer.unk_token_id)]
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Set a pad token that differs from the end tokens, without adding one, and return it.
 
-    A collator that masks pads by id would otherwise mask the end-of-turn labels too, and the tuned
-    model would never stop. Llama 3.1 reserves a pad token, Llama 3.0 has unused reserved tokens.
-
-    Raises:
-        ValueError: the vocabulary has no suitable token.
+    Llama 3.1 reserves a pad token, Llama 3.0 has unused reserved tokens. Raises ``ValueError`` if
+    the vocabulary has neither.
     """
-    ends = end_ids(tokenizer)
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
-        return str(tokenizer.pad_token)
-    vocabulary = tokenizer.get_vocab()
-    for token in PAD_TOKENS:
+    # A collator may mask padding by its id. With the id of an end token it would mask the end of
+    # every answer too, and the tuned model would never stop.
+    vocabulary, ends = tokenizer.get_vocab(), end_ids(tokenizer)
+    for token in (tokenizer.pad_token, *PAD_TOKENS):
         if token in vocabulary and vocabulary[token] not in ends:
             tokenizer.pad_token = token
-            return token
+            return str(token)
     raise ValueError(
-        "the tokenizer has no token that could serve as padding: its pad token is an end token, "
-        f"and none of {', '.join(PAD_TOKENS)} is in its vocabulary. Use a Llama-3 tokenizer."
+        "the tokenizer has no token that could serve as padding: expected its pad token or one of "
+        f"{', '.join(PAD_TOKENS)}, and no end token. Use a Llama-3 tokenizer."
     )

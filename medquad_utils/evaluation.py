@@ -538,8 +538,7 @@ def safety_scores(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]
     asked = safety.prompts()
     texts = {a: [answers[f"{a}, safety"][p.id].text for p in asked] for a in ("base", "tuned")}
     models = {arm: safety.score(answered, asked) for arm, answered in texts.items()}
-    error = safety.rule_error()["held_out"]["overall"]
-    rules = {"outer_rule": safety.outer_rule(asked), "rule_error": error}
+    rules = {"outer_rule": safety.outer_rule(asked), "rule_error": safety.rule_error()}
     return {"prompts": len(asked), **models, **rules}
 
 

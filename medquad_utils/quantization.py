@@ -6,6 +6,7 @@ are scaled to [-1, 1] block by block, and the scales are quantised again ("doubl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,10 +33,10 @@ def nf4_levels(offset: float = 0.9677083) -> torch.Tensor:
     ``offset`` is the probability of the outermost level: 1 - (1/30 + 1/32) / 2, the middle between
     the last half-bins of a 15-level and a 16-level grid.
     """
-    normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
-    positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
+    # ndtri(p) is the p-quantile of N(0, 1). Zero, the quantile of 0.5, must come once only.
+    negative = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
+    positive = torch.special.ndtri(torch.linspace(0.5, offset, 9, dtype=torch.float64))
+    levels = torch.cat([negative, positive])
     return (levels / levels.max()).float()
 
 
@@ -55,8 +56,10 @@ def quantize_blocks(
         raise ValueError(f"{weights.numel()} weights are no multiple of the block size {block}")
     blocks = weights.reshape(-1, block).float()
     scales = blocks.abs().amax(dim=1)
-    # A block of zeros has scale 0: the clamp avoids 0 / 0.
+    # The largest weight of a block becomes 1 or -1, which are levels: it is stored exactly.
+    # A block of zeros has scale 0, and the clamp avoids 0 / 0.
     unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    # The nearest level: count the midpoints between neighbouring levels that lie below the weight.
     codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
     return codes, scales
 
@@ -64,7 +67,7 @@ def quantize_blocks(
 def dequantize_blocks(
     codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, shape: torch.Size | None = None
 ) -> torch.Tensor:
-    """Return the weights that ``quantize_blocks`` stored: level times scale, fp32."""
+    """Return the fp32 weights that ``quantize_blocks`` stored: level times scale of the block."""
     weights = levels[codes] * scales[:, None]
     return weights if shape is None else weights.reshape(shape)
 
@@ -95,30 +98,31 @@ def nf4_config(plan: Plan) -> BitsAndBytesConfig:
     """Build the course's 4-bit config: NF4, double quantisation, the plan's compute dtype."""
     from transformers import BitsAndBytesConfig
 
-    # FSDP shards only floating-point tensors, so the same bytes are declared as that dtype.
-    storage = {"bnb_4bit_quant_storage": getattr(torch, plan.compute_dtype)} if plan.sharded else {}
+    dtype = getattr(torch, plan.compute_dtype)
     return BitsAndBytesConfig(
-        **storage,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, plan.compute_dtype),
+        bnb_4bit_use_double_quant=True,  # the scales in 8 bits: 4.127 bits a weight, not 4.5
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP shards only floating-point tensors: it needs the same bytes under another dtype.
+        bnb_4bit_quant_storage=dtype if plan.sharded else torch.uint8,
     )
 
 
 def measured_memory(model: torch.nn.Module) -> dict[str, int]:
     """Count the bytes of a loaded model's parameters, 4-bit scales included, by kind."""
-    import bitsandbytes
+    from bitsandbytes.nn import Params4bit
 
     sizes = {"4-bit codes": 0, "4-bit scales": 0, "16/32-bit weights": 0}
-    parameter: Any
     for parameter in model.parameters():  # shared parameters come once
-        packed = isinstance(parameter, bitsandbytes.nn.Params4bit)
-        sizes["4-bit codes" if packed else "16/32-bit weights"] += parameter.nbytes
-        if packed:
-            state = parameter.quant_state
-            nested = [state.state2.absmax, state.offset] if state.nested else []
-            sizes["4-bit scales"] += sum(tensor.nbytes for tensor in (state.absmax, *nested))
+        if not isinstance(parameter, Params4bit):
+            sizes["16/32-bit weights"] += parameter.nbytes
+            continue
+        sizes["4-bit codes"] += parameter.nbytes
+        state = parameter.quant_state
+        # Double quantisation: 8-bit scales, with fp32 scales and a mean (offset) of their own.
+        nested = [state.state2.absmax, state.offset] if state.nested else []
+        sizes["4-bit scales"] += sum(tensor.nbytes for tensor in (state.absmax, *nested))
     return sizes
 
 
@@ -128,20 +132,20 @@ def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: list[str]) ->
     with torch.inference_mode():
         for text in texts:
             ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
+            # The logits at a position predict the next token: hence the shift by one.
             logits = model(input_ids=ids).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1
-    return float(torch.tensor(total / max(1, count)).exp())
+    return math.exp(total / max(1, count))
 
 
 @contextmanager
 def unpacked(model: torch.nn.Module) -> Iterator[None]:
     """Dequantise 4-bit weights once inside the block; results stay the same to the bit.
 
-    On a CPU, bitsandbytes dequantises the whole matrix at every call of a layer, then multiplies
-    (``backends/default/ops.py``, ``_gemm_4bit_default_impl``). The matrices take 2 or 4 bytes a
-    weight: if that is more than half of the free RAM, nothing changes. A GPU's kernels multiply by
-    the packed weights, so nothing changes there either. Parameters and adapters stay as they are.
+    On a CPU, bitsandbytes dequantises the whole matrix at every call of a layer. Nothing changes on
+    a GPU, whose kernels read packed weights, or if the matrices (2 or 4 bytes a weight) need more
+    than half of the free RAM. Parameters and adapters stay as they are.
     """
     import psutil
     from bitsandbytes.functional import dequantize_4bit
@@ -154,6 +158,7 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            # An attribute of the object hides the method of its class until it is deleted.
             layer.forward = partial(_linear, weight=weight, bias=layer.bias)
         yield
     finally:
@@ -164,10 +169,12 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
 def _can_unpack(layer: Any) -> bool:
     """Check that a layer is on the CPU, in plain layout and not unpacked by an outer block."""
     state = layer.weight.quant_state
-    if state is None or getattr(state, "packing_format_for_cpu", False):
-        return False
-    same = state.dtype == layer.compute_dtype and "forward" not in vars(layer)
-    return same and layer.weight.device.type == "cpu"
+    return (
+        layer.weight.device.type == "cpu"
+        and not getattr(state, "packing_format_for_cpu", False)  # for CPUs with AVX-512 BF16
+        and state.dtype == layer.compute_dtype
+        and "forward" not in vars(layer)
+    )
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

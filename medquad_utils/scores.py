@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
@@ -27,11 +27,15 @@ from medquad_utils.profiles import Plan
 from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 References = Sequence[str] | Sequence[Sequence[str]]
+Values = numpy.ndarray | Sequence[float]
 Interval = tuple[float, float, float]  # the value, and both ends of its 95 % interval
 
+BATCH_TOKENS = 8192  # in one forward pass, padding included
+RESAMPLES = 2000  # of a bootstrap interval
 GENERAL = Path(__file__).parent / "assets" / "general.toml"
 
 # The model, its commit and the layer that the authors of BERTScore chose for English.
@@ -65,19 +69,16 @@ SCORES: dict[str, Score] = {
 }
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""  # None and NaN stand in a table's empty cells
-
-
 def _rows(answers: Sequence[str], references: References) -> list[tuple[str, list[str]]]:
-    """Pair each answer with its references; what is not text is dropped."""
+    """Pair each answer with the list of its references."""
     rows = []
     for number, (answer, given) in enumerate(zip(answers, references, strict=True)):
-        several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        several = given if isinstance(given, list | tuple | numpy.ndarray) else [given]
         texts = [text for text in several if isinstance(text, str)]
         if not texts:
             raise CourseError(f"row {number} has no reference answer: leave it out of the scoring.")
-        rows.append((_text(answer), texts))
+        # None and NaN stand in the empty cells of a table.
+        rows.append((answer if isinstance(answer, str) else "", texts))
     return rows
 
 
@@ -91,57 +92,25 @@ def _best(
 # ---- likeness ------------------------------------------------------------------------------------
 
 
-@lru_cache(1 << 16)
-def _stems(word: str) -> list[str]:
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    return list(DefaultTokenizer(use_stemmer=True).tokenize(word))
-
-
-@lru_cache(1 << 12)
-def _words(text: str) -> list[str]:
-    """The words of ``rouge_score`` with stemming; cached, because stemming is most of its work."""
-    return [stem for word in text.split() for stem in _stems(word)]
-
-
-def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a table row as the bits of an int (Hyyrö, 2004)."""
-    places: dict[str, int] = {}
-    for place, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << place
-    row = ones = (1 << len(a)) - 1
-    for word in b:
-        met = row & places.get(word, 0)
-        row = (row + met | row - met) & ones
-    return len(a) - row.bit_count()
-
-
-def rouge(answers: Sequence[str], references: References) -> dict[str, numpy.ndarray]:
-    """Compute ROUGE-1, ROUGE-2 and ROUGE-L F1 (Lin, 2004; Google's ``rouge_score``, stemmed).
+def rouge(
+    answers: Sequence[str],
+    references: References,
+    kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL"),
+) -> dict[str, numpy.ndarray]:
+    """Compute ROUGE F1 by kind (Lin, 2004; Google's ``rouge_score``, with stemming).
 
     Only a-z and 0-9 make words: text in another script scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    kinds = ["rouge1", "rouge2"]
-    scorer = RougeScorer(kinds, tokenizer=SimpleNamespace(tokenize=_words))
-    table = [
-        [scorer.score(t, answer) for t in texts] for answer, texts in _rows(answers, references)
-    ]
-    best = {k: [max(score[k].fmeasure for score in row) for row in table] for k in kinds}
-    columns = {k: numpy.array(values, dtype=float) for k, values in best.items()}
-    return columns | {"rougeL": rouge_l(answers, references)}
+    scorer = RougeScorer(kinds, use_stemmer=True)  # its score_multi takes the best reference
+    rows = [scorer.score_multi(texts, answer) for answer, texts in _rows(answers, references)]
+    return {kind: numpy.array([row[kind].fmeasure for row in rows], dtype=float) for kind in kinds}
 
 
 def rouge_l(answers: Sequence[str], references: References) -> numpy.ndarray:
-    """Compute ROUGE-L F1 alone (see ``rouge``), 60 times faster than ``rouge_score`` does."""
-
-    def f1(answer: str, reference: str) -> float:
-        a, b = _words(answer), _words(reference)
-        common = _longest_common(a, b)
-        return 2 * common / (len(a) + len(b)) if common else 0.0
-
-    return _best(answers, references, f1)
+    """Compute ROUGE-L F1 alone (see ``rouge``)."""
+    return rouge(answers, references, ["rougeL"])["rougeL"]
 
 
 def bleu(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -168,24 +137,18 @@ def tfidf_cosine(
 
     ``corpus`` (default: the references) gives the document frequencies. It ignores other words.
     """
-    rows = _rows(answers, references)
-    places = numpy.repeat(numpy.arange(len(rows)), [len(texts) for _, texts in rows])
-    flat, best = [text for _, texts in rows for text in texts], numpy.zeros(len(rows))
-    vectoriser = _vectoriser(tuple(flat if corpus is None else corpus))
-    if vectoriser and rows:
-        answered = vectoriser.transform([answer for answer, _ in rows])[places]
-        cosines = numpy.asarray(answered.multiply(vectoriser.transform(flat)).sum(axis=1)).ravel()
-        numpy.maximum.at(best, places, cosines)
-    return best.clip(0, 1)
-
-
-@lru_cache(2)  # every arm is scored with the same corpus
-def _vectoriser(corpus: tuple[str, ...]) -> Any:
-    """A fitted vectoriser, or None for a corpus without a word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectoriser = TfidfVectorizer(token_pattern=r"\w+")
-    return vectoriser.fit(corpus) if any(map(vectoriser.build_analyzer(), corpus)) else None
+    if corpus is None:
+        corpus = [text for _, texts in _rows(answers, references) for text in texts]
+    if not any(re.search(r"\w", text) for text in corpus):  # scikit-learn refuses to fit no word
+        return numpy.zeros(len(answers))
+    vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform
+
+    def cosine(answer: str, reference: str) -> float:  # the vectors have length 1
+        return float((vector([answer]) @ vector([reference]).T).sum())
+
+    return _best(answers, references, cosine).clip(0, 1)
 
 
 def length_ratio(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -200,7 +163,7 @@ def length_ratio(answers: Sequence[str], references: References) -> numpy.ndarra
 
 def repetition(answers: Sequence[str]) -> numpy.ndarray:
     """Compute the share of repeated 4-grams, case and punctuation aside (Welleck et al., 2020)."""
-    words = [normalise(_text(answer)).split() for answer in answers]
+    words = [normalise(answer).split() for answer in answers]
     runs = [list(zip(w, w[1:], w[2:], w[3:], strict=False)) for w in words]
     return numpy.array([1 - len(set(r)) / len(r) if r else 0.0 for r in runs], dtype=float)
 
@@ -214,7 +177,7 @@ def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray
     for answer, row in zip(answers, rows, strict=True):
         ours = row["source"] == "course sample"
         if facts := facts_of(row["focus"] or "", row["qtype"]) if ours else []:
-            text = f" {normalise(_text(answer))} "
+            text = f" {normalise(answer)} "
             complete.append(all(f" {normalise(fact)} " in text for fact in facts))
     return numpy.array(complete, dtype=bool)
 
@@ -222,21 +185,18 @@ def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray
 # ---- BERTScore -----------------------------------------------------------------------------------
 
 
-def bert_score(
-    answers: Sequence[str], references: References,
-    source: str = BERT_MODEL, layer: int = BERT_LAYER,
-) -> numpy.ndarray:  # fmt: skip
+def bert_score(answers: Sequence[str], references: References) -> numpy.ndarray:
     """Compute BERTScore F1 (Zhang et al., 2020, arXiv 1904.09675), no idf weights, no rescaling.
 
-    ``layer`` 0 is the embedding. Texts are cut at 512 tokens. The authors' package gives the same
-    numbers, but it takes no revision and fails on an empty answer under transformers 5.
+    Texts are cut at 512 tokens. The authors' package gives the same numbers, but it takes no
+    revision and fails on an empty answer under transformers 5.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    revision = BERT_REVISION if source == BERT_MODEL else None
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, add_prefix_space=True)
-    model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+    revision = BERT_REVISION
+    tokenizer = AutoTokenizer.from_pretrained(BERT_MODEL, revision=revision, add_prefix_space=True)
+    model = AutoModel.from_pretrained(BERT_MODEL, revision=revision).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options = {"truncation": True, "max_length": min(tokenizer.model_max_length, 512)}
 
@@ -244,7 +204,7 @@ def bert_score(
     def embed(text: str) -> torch.Tensor:  # unit vectors, (tokens, width)
         batch = tokenizer(text.strip(), return_tensors="pt", **options).to(model.device)
         with torch.inference_mode():
-            states = model(**batch, output_hidden_states=True).hidden_states[layer][0]
+            states = model(**batch, output_hidden_states=True).hidden_states[BERT_LAYER][0]
         return torch.nn.functional.normalize(states, dim=-1)
 
     def f1(answer: str, reference: str) -> float:
@@ -252,8 +212,8 @@ def bert_score(
         if min(cosines.shape) < 3:  # start and end token only: one text is empty
             return 0.0
         # Start and end may be matched, but are not counted.
-        p, r = (float(best[1:-1].mean()) for best in (cosines.amax(1), cosines.amax(0)))
-        return 2 * p * r / (p + r) if p + r else 0.0
+        precision, recall = (float(cosines.amax(dim)[1:-1].mean()) for dim in (1, 0))
+        return 2 * precision * recall / (precision + recall)
 
     return _best(answers, references, f1)
 
@@ -265,17 +225,16 @@ def bert_score_or_reason(
     import torch
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(BERT_MODEL, "config.json", revision=BERT_REVISION)
-    try:
-        if not isinstance(cached, str) and not hub_reachable():
+    if not try_to_load_from_cache(BERT_MODEL, "config.json", revision=BERT_REVISION):
+        if not hub_reachable():
             return None, "the Hub is out of reach (roberta-large is not in the local cache)"
-        if not isinstance(cached, str) and not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             fetch = f"hf download {BERT_MODEL} --revision {BERT_REVISION}"
             return None, f"roberta-large is 1.4 GB and slow without a GPU: to use it, run {fetch}"
+    try:
         return bert_score(answers, references), ""
     except Exception as error:  # a failed download must not cost the other scores
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return None, f"roberta-large does not load ({reason})"
+        return None, f"roberta-large does not load ({error!r:.200})"
 
 
 # ---- likelihood ----------------------------------------------------------------------------------
@@ -290,88 +249,80 @@ class Losses(NamedTuple):
 
 
 def answer_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Mapping[str, str]]], references: Sequence[str],
-    batch_size: int = 16, progress: str = "",
-) -> Losses:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    references: Sequence[str],
+    progress: str = "",
+) -> Losses:
     """Score each reference after its conversation (lists of messages), by teacher forcing.
 
     The prompt and the end-of-turn token do not count: the latter has no bytes. A row that is empty
     or longer than the model's context is not cut; it is NaN, for the caller to count.
     """
-    texts = [without_tokens(_text(reference).strip()) for reference in references]
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
-    return _losses(model, tokenizer, prompts, texts, batch_size, progress)
+    texts = [without_tokens(reference.strip()) for reference in references]
+    return _losses(model, tokenizer, prompts, texts, progress)
 
 
 def text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-    batch_size: int = 16, progress: str = "",
-) -> Losses:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    progress: str = "",
+) -> Losses:
     """Score plain ``texts`` from their first token on, after a begin-of-text token."""
+    # A tokenizer without a begin-of-text token (Qwen's) starts a text after an end token.
     begin = next(i for i in (tokenizer.bos_token_id, *end_ids(tokenizer)) if i is not None)
-    texts = [without_tokens(_text(text)) for text in texts]
-    return _losses(model, tokenizer, [[begin]] * len(texts), texts, batch_size, progress)
+    texts = [without_tokens(text) for text in texts]
+    return _losses(model, tokenizer, [[begin]] * len(texts), texts, progress)
 
 
 def _losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]],
-    texts: Sequence[str], batch_size: int, progress: str,
-) -> Losses:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    texts: Sequence[str],
+    progress: str,
+) -> Losses:
+    """Score each text after its prompt, in batches of rows of similar length."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
     from tqdm.auto import tqdm
 
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     lengths = [len(prompt) + len(scored) for prompt, scored in zip(prompts, ids, strict=True)]
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    fitting = [n for n, length in enumerate(lengths) if ids[n] and length <= limit]
-    batches = list(_batches(sorted(fitting, key=lengths.__getitem__), lengths, batch_size))
-    losses = Losses(*(numpy.full(len(texts), numpy.nan) for _ in Losses._fields))
-    for chosen in tqdm(batches, desc=progress, disable=not progress):
-        losses.nats[chosen] = _nats(model, [(prompts[n], ids[n]) for n in chosen])
-        losses.tokens[chosen] = [len(ids[n]) for n in chosen]
-        losses.bytes[chosen] = [len(texts[n].encode()) for n in chosen]
+    limit = model.config.max_position_embeddings
+    order = [n for n, length in enumerate(lengths) if ids[n] and length <= limit]
+    order.sort(key=lengths.__getitem__, reverse=True)
+    losses = Losses(*numpy.full((3, len(texts)), numpy.nan))
+    with torch.inference_mode(), tqdm(total=len(order), desc=progress, disable=not progress) as bar:
+        while order:
+            # The longest row comes first and sets the width of its batch.
+            size = max(1, BATCH_TOKENS // lengths[order[0]])
+            batch, order = order[:size], order[size:]
+            rows = [torch.tensor(prompts[n] + ids[n]) for n in batch]
+            # Padding stands on the right, where no token of a causal model sees it: no mask.
+            inputs = pad_sequence(rows, batch_first=True).to(model.device)
+            hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+            for n, tokens, states in zip(batch, inputs, hidden, strict=True):
+                first, end = len(prompts[n]), lengths[n]
+                # The shift: the state at a position predicts the next token.
+                losses.nats[n] = _nats(model, states[first - 1 : end - 1], tokens[first:end])
+                losses.tokens[n], losses.bytes[n] = len(ids[n]), len(texts[n].encode())
+            bar.update(len(batch))
     return losses
 
 
-def _batches(
-    order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int = 8192
-) -> Iterator[list[int]]:
-    """Split ``order`` (shortest first) by ``rows`` and by ``tokens`` with padding."""
-    batch: list[int] = []
-    for n in order:
-        if batch and (len(batch) == rows or (len(batch) + 1) * lengths[n] > tokens):
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
+def _nats(model: PreTrainedModel, states: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Return the negative log-likelihood of ``tokens`` by the hidden ``states`` before them."""
+    from torch.nn.functional import cross_entropy
 
-
-def _nats(
-    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[float]:
-    """Sum the negative log-likelihood of each pair's second ids after its first ids."""
-    import torch
-
-    shape = len(pairs), max(len(prompt) + len(ids) for prompt, ids in pairs)
-    inputs, real = (torch.zeros(shape, dtype=torch.long, device=model.device) for _ in range(2))
-    before = torch.zeros(shape, dtype=torch.bool, device=model.device)
-    for row, (prompt, ids) in enumerate(pairs):
-        end = len(prompt) + len(ids)
-        inputs[row, :end] = torch.tensor([*prompt, *ids])
-        real[row, :end] = 1
-        before[row, len(prompt) - 1 : end - 1] = True
-    targets = torch.tensor([i for _, ids in pairs for i in ids], device=model.device)
-    with torch.inference_mode():
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
-        hidden = decoder(input_ids=inputs, attention_mask=real, use_cache=False).last_hidden_state
-        # 512 positions at a time: (batch, time, vocabulary) would be the largest thing in memory.
-        parts = [
-            torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none")
-            for s, t in zip(hidden[before].split(512), targets.split(512), strict=True)
-        ]
-    sums = torch.cat(parts).double().split([len(ids) for _, ids in pairs])
-    return [float(part.sum()) for part in sums]
+    head = model.get_output_embeddings()
+    # 512 positions at a time: all logits in fp32 would be the largest thing in memory.
+    chunks = zip(states.split(512), tokens.split(512), strict=True)
+    parts = [cross_entropy(head(s).float(), t, reduction="none").double().sum() for s, t in chunks]
+    return float(sum(parts))
 
 
 def plain_texts(plan: Plan) -> list[str]:
@@ -389,19 +340,15 @@ def plain_texts(plan: Plan) -> list[str]:
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def interval(
-    values: numpy.ndarray | Sequence[float], seed: int = 0, resamples: int = 2000
-) -> Interval:
-    """Return (mean, low, high): the 95 % percentile bootstrap interval (Efron, 1979; scipy).
+def interval(values: Values, seed: int = 0) -> Interval:
+    """Return (mean, low, high): the 95 % percentile bootstrap interval (Efron, 1979).
 
     NaN values are left out. Equal values, or a single one, give a point.
     """
-    return _bootstrap(lambda x, axis: x.mean(axis=axis), [values], seed, resamples)
+    return _ratio(numpy.asarray(values), numpy.ones(len(values)), seed)
 
 
-def paired_interval(
-    before: numpy.ndarray | Sequence[float], after: numpy.ndarray | Sequence[float], seed: int = 0
-) -> Interval:
+def paired_interval(before: Values, after: Values, seed: int = 0) -> Interval:
     """Return (mean, low, high) of ``after - before``, row by row (see ``interval``)."""
     a, b = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
     if a.shape != b.shape:
@@ -414,7 +361,7 @@ def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, seed: int = 0) -> I
 
     ``bits_per_byte(after.nats - before.nats, before.bytes)`` is the paired difference.
     """
-    return _bootstrap(_ratio_of_sums, [nats / math.log(2), bytes], seed)
+    return _ratio(nats / math.log(2), bytes, seed)
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Interval:
@@ -422,30 +369,18 @@ def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Int
 
     ``perplexity(after.nats - before.nats, before.tokens)`` is the paired ratio.
     """
-    mean, low, high = map(math.exp, _bootstrap(_ratio_of_sums, [nats, tokens], seed))
-    return mean, low, high
+    mean, low, high = _ratio(nats, tokens, seed)
+    return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def _ratio_of_sums(a: numpy.ndarray, b: numpy.ndarray, axis: int) -> numpy.ndarray:
-    ratio: numpy.ndarray = a.sum(axis=axis) / b.sum(axis=axis)
-    return ratio
-
-
-def _bootstrap(
-    statistic: Callable[..., Any], samples: Sequence[Any], seed: int = 0, resamples: int = 2000
-) -> Interval:
-    """Resample whole rows; rows with a NaN in any sample are left out."""
-    from scipy.stats import bootstrap
-
-    table = numpy.array([numpy.asarray(sample, dtype=float) for sample in samples])
-    table = table[:, numpy.isfinite(table).all(axis=0)]
-    if not table.shape[1]:
+def _ratio(over: numpy.ndarray, under: numpy.ndarray, seed: int) -> Interval:
+    """Return sum(over) / sum(under) with its bootstrap interval; rows with a NaN are left out."""
+    table = numpy.array([over, under], dtype=float)
+    over, under = table[:, numpy.isfinite(table).all(axis=0)]
+    if not len(over):
         raise CourseError("no value to take a mean of: expected at least one row that was scored.")
-    if (table == table[:, :1]).all():  # scipy would give NaN
-        value = float(statistic(*table[:, :1], axis=-1))
-        return value, value, value
-    ends = bootstrap(
-        table, statistic, n_resamples=resamples, paired=True, vectorized=True, method="percentile",
-        batch=max(1, 100_000 // table.shape[1]), rng=numpy.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(statistic(*table, axis=-1)), float(ends.low), float(ends.high)
+    # Whole rows are drawn with replacement: what is above the line stays with what is below it.
+    draws = numpy.random.default_rng(seed).integers(0, len(over), (RESAMPLES, len(over)))
+    ratios = over[draws].sum(axis=1) / under[draws].sum(axis=1)
+    low, high = numpy.quantile(ratios, [0.025, 0.975])
+    return float(over.sum() / under.sum()), float(low), float(high)

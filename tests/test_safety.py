@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils import CourseError, safety
+from medquad_utils import safety
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS
 from medquad_utils.safety import SafetyPrompt, Verdict, guarded, judge, red_flag
@@ -126,17 +126,18 @@ def test_the_rules_judge_hard_answers(id: str, answer: str, right: bool) -> None
 
 
 def test_the_error_of_the_rules_is_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = Counter(entry.right for entry in safety.labelled_answers())
-    assert labels == {True: 169, False: 169} and len(PROMPTS) == 84
-    error = safety.rule_error()
-    tuning, held_out = error["tuning"]["overall"], error["held_out"]["overall"]
+    labelled = [entry for half in (False, True) for entry in safety.labelled_answers(half)]
+    assert Counter(right for *_, right in labelled) == {True: 169, False: 169}
+    assert len(PROMPTS) == 84 and {prompt.id for prompt, *_ in labelled} == {*PROMPTS}
+    tuning, held_out = safety.rule_error(held_out=False), safety.rule_error()
     assert (tuning["n"], held_out["n"]) == (166, 172)
     assert tuning["wrong_passes"] + tuning["wrong_fails"] == 0
     assert held_out["wrong_passes"] <= 2 and held_out["wrong_fails"] <= 2
-    harmful = ("red_flag", "dosing", "self_harm")
-    assert all(error["held_out"][category]["wrong_passes"] == 0 for category in harmful)
+    assert held_out["error"] == (held_out["wrong_passes"] + held_out["wrong_fails"]) / 172
+    passed = [(p.category, text) for p, text, right in labelled if judge(p, text).passed > right]
+    assert not {category for category, _ in passed} & {"red_flag", "dosing", "self_harm"}, passed
     monkeypatch.setattr(safety, "judge", lambda prompt, answer: Verdict(True, "whatever it says"))
-    blind = [table["overall"]["wrong_passes"] for table in safety.rule_error().values()]
+    blind = [safety.rule_error(half)["wrong_passes"] for half in (False, True)]
     assert blind == [85, 84], "counted against the labels"
 
 
@@ -151,8 +152,8 @@ def test_score_counts_by_category_with_wilson_intervals() -> None:
         half = z * math.sqrt(passed * (n - passed) / n + z * z / 4)
         ends = [(passed + z * z / 2 + sign * half) / (n + z * z) for sign in (-1, 1)]
         assert (part["share"], part["ci95"]) == (passed / n, pytest.approx(ends))
-    with pytest.raises(CourseError, match="1 answers to 84 prompts; give one answer to each"):
-        safety.score(["yes"], safety.prompts())
+    with pytest.raises(ValueError, match="shorter"):
+        safety.score(["yes"], prompts)
 
 
 @pytest.mark.parametrize("unit", ["chest ", "no ", "diabetic fell pregnant ", "1 mg ", "..."])

@@ -8,7 +8,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,21 +56,6 @@ def test_repetition_is_the_share_of_runs_of_four_words_said_before() -> None:
     assert scores.repetition(answers) == pytest.approx([0, 1 / 5, 3 / 4, 0, 0])
 
 
-odd = ["Treats", "treatment", "the", "heart's", "U.S.A.", "naïve", "β-2", "3.5 mg", "\n", "a_b"]
-texts = st.lists(st.sampled_from(odd), max_size=14).map(" – ".join)
-articles = st.sampled_from(scores.plain_texts(tiny())[:12])
-
-
-@given(texts | articles, texts | articles)
-def test_rouge_equals_googles_scorer_on_odd_and_long_texts(answer: str, reference: str) -> None:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
-    expected = {kind: score.fmeasure for kind, score in theirs.items()}
-    found = {kind: values[0] for kind, values in scores.rouge([answer], [reference]).items()}
-    assert found == pytest.approx(expected, abs=1e-12)
-
-
 def test_tfidf_weighs_words_by_the_corpus_that_is_given() -> None:
     corpus, answers = ["fever cough", "fever rash"], ["fever cough", "fever zzz", "zzz"]
     found = scores.tfidf_cosine(answers, ["fever rash", "fever", "zzz"], corpus)
@@ -105,6 +89,8 @@ def test_empty_answers_score_0_and_missing_references_are_named(score: str) -> N
     nothing: list[Any] = ["", None, math.nan, " \n", "?!", "\x00\x07", "<br/>"]
     assert measure(score, nothing, [CAT] * len(nothing)).tolist() == [0] * len(nothing)
     assert measure(score, [], []).shape == (0,)
+    known = ["a dog", CAT]  # pandas reads a list in a parquet file as an array
+    assert measure(score, ["cat"], [numpy.array(known)]) == measure(score, ["cat"], [known])
     for missing in ([], None, math.nan, [None]):
         with pytest.raises(CourseError, match="row 1 has no reference answer"):
             measure(score, ["a", "b"], ["a", missing])
@@ -131,8 +117,9 @@ def test_interval_is_the_percentile_bootstrap_of_the_seed(count: int) -> None:
 
 
 def test_equal_values_are_a_point_and_no_value_is_refused() -> None:
-    assert scores.interval([0.1, 0.1, 0.1]) == (0.1, 0.1, 0.1), "not 0.10000000000000002"
-    assert scores.interval([math.nan, 0.1]) == (0.1, 0.1, 0.1)
+    for equal in ([0.1] * 7, [math.nan, 0.1]):
+        value, low, high = scores.interval(equal)
+        assert low == value == high == pytest.approx(0.1)
     for nothing in ([], [math.nan]):
         with pytest.raises(CourseError, match="at least one row"):
             scores.interval(nothing)
@@ -174,11 +161,14 @@ def nats_by_hand(model: Any, ids: list[int], first: int) -> float:
     return -sum(float(log_p[at - 1, ids[at]]) for at in range(first, len(ids)))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 100])
-def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any, batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 150, 8192])
+def test_answer_loss_is_of_trained_tokens(
+    tiny_base: Any, tiny_tokenizer: Any, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trainer's own encoding gives the ids and the mask; the end of turn does not count."""
+    monkeypatch.setattr(scores, "BATCH_TOKENS", batch)
     asked = [chat.prompt_messages(question) for question in QUESTIONS]
-    found = scores.answer_loss(tiny_base, tiny_tokenizer, asked, REFERENCES, batch)
+    found = scores.answer_loss(tiny_base, tiny_tokenizer, asked, REFERENCES)
     assert found.bytes.tolist() == [6, 38, 199, 19]  # trimmed, in UTF-8, the special token parted
     for number, (question, reference) in enumerate(zip(QUESTIONS, REFERENCES, strict=True)):
         encoded = chat.encode(tiny_tokenizer, {"question": question, "answer": reference})
@@ -191,7 +181,7 @@ def test_answer_loss_is_of_trained_tokens(tiny_base: Any, tiny_tokenizer: Any, b
 
 def test_text_loss_starts_at_the_first_token(tiny_base: Any, tiny_tokenizer: Any) -> None:
     asked = ["Asthma is common.", "", "Fever – 39 °C – passes.\nRest helps.", "x " * 2000]
-    found = scores.text_loss(tiny_base, tiny_tokenizer, asked, batch_size=2)
+    found = scores.text_loss(tiny_base, tiny_tokenizer, asked)
     for column in found:
         assert numpy.isnan(column).tolist() == [False, True, False, True], "left out, not cut"
     for number in (0, 2):
@@ -241,9 +231,13 @@ KNOWN = [["a rash and fever", "x"], ["rest", "x y"], ["It can include rest."], [
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_bert_score_equals_the_formula(encoder: str, layer: int) -> None:
+def test_bert_score_equals_the_formula(
+    encoder: str, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "BERT_MODEL", encoder)
+    monkeypatch.setattr(scores, "BERT_LAYER", layer)
     pairs = zip(SAID, KNOWN, strict=True)
     expected = [max(bert_score_by_hand(encoder, a, r, layer) for r in refs) for a, refs in pairs]
     assert expected[3] == pytest.approx(1) and min(expected) < 0.99
-    assert scores.bert_score(SAID, KNOWN, encoder, layer) == pytest.approx(expected, abs=1e-5)
-    assert scores.bert_score(["", "x"], ["rest", ""], encoder, layer).tolist() == [0, 0]
+    assert scores.bert_score(SAID, KNOWN) == pytest.approx(expected, abs=1e-5)
+    assert scores.bert_score(["", "x"], ["rest", ""]).tolist() == [0, 0]
