@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -25,6 +25,9 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
@@ -163,14 +166,11 @@ class Bot:
         """Yield the answer piece by piece; end early when the iterator or the demo is closed."""
         limit = max(1, min(max_new_tokens, self.plan.max_new_tokens))
         pieces = generation.stream(self.model, self.tokenizer, question, limit)
-        with self.free, adapted(self.model, variant):
-            try:
-                for piece in pieces:
-                    if self.closing.is_set():
-                        return
-                    yield piece
-            finally:
-                pieces.close()  # type: ignore[attr-defined]
+        with self.free, adapted(self.model, variant), closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                if self.closing.is_set():
+                    return
+                yield piece
 
     def answer(self, turn: Turn) -> Iterator[None]:
         """Let the answer of ``turn`` grow; a failure ends in a message, not an error."""
@@ -206,8 +206,8 @@ def messages(turns: list[Turn]) -> list[dict[str, str]]:
     for turn in turns:
         question = f'<p class="question">{escape(turn.question)}</p>'
         shown.append({"role": "user", "content": question})
-        if turn.markup:
-            shown.append({"role": "assistant", "content": turn.markup})
+        if reply := turn.markup:
+            shown.append({"role": "assistant", "content": reply})
     return shown
 
 
@@ -221,7 +221,7 @@ def page(bot: Bot) -> gradio.Blocks:
     limit, model = bot.plan.max_new_tokens, bot.plan.model_id
     about = escape(EMBEDDED if model == "embedded" else f"{model}, tuned on MedQuAD.")
     notice = escape(f"{NOTICE} {licence_of(model).built}".strip())
-    with gradio.Blocks(title="Ask the tuned model", analytics_enabled=False) as app:
+    with gradio.Blocks(title="Ask the tuned model") as app:
         head = f"<h1>Ask the tuned model</h1><p>{about} It does not see earlier questions.</p>"
         gradio.HTML(head, elem_id="head")
         with gradio.Row():
@@ -301,8 +301,6 @@ POLICY = (
 
 async def _guard(request: Any, call_next: Any) -> Any:
     """Refuse large requests, and send the policy with every reply."""
-    from starlette.responses import PlainTextResponse
-
     # A chunked request does not say its length.
     length = MAX_BYTES + 1 if "transfer-encoding" in request.headers else 0
     if int(request.headers.get("content-length", length)) > MAX_BYTES:
@@ -327,10 +325,6 @@ def check_port(host: str, port: int) -> None:
 @contextmanager
 def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     """Serve inside the block, which gets the address; at its end stop, unfinished answers too."""
-    from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
-
-    check_port(host, port)
     app = page(bot)
     guard = Middleware(BaseHTTPMiddleware, dispatch=_guard)
     # Gradio's own fonts come from another server.

@@ -257,6 +257,8 @@ def test_an_answer_has_sources_and_nothing_comes_from_elsewhere(new_page: Any) -
     assert outside(page) == []
     for path, status in (("docs", 404), ("openapi.json", 404), ("monitoring", 403)):
         assert httpx.get(page.url + path, trust_env=False).status_code == status
+    large = httpx.post(page.url, content=b" " * (demo.MAX_BYTES + 1), trust_env=False)
+    assert large.status_code == 413
     config = httpx.get(page.url + "config", trust_env=False).json()
     assert config["analytics_enabled"] is False
 
