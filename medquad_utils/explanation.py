@@ -138,9 +138,13 @@ def _log_p(
     model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str,
     subsets: Sequence[Collection[int]],
 ) -> Values:  # fmt: skip
-    """log p(answer) of the prompt with each of the subsets of its units."""
-    turns = [prompt.messages(units) for units in subsets]
-    return log_probabilities(model, tokenizer, turns, [answer] * len(turns))
+    """log p(answer) of the prompt with each of the subsets of its units; equal ones run once."""
+    sets = [frozenset(subset) for subset in subsets]
+    different = list(dict.fromkeys(sets))
+    turns = [prompt.messages(units) for units in different]
+    values = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
+    log_p = dict(zip(different, values, strict=True))
+    return numpy.array([log_p[units] for units in sets])
 
 
 def leave_one_out(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
@@ -253,14 +257,14 @@ def faithfulness(
         alone = leave_one_out(model, tokenizer, prompt, answer)
         rankings = _rankings(prompt, values, alone, rng, draws)
         units = set(range(len(prompt.units)))
-        jobs = []  # (measure, order, the units that are kept)
+        rows = []
         for order, ranking in rankings:
             for k in range(1, min(most, len(ranking)) + 1):
-                jobs.append(("comprehensiveness", order, units - set(ranking[:k])))
-                jobs.append(("sufficiency", order, units - set(ranking[k:])))
-        whole, *log_p = _log_p(model, tokenizer, prompt, answer, [units, *(j[2] for j in jobs)])
-        frame = pandas.DataFrame(jobs, columns=["measure", "order", "kept"])
-        frames.append(frame.assign(case=number, fall=whole - numpy.array(log_p)))
+                rows.append(("comprehensiveness", order, units - set(ranking[:k])))
+                rows.append(("sufficiency", order, units - set(ranking[k:])))
+        frame = pandas.DataFrame(rows, columns=["measure", "order", "kept"])
+        log_p = _log_p(model, tokenizer, prompt, answer, [units, *frame["kept"]])
+        frames.append(frame.assign(case=number, fall=log_p[0] - log_p[1:]))
     falls = pandas.concat(frames).groupby(["measure", "order", "case"])["fall"].mean()
     return {m: {o: falls[m, o].to_numpy() for o in ORDERS} for m in MEASURES}
 
