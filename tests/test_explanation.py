@@ -174,6 +174,19 @@ def test_faithfulness_intervals_are_paired() -> None:
     assert found["attribution"][1] < 6 < found["attribution"][2]
 
 
+def test_an_attention_map_holds_one_heads_weights(lm: Any) -> None:
+    (model, _), messages = lm, Prompt("What causes gout?").messages()
+    kernel = model.config._attn_implementation
+    with pytest.raises(CourseError, match="keeps no weights"):
+        explanation.attention_map(*lm, messages, 0, 0)
+    model.set_attn_implementation("eager")
+    tokens, weights = explanation.attention_map(*lm, messages, 0, 1)
+    model.set_attn_implementation(kernel)
+    assert "".join(tokens).endswith("assistant<|end_header_id|>\n\n")
+    assert weights == pytest.approx(numpy.tril(weights)) and weights.shape == 2 * (len(tokens),)
+    assert weights.sum(axis=1) == pytest.approx(1, abs=1e-4)
+
+
 def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
     row = {**sample.rows()[0], "answer": NASTY, "focus": NASTY, "source": NASTY, "url": NASTY}
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
