@@ -10,7 +10,6 @@ questions through the queue before a notice can appear, and shows no reason for 
 
 from __future__ import annotations
 
-import html
 import importlib.metadata
 import os
 import signal
@@ -18,18 +17,23 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from html import escape
 from pathlib import Path
-from threading import Event, Lock, current_thread, main_thread
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
+
+import jinja2
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
-from medquad_utils.files import whole_folder
+from medquad_utils.files import whole_file
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import check_name, licence_of
 from medquad_utils.report import EMBEDDED
@@ -37,15 +41,23 @@ from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite
 from medquad_utils.safety import Flag, red_flag
 from medquad_utils.splits import template_of
 
+# Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".strip(",")
+import gradio  # noqa: E402
+
 if TYPE_CHECKING:
-    from gradio import Blocks
-    from jinja2 import Environment
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(ASSETS), autoescape=jinja2.select_autoescape(["html.jinja"]),
+    trim_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 COURSE = "https://github.com/medquad-qlora/medquad-qlora"
 HOST, PORT = "127.0.0.1", 7860
-MAX_CHARACTERS = 2_000  # of a question; a longer one is refused before anything reads it
+MAX_CHARACTERS = 2_000  # of a question; nothing reads more of it
 MAX_BYTES = 1_000_000  # of a request
 MAX_WAITING = 40  # questions in the queue of all pages; one is answered at a time
 MAX_TURNS = 20  # of a conversation; older ones leave the page
@@ -66,6 +78,7 @@ QTYPES = {
     "inheritance": "Is {} inherited?",
 }
 EMPTY = "The question is empty: type one, or take one of the three."
+TOO_LONG = f"The question is too long: at most {MAX_CHARACTERS:,} characters are read."
 TOO_FAST = f"At most {RATE[0]} questions in {RATE[1]:.0f} seconds: wait a little, then ask again."
 BROKEN_OFF = (
     "The answer broke off here: the model failed. Ask again. "
@@ -87,21 +100,32 @@ def phrase(text: str, qtype: str) -> str:
     return QTYPES[qtype].format(match[1] if match else bare)
 
 
-@cache
-def _templates() -> Environment:
-    import jinja2
-
-    escape = jinja2.select_autoescape(["html.jinja"])
-    loader = jinja2.FileSystemLoader(ASSETS)
-    return jinja2.Environment(
-        loader=loader, autoescape=escape, trim_blocks=True, keep_trailing_newline=True
-    )
+# ---- the model and its conversation ---------------------------------------------------------
 
 
-# ---- the model ------------------------------------------------------------------------------
+@dataclass
+class Turn:
+    """A question and its answer; ``problem`` says why the answer is missing or incomplete."""
+
+    question: str
+    variant: str = "tuned"
+    max_new_tokens: int = 0
+    flag: Flag | None = None
+    answer: str = ""
+    hits: list[Hit] | None = None  # None: not looked up yet
+    supports: list[Support] = field(default_factory=list)
+    problem: str = ""
+    asked: float = field(default_factory=time.monotonic)  # seconds
+
+    @property
+    def markup(self) -> str:
+        """Render the reply as HTML; every text in it is escaped."""
+        return TEMPLATES.get_template("demo.html.jinja").render(
+            turn=self, variant=VARIANTS[self.variant], no_source=NO_SOURCE
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bot:
     """A loaded model that answers one question at a time, and the index of its sources."""
 
@@ -117,31 +141,48 @@ class Bot:
         """List which models can answer: a merged model cannot take its adapter off."""
         return list(VARIANTS) if hasattr(self.model, "disable_adapter") else ["tuned"]
 
-    def check(self, question: str) -> str:
-        """Return the question as one line without control characters, if it can be asked."""
-        if len(question) > MAX_CHARACTERS:
-            raise CourseError(
-                f"The question has {len(question):,} characters: at most {MAX_CHARACTERS:,} are "
-                "read. Ask a shorter one."
-            )
-        if not tidy_question(question):
-            raise CourseError(EMPTY)
+    def ask(
+        self, earlier: list[Turn], text: str, qtype: str, variant: str, max_new_tokens: int
+    ) -> Turn:
+        """Return the next turn: ready to be answered, or with the reason why it will not be."""
+        text, whole = text[:MAX_CHARACTERS], text
+        turn = Turn(tidy_question(text), variant, max_new_tokens, red_flag(text))
         context = int(self.model.config.max_position_embeddings)
-        limit = self.plan.max_new_tokens
-        return tidy_question(check_question(question, self.tokenizer, context, limit))
+        most, seconds = RATE
+        try:
+            if sum(turn.asked - other.asked < seconds for other in earlier) >= most:
+                raise CourseError(TOO_FAST)
+            if len(whole) > MAX_CHARACTERS:
+                raise CourseError(TOO_LONG)
+            if not turn.question:
+                raise CourseError(EMPTY)
+            worded, limit = phrase(text, qtype), self.plan.max_new_tokens
+            turn.question = tidy_question(check_question(worded, self.tokenizer, context, limit))
+        except CourseError as error:
+            turn.problem = str(error)[0].upper() + str(error)[1:]
+        return turn
 
     def stream(self, question: str, variant: str, max_new_tokens: int) -> Iterator[str]:
         """Yield the answer piece by piece; end early when the iterator or the demo is closed."""
         limit = max(1, min(max_new_tokens, self.plan.max_new_tokens))
         pieces = generation.stream(self.model, self.tokenizer, question, limit)
-        with self.free, adapted(self.model, variant):
-            try:
-                for piece in pieces:
-                    if self.closing.is_set():
-                        return
-                    yield piece
-            finally:
-                pieces.close()  # type: ignore[attr-defined]
+        with self.free, adapted(self.model, variant), closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                if self.closing.is_set():
+                    return
+                yield piece
+
+    def answer(self, turn: Turn) -> Iterator[None]:
+        """Let the answer of ``turn`` grow; a failure ends in a message, not an error."""
+        try:
+            for piece in self.stream(turn.question, turn.variant, turn.max_new_tokens):
+                turn.answer += piece
+                yield
+            turn.hits, turn.supports = cite(self.index, turn.question, turn.answer)
+        except Exception as error:  # whatever a model can raise: the server goes on
+            print(f"medquad: an answer failed: {type(error).__name__}: {error}", file=sys.stderr)
+            turn.problem = BROKEN_OFF
+        yield
 
 
 def load(plan: Plan, adapter: Path | None = None) -> Bot:
@@ -156,106 +197,31 @@ def load(plan: Plan, adapter: Path | None = None) -> Bot:
     return Bot(plan, model, generation.load_tokenizer(plan), whole_archive(plan, folder))
 
 
-# ---- the conversation -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and its answer; ``problem`` says why the answer is missing or incomplete."""
-
-    question: str
-    variant: str = "tuned"
-    max_new_tokens: int = 0
-    flag: Flag | None = None
-    answer: str = ""
-    hits: tuple[Hit, ...] | None = None  # None: not looked up yet
-    supports: tuple[Support, ...] = ()
-    problem: str = ""
-
-    @property
-    def done(self) -> bool:
-        """Tell whether nothing more will come."""
-        return self.hits is not None or bool(self.problem)
-
-    @property
-    def markup(self) -> str:
-        """Render the reply as HTML; every text in it is escaped."""
-        return _templates().get_template("demo.html.jinja").render(
-            turn=self, variant=VARIANTS[self.variant],
-            close=sum(support.hit is not None for support in self.supports),
-            no_source=NO_SOURCE[0].upper() + NO_SOURCE[1:],
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chat:
-    """The conversation of one page, and the times of its questions (seconds, monotonic clock)."""
-
-    turns: tuple[Turn, ...] = ()
-    times: tuple[float, ...] = ()
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """Return the conversation in the form of Gradio's chat component."""
-        messages = []
-        for turn in self.turns:
-            question = f'<p class="question">{html.escape(turn.question)}</p>'
-            messages.append({"role": "user", "content": question})
-            if turn.markup:
-                messages.append({"role": "assistant", "content": turn.markup})
-        return messages
-
-    def asked(self, bot: Bot, text: str, qtype: str, variant: str, max_new_tokens: int) -> Chat:
-        """Add a turn: ready to be answered, or with the reason why it will not be."""
-        limit, seconds = RATE
-        now = time.monotonic()
-        times = tuple(moment for moment in self.times if now - moment < seconds)
-        try:
-            if len(times) >= limit:
-                raise CourseError(TOO_FAST)
-            bot.check(text)
-            turn = Turn(bot.check(phrase(text, qtype)), variant, max_new_tokens, red_flag(text))
-        except CourseError as error:
-            shown = text if len(text) <= 200 else f"{text[:200]} …"
-            turn = Turn(shown, problem=str(error)[0].upper() + str(error)[1:])
-        return Chat((*self.turns, turn)[-MAX_TURNS:], (*times, now)[-limit:])
-
-    def last(self, **changes: Any) -> Chat:
-        """Change fields of the last turn."""
-        return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], **changes)))
-
-    def answered(self, bot: Bot) -> Iterator[Chat]:
-        """Yield the chat while its last answer grows; a failure ends in a message, not an error."""
-        if not self.turns or self.turns[-1].done:
-            return
-        turn, text = self.turns[-1], ""
-        try:
-            for piece in bot.stream(turn.question, turn.variant, turn.max_new_tokens):
-                text += piece
-                yield self.last(answer=text.strip())
-            hits, supports = cite(bot.index, turn.question, text)
-            yield self.last(answer=text.strip(), hits=tuple(hits), supports=tuple(supports))
-        except Exception as error:  # whatever a model can raise: the server goes on
-            print(f"medquad: an answer failed: {type(error).__name__}: {error}", file=sys.stderr)
-            yield self.last(answer=text.strip(), problem=BROKEN_OFF)
-
-    def ended(self) -> Chat:
-        """Note on the last turn that it was stopped, or refused by the queue, if it is not done."""
-        if not self.turns or self.turns[-1].done:
-            return self
-        return self.last(problem=STOPPED if self.turns[-1].answer else UNANSWERED)
-
-
 # ---- the page -------------------------------------------------------------------------------
 
 
-def page(bot: Bot) -> Blocks:
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Return the conversation in the form of Gradio's chat component."""
+    shown = []
+    for turn in turns:
+        question = f'<p class="question">{escape(turn.question)}</p>'
+        shown.append({"role": "user", "content": question})
+        if reply := turn.markup:
+            shown.append({"role": "assistant", "content": reply})
+    return shown
+
+
+def unfinished(turns: list[Turn]) -> bool:
+    """Tell whether the last question still waits for its answer, or for more of it."""
+    return bool(turns) and turns[-1].hits is None and not turns[-1].problem
+
+
+def page(bot: Bot) -> gradio.Blocks:
     """Build the chat as a Gradio app; it is not started yet."""
-    gradio, limit = _gradio(), bot.plan.max_new_tokens
-    about = f"{bot.plan.model_id}, tuned on MedQuAD."
-    about = html.escape(EMBEDDED if bot.plan.model_id == "embedded" else about)
-    notice = html.escape(f"{NOTICE} {licence_of(bot.plan.model_id).built}".strip())
-    with gradio.Blocks(title="Ask the tuned model", analytics_enabled=False) as app:
+    limit, model = bot.plan.max_new_tokens, bot.plan.model_id
+    about = escape(EMBEDDED if model == "embedded" else f"{model}, tuned on MedQuAD.")
+    notice = escape(f"{NOTICE} {licence_of(model).built}".strip())
+    with gradio.Blocks(title="Ask the tuned model") as app:
         head = f"<h1>Ask the tuned model</h1><p>{about} It does not see earlier questions.</p>"
         gradio.HTML(head, elem_id="head")
         with gradio.Row():
@@ -263,7 +229,6 @@ def page(bot: Bot) -> Blocks:
                 talk = gradio.Chatbot(
                     elem_id="chat", show_label=False, render_markdown=False, sanitize_html=True,
                     allow_tags=False, latex_delimiters=[], buttons=[], feedback_options=None,
-                    allow_file_downloads=False, layout="bubble",
                     placeholder="Ask about a disease, or begin with one of these.",
                     examples=[{"text": question} for question in THREE_QUESTIONS],
                 )  # fmt: skip
@@ -275,66 +240,53 @@ def page(bot: Bot) -> Blocks:
                 variants = [(VARIANTS[name], name) for name in bot.variants]
                 variant = gradio.Radio(variants, value="tuned", label="Who answers")
                 qtype = gradio.Dropdown(
-                    [(name or "as typed", name) for name in QTYPES], value="", elem_id="qtype",
+                    [(name or "as typed", name) for name in QTYPES], value="",
                     label="Type of question", info="Words a disease's name as a MedQuAD question.",
                 )  # fmt: skip
                 length = gradio.Slider(
-                    16, limit, value=limit, step=8, elem_id="length",
-                    label="Length", info="Tokens of an answer, at most.",
+                    16, limit, value=limit, step=8, label="Length",
+                    info="Tokens of an answer, at most.",
                 )  # fmt: skip
         gradio.HTML(f"<p>{notice}</p>", elem_id="notice")
-        _wire(gradio, bot, talk, box, [qtype, variant, length])
-    app.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
-    return app
+        _wire(bot, talk, box, [qtype, variant, length])
+    return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-def _wire(gradio: Any, bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
+def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
     """Connect the events. ``ask`` skips the queue, so an emergency notice appears at once."""
-    state = gradio.State(Chat())
+    state = gradio.State([])  # the turns; each page gets its own list, which changes in place
 
-    def ask(text: str, chat: Chat, *controls: Any) -> tuple[Any, Chat, Any]:
-        if chat.turns and not chat.turns[-1].done:
+    def ask(text: str, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
+        if unfinished(turns):
             waiting = "One question at a time: wait for the answer, or stop it."
             raise gradio.Error(waiting, print_exception=False)
-        chat = chat.asked(bot, text, *controls)
-        return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), chat, chat.messages
+        turns[:] = [*turns, bot.ask(turns, text, *controls)][-MAX_TURNS:]
+        return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), messages(turns)
 
-    def pick(event: Any, chat: Chat, *controls: Any) -> tuple[Any, Chat, Any]:
-        return ask(event.value["text"], chat, *controls)
+    def pick(event: gradio.SelectData, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
+        return ask(event.value["text"], turns, *controls)
 
-    pick.__annotations__["event"] = gradio.SelectData  # how Gradio knows what to pass
+    def answer(turns: list[Turn]) -> Iterator[Any]:
+        if unfinished(turns):
+            for _ in bot.answer(turns[-1]):
+                yield messages(turns)
 
-    def answer(chat: Chat) -> Iterator[tuple[Chat, Any]]:
-        for grown in chat.answered(bot):
-            yield grown, grown.messages
-
-    def end(chat: Chat) -> tuple[Any, Chat, Any]:
-        chat = chat.ended()
-        return gradio.Textbox(submit_btn="Ask", stop_btn=False), chat, chat.messages
+    def end(turns: list[Turn]) -> tuple[Any, Any]:
+        if unfinished(turns):  # stopped, or refused by the queue
+            turns[-1].problem = STOPPED if turns[-1].answer else UNANSWERED
+        return gradio.Textbox(submit_btn="Ask", stop_btn=False), messages(turns)
 
     hidden = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
     shown = {"show_progress": "minimal", "api_visibility": "private"}
-    answers = []
-    for event in (
-        box.submit(ask, [box, state, *controls], [box, state, talk], **hidden),
-        talk.example_select(pick, [state, *controls], [box, state, talk], **hidden),
-    ):
-        answers.append(event.success(answer, state, [state, talk], **shown))
-        answers[-1].then(end, state, [box, state, talk], **hidden)
+    asked = (
+        box.submit(ask, [box, state, *controls], [box, talk], **hidden),
+        talk.example_select(pick, [state, *controls], [box, talk], **hidden),
+    )
+    answers = [event.success(answer, state, talk, **shown) for event in asked]
+    for event in answers:
+        event.then(end, state, [box, talk], **hidden)
     box.stop(None, cancels=answers, **hidden)
-    talk.clear(Chat, None, state, cancels=answers, **hidden)
-
-
-@cache
-def _gradio() -> Any:
-    """Import Gradio without telemetry, and without a proxy for this machine's own addresses."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST, "localhost"]))
-    import gradio
-
-    return gradio
+    talk.clear(lambda: [], None, state, cancels=answers, **hidden)
 
 
 # ---- the server -----------------------------------------------------------------------------
@@ -349,60 +301,43 @@ POLICY = (
 
 async def _guard(request: Any, call_next: Any) -> Any:
     """Refuse large requests, and send the policy with every reply."""
-    from starlette.responses import PlainTextResponse
-
-    default = "unknown" if "transfer-encoding" in request.headers else "0"
-    length = request.headers.get("content-length", default)
-    if length.isdecimal() and int(length) <= MAX_BYTES:
-        response = await call_next(request)
-    else:
+    # A chunked request does not say its length.
+    length = MAX_BYTES + 1 if "transfer-encoding" in request.headers else 0
+    if int(request.headers.get("content-length", length)) > MAX_BYTES:
         response = PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes at most.", 413)
+    else:
+        response = await call_next(request)
     response.headers["content-security-policy"] = POLICY
-    response.headers["referrer-policy"] = "no-referrer"
     return response
 
 
 def check_port(host: str, port: int) -> None:
     """Check that a server can listen on the port."""
     try:
-        with socket.create_server((host, port)):
-            pass
+        socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        other = port + 1 if 0 < port < 65535 else PORT
         raise CourseError(
-            f"cannot listen on port {port} of {host} ({why}). "
-            f"Stop the other program, or take another port: medquad demo --port {other}"
+            f"cannot listen on {host}:{port}: {error}. "
+            "Stop the other program, or take another port with --port."
         ) from error
 
 
 @contextmanager
 def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     """Serve inside the block, which gets the address; at its end stop, unfinished answers too."""
-    check_port(host, port)
-    app, gradio = page(bot), _gradio()
-    from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
-
-    # Gradio's own greys are too pale to read.
+    app = page(bot)
+    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard)
+    # Gradio's own fonts come from another server.
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(
-        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
-        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
-        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
     )  # fmt: skip
-    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard)
-    settings = {"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [guard]}
     try:
         app.launch(
-            server_name=host, server_port=port, share=False, inbrowser=False, inline=False,
-            quiet=True, prevent_thread_lock=True, footer_links=[], run_history=False,
-            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, show_error=True,
-            max_file_size=1, state_session_capacity=1000, theme=theme,
-            css=(ASSETS / "demo.css").read_text(encoding="utf-8"),
-            app_kwargs=settings,
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
+            show_error=True, max_file_size=1, theme=theme, css_paths=ASSETS / "demo.css",
+            app_kwargs={"openapi_url": None, "middleware": [guard]},
         )  # fmt: skip
         yield str(app.local_url)
     finally:
@@ -414,16 +349,12 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
 
 def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running(bot, host, port) as address:
             print(f"The demo runs at {address} (Ctrl-C stops it).", flush=True)
             if host not in (HOST, "localhost", "::1"):
-                print(
-                    "Everyone who reaches this machine can use it: there is no password.",
-                    flush=True,
-                )
+                print("Everyone who reaches it can use it: there is no password.", flush=True)
             while True:
                 time.sleep(1)
     except KeyboardInterrupt:
@@ -444,24 +375,17 @@ def serve_space(repo: str, profile: str) -> None:
 
 
 def write_space(folder: Path, repo: str, plan: Plan) -> Path:
-    """Write the three files of a Space that shows the published ``repo``, all of them or none."""
+    """Write the three files of a Space that shows the published ``repo``."""
     check_name(repo, plan.model_id)
-    present = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-    if others := {path.name for path in present} - set(SPACE_FILES):
+    if others := {path.name for path in folder.glob("*")} - set(SPACE_FILES):
         raise CourseError(f"--space {folder.name}: it holds {min(others)}. Choose another folder.")
     values = {
         "repo": repo, "plan": plan, "licence": licence_of(plan.model_id), "notice": NOTICE,
         "course": COURSE, "dataset": HUB_DATASET,
         "version": lambda package: importlib.metadata.version(package).partition("+")[0],
     }  # fmt: skip
-    try:
-        with whole_folder(folder) as fresh:
-            fresh.mkdir()
-            for name in SPACE_FILES:
-                text = _templates().get_template(f"space/{name}.jinja").render(values)
-                (fresh / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CourseError(
-            f"cannot write {folder.name}/: {error.strerror or error}. Choose another folder."
-        ) from error
+    for name in SPACE_FILES:
+        with whole_file(folder / name) as temporary:
+            text = TEMPLATES.get_template(f"space/{name}.jinja").render(values)
+            temporary.write_text(text, encoding="utf-8")
     return folder

@@ -7,15 +7,15 @@ forcing, in nats (natural logarithm), summed over its tokens without the end of 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import jinja2
 import numpy
+import pandas
 import torch
 
 from medquad_utils import CourseError, chat, scores
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
 # An attribution: (model, tokenizer, prompt, answer) -> float64, shape (units,), in nats.
 Values = numpy.ndarray
 # A word, or the punctuation behind it.
-UNIT = re.compile(r"[^\s?!.,;:]+(?:[.,:][^\s?!.,;:]+)*|[?!.,;:]+")
+UNIT = r"[^\s?!.,;:]+(?:[.,:][^\s?!.,;:]+)*|[?!.,;:]+"
 MARK = "\u241f"  # stands for a turn's text in a rendered chat template; no text of ours holds it
 
 
-@dataclass
 class Prompt:
     """A question and its passages, cut into the units of an attribution: words, then passages.
 
@@ -48,31 +47,21 @@ class Prompt:
     a name still tells the model which disease is meant. Passages are cut to ``PASSAGE_WORDS``.
     """
 
-    question: str
-    passages: Sequence[str] = ()
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        self.text = chat.without_tokens(chat.tidy_question(self.question))  # as the model reads it
-        short = (" ".join(passage.split()[:PASSAGE_WORDS]) for passage in self.passages)
-        self.passages = tuple(map(chat.without_tokens, short))
-        if not self.text:
-            raise CourseError('the question is empty: write a text such as "What causes asthma?".')
-        if self.name.lower() not in self.text.lower():
+    def __init__(self, question: str, passages: Sequence[str] = (), name: str = ""):
+        self.text = chat.without_tokens(chat.tidy_question(question))  # as the model reads it
+        self.passages = [" ".join(passage.split()[:PASSAGE_WORDS]) for passage in passages]
+        if name.lower() not in self.text.lower():
             raise CourseError(
-                f"the question {self.text[:80]!r} does not hold {self.name!r}: "
+                f"the question {self.text[:80]!r} does not hold {name!r}: "
                 "give a name as the question writes it."
             )
-        self.spans = _spans(self.text, self.name)
-        self.words = [self.text[start:end] for start, end in self.spans]
-        numbers = range(1, len(self.passages) + 1)
-        self.units = [*self.words, *(f"[{number}]" for number in numbers)]
-
-    @property
-    def named(self) -> int:
-        """The number of the unit that holds the first word of ``name``."""
-        start = self.text.lower().index(self.name.lower())
-        return next(n for n, span in enumerate(self.spans) if span[0] <= start < span[1])
+        # With its brackets and endings, as in "(gout)", the name is one match; so is " gout".
+        unit = rf"\S*?{re.escape(name)}[^\s?!.,;:]*|{UNIT}" if name else UNIT
+        self._matches = list(re.finditer(f" ?(?:{unit})", self.text, re.IGNORECASE))
+        self.words = [match[0].strip() for match in self._matches]
+        self.units = [*self.words, *(f"[{n}]" for n in range(1, len(self.passages) + 1))]
+        # The number of the unit that holds the name.
+        self.named = next((n for n, w in enumerate(self.words) if name.lower() in w.lower()), 0)
 
     def messages(self, kept: Collection[int] | None = None) -> list[dict[str, str]]:
         """Return the turns before the answer with the ``kept`` units only (numbers; default: all).
@@ -80,53 +69,42 @@ class Prompt:
         Other units are deleted with the space before them, and passages are numbered again.
         """
         if kept is None:
-            return chat.grounded_messages(self.text, self.passages)
-        spans = [span for n, span in enumerate(self.spans) if n in kept]
-        question = "".join(self.text[max(0, a - (self.text[a - 1] == " ")) : b] for a, b in spans)
-        numbered = enumerate(self.passages, start=len(self.spans))
+            kept = range(len(self.units))
+        question = "".join(match[0] for n, match in enumerate(self._matches) if n in kept)
+        numbered = enumerate(self.passages, start=len(self.words))
         return chat.grounded_messages(question, [text for n, text in numbered if n in kept])
 
     def tokens(self, tokenizer: Tokenizer) -> tuple[list[int], list[int | None]]:
         """Return the prompt's token ids and each token's unit, None for template and numbering.
 
-        A token over two units ("?)") belongs to the one with more of its characters, the first of
-        equals. Raises CourseError if the chat template changes the text of a turn.
+        A token over two units ("?)") belongs to the first. Raises CourseError if the chat template
+        changes the text of a turn.
         """
         messages = self.messages()
         content = messages[-1]["content"]
-        turns = [*messages[:-1], {"role": "user", "content": MARK}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        head, _, tail = text.partition(MARK)
-        encoded = tokenizer(
-            head + content + tail, add_special_tokens=False, return_offsets_mapping=True
+        marked = [*messages[:-1], {"role": "user", "content": MARK}]
+        text, template = (
+            tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            for turns in (messages, marked)
         )
-        ids = list(encoded["input_ids"])
-        if ids != chat.prompt_ids(tokenizer, messages):
+        head = template.index(MARK)
+        if not text.startswith(content, head):
             raise CourseError(
                 "the tokenizer's chat template changes the text of a turn, so words have no place "
                 "in it: use a template that keeps the text, such as chat.CHAT_TEMPLATE."
             )
-        start = len(content) - len(self.text)  # the passages come before, a line each
-        places = [(start + a, start + b) for a, b in self.spans]
-        places += [m.span(1) for m in re.finditer(r"^\[\d+\] (.*)$", content[:start], re.MULTILINE)]
-        places = [(a + len(head), b + len(head)) for a, b in places]
-        return ids, [_owner(a, b, places) for a, b in encoded["offset_mapping"]]
-
-
-def _spans(text: str, name: str) -> list[tuple[int, int]]:
-    """(start, end) of each unit of ``text``; the words of ``name`` are one."""
-    spans = [match.span() for match in UNIT.finditer(text)]
-    if not name:
-        return spans
-    start = text.lower().index(name.lower())
-    inside = [(a, b) for a, b in spans if a < start + len(name) and b > start]
-    return sorted({*spans} - {*inside} | {(inside[0][0], inside[-1][1])})
-
-
-def _owner(start: int, end: int, places: Sequence[tuple[int, int]]) -> int | None:
-    shared = [min(end, stop) - max(start, begin) for begin, stop in places]
-    most = max(shared, default=0)
-    return shared.index(most) if most > 0 else None
+        question = len(content) - len(self.text)  # the passages come before, a line each
+        spans = [(question + m.start(), question + m.end()) for m in self._matches]
+        lines = re.finditer(r"^\[\d+\] (.*)$", content[:question], re.MULTILINE)
+        spans += [line.span(1) for line in lines]
+        owners: list[int | None] = [None] * len(text)  # the unit of each character
+        for unit, (start, end) in enumerate(spans):
+            owners[head + start : head + end] = [unit] * (end - start)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], [
+            next((owner for owner in owners[start:end] if owner is not None), None)
+            for start, end in encoded["offset_mapping"]
+        ]
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
@@ -153,119 +131,80 @@ def log_probabilities(
     return values
 
 
+# ---- attributions ---------------------------------------------------------------------------
+
+
+def _log_p(
+    model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str,
+    subsets: Sequence[Collection[int]],
+) -> Values:  # fmt: skip
+    """log p(answer) of the prompt with each of the subsets of its units; equal ones run once."""
+    sets = [frozenset(subset) for subset in subsets]
+    different = list(dict.fromkeys(sets))
+    turns = [prompt.messages(units) for units in different]
+    values = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
+    log_p = dict(zip(different, values, strict=True))
+    return numpy.array([log_p[units] for units in sets])
+
+
 def leave_one_out(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
     """Return the fall of log p(answer) without each unit; above 0, the unit supports the answer.
 
-    Equals captum's feature ablation, but runs in batches.
+    Equals captum's ``FeatureAblation``, but runs in batches.
     """
-    units = range(len(prompt.units))
-    turns = [prompt.messages(), *(prompt.messages(set(units) - {n}) for n in units)]
-    values = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
+    units = set(range(len(prompt.units)))
+    values = _log_p(model, tokenizer, prompt, answer, [units, *(units - {n} for n in units)])
     falls: Values = values[0] - values[1:]
     return falls
-
-
-class _Logits(torch.nn.Module):
-    """The model as captum calls it. In bf16 a difference of log-probabilities would be noise."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model, self.device = model, model.device
-
-    def forward(self, **inputs: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.model(**inputs, use_cache=False).logits.float())
-
-
-def _perturbed(
-    method: Callable[[torch.nn.Module], Any], model: Model, tokenizer: Tokenizer, prompt: Prompt,
-    answer: str, **settings: Any,
-) -> Values:  # fmt: skip
-    """Run one of captum's perturbation methods on the prompt's units."""
-    from captum.attr import LLMAttribution, TextTemplateInput
-
-    def render(*values: str) -> torch.Tensor:  # captum empties the values of left-out units
-        kept = {n for n, value in enumerate(values) if value}
-        return torch.tensor([chat.prompt_ids(tokenizer, prompt.messages(kept))])
-
-    target = torch.tensor(answer_ids(tokenizer, answer), device=model.device)
-    _check_length(model, len(chat.prompt_ids(tokenizer, prompt.messages())) + len(target))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about how captum prints tokens
-        # captum 0.9 scores token by token by default and, with transformers 5, feeds the whole
-        # sequence on top of the cache: wrong numbers. False scores the answer in one pass.
-        result = LLMAttribution(method(_Logits(model)), tokenizer).attribute(
-            TextTemplateInput(render, prompt.units), target=target,
-            forward_in_tokens=False, **settings,
-        )  # fmt: skip
-    return result.seq_attr.double().cpu().numpy()  # type: ignore[no-any-return]
-
-
-def _check_length(model: Model, tokens: int) -> None:
-    if tokens > (limit := int(model.config.max_position_embeddings)):
-        raise CourseError(
-            f"question, passages and answer take {tokens:,} tokens, and the model reads {limit:,}: "
-            "ask a shorter question."
-        )
-
-
-def ablation(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
-    """Return captum's ``FeatureAblation``: the fall of log p(answer) without each unit."""
-    from captum.attr import FeatureAblation
-
-    return _perturbed(FeatureAblation, model, tokenizer, prompt, answer)
 
 
 def shapley(
     model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str, permutations: int = 10,
     seed: int = 0,
 ) -> Values:  # fmt: skip
-    """Return captum's ``ShapleyValueSampling``: a unit's mean effect when it joins in random order.
+    """Return each unit's mean effect on log p(answer) when the units join in random orders.
 
     The values add up to log p(answer | all units) - log p(answer | none), for any number of
-    ``permutations`` (Strumbelj and Kononenko, 2010; Castro et al., 2009).
+    ``permutations`` (Strumbelj and Kononenko, 2010; Castro et al., 2009). captum's
+    ``ShapleyValueSampling`` does the same, one prompt at a time.
     """
-    from captum.attr import ShapleyValueSampling as Sampling
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _perturbed(Sampling, model, tokenizer, prompt, answer, n_samples=permutations)
+    rng = numpy.random.default_rng(seed)
+    count = len(prompt.units)
+    orders = [rng.permutation(count) for _ in range(permutations)]
+    joined = [set(order[:n]) for order in orders for n in range(count + 1)]
+    log_p = _log_p(model, tokenizer, prompt, answer, joined).reshape(permutations, count + 1)
+    values = numpy.zeros(count)
+    for order, effects in zip(orders, numpy.diff(log_p), strict=True):
+        values[order] += effects / permutations
+    return values
 
 
 def gradient(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
-    """Return captum's ``LayerGradientXActivation`` at the embeddings, summed over a unit's tokens.
+    """Return gradient x activation at the embeddings, summed over a unit's tokens.
 
-    One forward and one backward pass (Shrikumar et al., 2016, arXiv 1605.01713). It is the slope
-    along the length of a word's vectors, and Llama normalises every vector that it reads. So the
-    values are small, and their order does badly under ``faithfulness``.
+    One forward and one backward pass (Shrikumar et al., 2016, arXiv 1605.01713); captum calls it
+    ``LayerGradientXActivation``. It is the slope along the length of a word's vectors, and Llama
+    normalises every vector that it reads. So the values are small, and their order does badly under
+    ``faithfulness``.
     """
-    from captum.attr import LayerGradientXActivation
-
     ids, owners = prompt.tokens(tokenizer)
-    target = torch.tensor([answer_ids(tokenizer, answer)], device=model.device)
-    _check_length(model, len(ids) + target.shape[1])
-
-    def log_probability(inputs: torch.Tensor) -> torch.Tensor:
-        keep = target.shape[1] + 1  # the row before a token predicts it
-        logits = model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-        rows = logits.float().log_softmax(-1)
-        total: torch.Tensor = rows.gather(-1, target[..., None]).sum((1, 2))
-        return total
-
-    inputs = torch.cat([torch.tensor([ids], device=model.device), target], dim=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Input Tensor")  # token ids need no gradient
-        method = LayerGradientXActivation(log_probability, model.get_input_embeddings())
-        result = method.attribute(inputs)
-    tokens = result[0, : len(ids)].float().sum(-1).double().detach().cpu().numpy()
+    target = torch.tensor(answer_ids(tokenizer, answer), device=model.device)
+    inputs = torch.cat([torch.tensor(ids, device=model.device), target])[None]
+    vectors = model.get_input_embeddings()(inputs).detach().requires_grad_()
+    output = model(inputs_embeds=vectors, use_cache=False, logits_to_keep=len(target) + 1)
+    rows = output.logits[0, :-1].float().log_softmax(-1)  # the row before a token predicts it
+    log_p = rows.gather(-1, target[:, None]).sum()
+    (slopes,) = torch.autograd.grad(log_p, vectors)
+    tokens = (slopes * vectors)[0].float().sum(-1).tolist()  # the answer's come last
     values = numpy.zeros(len(prompt.units))
-    for value, owner in zip(tokens, owners, strict=True):
+    for value, owner in zip(tokens, owners, strict=False):
         if owner is not None:
             values[owner] += value
     return values
 
 
 METHODS: dict[str, Callable[..., Values]] = {
-    "feature ablation": ablation,
+    "feature ablation": leave_one_out,
     "Shapley sampling": shapley,
     "gradient x activation": gradient,
 }
@@ -281,6 +220,9 @@ def agreement(a: Values, b: Values) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(a, b).statistic) if min(len(set(a)), len(set(b))) > 1 else 0.0
+
+
+# ---- is it faithful? ------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -309,53 +251,37 @@ def faithfulness(
 
     Returns measure -> order -> float64, shape (cases,), in nats.
     """
-    if not cases:
-        raise CourseError("faithfulness needs at least one case: got none.")
     rng = numpy.random.default_rng(seed)
-    results = []
-    for case in cases:
-        orders = _orders(model, tokenizer, case, rng, draws)
-        results.append(_falls(model, tokenizer, case, orders, most))
-    return {m: {o: numpy.array([r[m, o] for r in results]) for o in ORDERS} for m in MEASURES}
+    frames = []
+    for number, (prompt, answer, values) in enumerate(cases):
+        alone = leave_one_out(model, tokenizer, prompt, answer)
+        rankings = _rankings(prompt, values, alone, rng, draws)
+        units = set(range(len(prompt.units)))
+        rows = []
+        for order, ranking in rankings:
+            for k in range(1, min(most, len(ranking)) + 1):
+                rows.append(("comprehensiveness", order, units - set(ranking[:k])))
+                rows.append(("sufficiency", order, units - set(ranking[k:])))
+        frame = pandas.DataFrame(rows, columns=["measure", "order", "kept"])
+        log_p = _log_p(model, tokenizer, prompt, answer, [units, *frame["kept"]])
+        frames.append(frame.assign(case=number, fall=log_p[0] - log_p[1:]))
+    falls = pandas.concat(frames).groupby(["measure", "order", "case"])["fall"].mean()
+    return {m: {o: falls[m, o].to_numpy() for o in ORDERS} for m in MEASURES}
 
 
-def _orders(
-    model: Model, tokenizer: Tokenizer, case: Case, rng: numpy.random.Generator, draws: int
-) -> dict[str, list[list[int]]]:
-    """The rankings of a case's words that are compared, by name."""
-    count = len(case.prompt.words)
-    if len(case.values) not in (count, len(case.prompt.units)):
+def _rankings(
+    prompt: Prompt, values: Values, alone: Values, rng: numpy.random.Generator, draws: int
+) -> list[tuple[str, Values]]:
+    """(order, numbers of the words, first to last) of each ranking that is compared."""
+    count = len(prompt.words)
+    if len(values) not in (count, len(prompt.units)):
         raise CourseError(
-            f"{len(case.values)} values for {count} words of {case.prompt.text[:80]!r}: "
+            f"{len(values)} values for {count} words of {prompt.text[:80]!r}: "
             "explain this very prompt first."
         )
-    alone = leave_one_out(model, tokenizer, case.prompt, case.answer)
-    ranked = numpy.argsort(-case.values[:count], kind="stable").tolist()
-    return {
-        "attribution": [ranked],
-        "leave-one-out": [numpy.argsort(-alone[:count], kind="stable").tolist()],
-        "random": [rng.permutation(count).tolist() for _ in range(draws)],
-        "reverse": [ranked[::-1]],
-    }
-
-
-def _falls(
-    model: Model, tokenizer: Tokenizer, case: Case, orders: Mapping[str, list[list[int]]], most: int
-) -> dict[tuple[str, str], float]:
-    """(measure, order) -> mean fall of log p(answer) over k and the order's rankings."""
-    units, count = frozenset(range(len(case.prompt.units))), len(case.prompt.words)
-    words = frozenset(range(count))
-    kept: dict[tuple[str, str], list[frozenset[int]]] = {}
-    for name, rankings in orders.items():
-        first = [frozenset(r[: k + 1]) for r in rankings for k in range(min(most, count))]
-        kept["comprehensiveness", name] = [units - some for some in first]
-        kept["sufficiency", name] = [units - (words - some) for some in first]
-    # The orders share many subsets: each is scored once.
-    subsets = list(dict.fromkeys([units, *(s for several in kept.values() for s in several)]))
-    turns = [case.prompt.messages(subset) for subset in subsets]
-    values = log_probabilities(model, tokenizer, turns, [case.answer] * len(turns))
-    log_p = dict(zip(subsets, values, strict=True))
-    return {key: float(log_p[units] - numpy.mean([log_p[s] for s in v])) for key, v in kept.items()}
+    ranked, by_alone = (numpy.argsort(-v[:count], kind="stable") for v in (values, alone))
+    fixed = [("attribution", ranked), ("leave-one-out", by_alone), ("reverse", ranked[::-1])]
+    return fixed + [("random", rng.permutation(count)) for _ in range(draws)]
 
 
 def faithfulness_intervals(
@@ -413,20 +339,13 @@ def attention_map(
     Weights: fp32, shape (tokens, tokens), lower triangular, rows sum to 1. They say where the head
     read, not what the answer depends on (Jain and Wallace, 2019, arXiv 1902.10186).
     """
-    config = model.config
-    if config._attn_implementation != "eager":  # SDPA never holds these weights
+    attention = model.config._attn_implementation
+    if attention != "eager":  # SDPA never holds these weights
         raise CourseError(
-            f"attention {config._attn_implementation!r} keeps no weights: "
+            f"attention {attention!r} keeps no weights: "
             'call model.set_attn_implementation("eager") first.'
         )
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    if not (0 <= layer < layers and 0 <= head < heads):
-        raise CourseError(
-            f"no head {head} in layer {layer}: "
-            f"the model has {layers} layers of {heads} heads, counted from 0."
-        )
     ids = chat.prompt_ids(tokenizer, messages)
-    _check_length(model, len(ids))
     inputs = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         output = model(input_ids=inputs, output_attentions=True, use_cache=False)
@@ -434,11 +353,15 @@ def attention_map(
     return [tokenizer.decode([i]) for i in ids], weights
 
 
-@dataclass(frozen=True)
+# ---- the page -------------------------------------------------------------------------------
+
+
+@dataclass
 class Explanation:
     """The content of the page, in nats: ``values`` one a word, ``pulls`` one a passage of ``hits``.
 
-    A pull is the fall of log p(answer) without that passage, in a prompt with all of them.
+    A pull is the fall of log p(answer) without that passage, in a prompt with all of them. There
+    are none if that prompt is too long for the model.
     """
 
     prompt: Prompt
@@ -468,44 +391,32 @@ class Explanation:
 
 def explain(plan: Plan, question: str) -> Explanation:
     """Answer ``question`` with the plan's adapter, look up passages, and explain the answer."""
-    from transformers import AutoConfig
-
-    tokenizer = load_tokenizer(plan)
-    config = AutoConfig.from_pretrained(plan.model_source, revision=plan.hub_revision)
-    context = int(config.max_position_embeddings)
-    prompt = Prompt(check_question(question, tokenizer, context, plan.max_new_tokens))
-    model = load_tuned(plan)
-    index = whole_archive(plan, plan.folder / "adapter")
-    answer = ask(model, tokenizer, [prompt.question], plan.max_new_tokens)[0]
-    hits, supported = cite(index, prompt.question, answer.text)
+    tokenizer, model = load_tokenizer(plan), load_tuned(plan)
+    context = int(model.config.max_position_embeddings)
+    question = check_question(question, tokenizer, context, plan.max_new_tokens)
+    answer = ask(model, tokenizer, [question], plan.max_new_tokens)[0]
+    hits, supports = cite(whole_archive(plan, plan.folder / "adapter"), question, answer.text)
+    prompt = Prompt(question)
     values, pulls = numpy.zeros(len(prompt.words)), numpy.zeros(0)
     if answer.text:
         values = leave_one_out(model, tokenizer, prompt, answer.text)
     if answer.text and hits:
-        texts = [f"{hit.title}: {hit.row['answer']}" for hit in hits]
+        grounded = Prompt(question, [f"{hit.title}: {hit.row['answer']}" for hit in hits])
         with suppress(CourseError):  # too long for the context: the page shows no pulls
-            full = Prompt(prompt.question, texts)
-            pulls = leave_one_out(model, tokenizer, full, answer.text)[len(full.words) :]
+            pulls = leave_one_out(model, tokenizer, grounded, answer.text)[len(prompt.words) :]
     embedded = plan.model_id == "embedded"
-    return Explanation(prompt, answer, hits, supported, values, pulls, embedded)
+    return Explanation(prompt, answer, hits, supports, values, pulls, embedded)
 
 
 def write_page(explanation: Explanation, path: Path) -> Path:
     """Write one HTML page without scripts or links to load; every text in it is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    assets = FileSystemLoader(Path(__file__).parent / "assets")
-    environment = Environment(loader=assets, autoescape=True, undefined=StrictUndefined)
+    assets = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
+    page = jinja2.Environment(loader=assets, autoescape=True, undefined=jinja2.StrictUndefined)
     largest = max(map(abs, explanation.values.tolist()), default=0.0)
-    pairs = zip(explanation.prompt.words, explanation.values.tolist(), strict=True)
-    page = environment.get_template("page.html.jinja").render(
-        title=f"Explained: {explanation.prompt.text[:80]}",
-        e=explanation,
-        pulls=[f"{pull:+.2f}" for pull in explanation.pulls] or ["–"] * len(explanation.hits),
-        words=[(word, f"{value:+.2f}", shade(value, largest)) for word, value in pairs],
-        no_source=NO_SOURCE,
-        threshold=f"{SUPPORT:.2f}",
-    )
+    text = page.get_template("page.html.jinja").render(
+        e=explanation, title=f"Explained: {explanation.prompt.text[:80]}", no_source=NO_SOURCE,
+        threshold=SUPPORT, shade=lambda value: shade(value, largest),
+    )  # fmt: skip
     with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path

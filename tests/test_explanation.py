@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from captum.attr import FeatureAblation, LLMAttribution, TextTemplateInput
 from conftest import NASTY, Markup, tiny
 
 from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval
@@ -50,14 +51,23 @@ def log_p(lm: Any) -> Any:
     return by_hand
 
 
-def test_feature_ablation_equals_leave_one_out_by_hand(lm: Any, log_p: Any) -> None:
-    """captum's own default gives other numbers."""
+def test_leave_one_out_equals_captum_and_deletions_by_hand(lm: Any, log_p: Any) -> None:
+    (model, tokenizer), prompt = lm, Prompt("What causes gout ?")
     left = ["causes gout?", "What gout?", "What causes?", "What causes gout"]
-    prompt = Prompt("What causes gout ?")
     expected = [log_p("What causes gout?") - log_p(text) for text in left]
     assert numpy.abs(expected).max() > 0.05, "the comparison would hold for zeros too"
-    for method in (explanation.ablation, explanation.leave_one_out):
-        assert method(*lm, prompt, ANSWER) == pytest.approx(expected, abs=1e-3)
+    assert explanation.leave_one_out(*lm, prompt, ANSWER) == pytest.approx(expected, abs=1e-3)
+
+    def render(*units: str) -> torch.Tensor:  # captum empties what it leaves out
+        kept = {n for n, unit in enumerate(units) if unit}
+        return torch.tensor([prompt_ids(tokenizer, prompt.messages(kept))])
+
+    found = LLMAttribution(FeatureAblation(model), tokenizer).attribute(
+        TextTemplateInput(render, prompt.units),
+        target=torch.tensor(explanation.answer_ids(tokenizer, ANSWER)),
+        forward_in_tokens=False,  # its default gives other numbers: lesson 07 shows them
+    )
+    assert found.seq_attr.numpy() == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_left_out_passage_renumbers_the_others(lm: Any, log_p: Any) -> None:
@@ -66,7 +76,7 @@ def test_a_left_out_passage_renumbers_the_others(lm: Any, log_p: Any) -> None:
     left += [grounded_messages("What are the treatments for?", PASSAGES)]
     expected = [log_p(grounded_messages(asked, PASSAGES)) - log_p(messages) for messages in left]
     assert [prompt.units[n] for n in (-2, -1, prompt.named)] == ["[1]", "[2]", "Celiac disease"]
-    found = explanation.ablation(*lm, prompt, ANSWER)
+    found = explanation.leave_one_out(*lm, prompt, ANSWER)
     assert found[[-2, -1, prompt.named]] == pytest.approx(expected, abs=1e-3)
 
 
@@ -162,6 +172,19 @@ def test_faithfulness_intervals_are_paired() -> None:
     found = explanation.faithfulness_intervals({"sufficiency": values})["sufficiency"]
     assert found["attribution - random"] == pytest.approx((1, 1, 1))
     assert found["attribution"][1] < 6 < found["attribution"][2]
+
+
+def test_an_attention_map_holds_one_heads_weights(lm: Any) -> None:
+    (model, _), messages = lm, Prompt("What causes gout?").messages()
+    kernel = model.config._attn_implementation
+    with pytest.raises(CourseError, match="keeps no weights"):
+        explanation.attention_map(*lm, messages, 0, 0)
+    model.set_attn_implementation("eager")
+    tokens, weights = explanation.attention_map(*lm, messages, 0, 1)
+    model.set_attn_implementation(kernel)
+    assert "".join(tokens).endswith("assistant<|end_header_id|>\n\n")
+    assert weights == pytest.approx(numpy.tril(weights)) and weights.shape == 2 * (len(tokens),)
+    assert weights.sum(axis=1) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
