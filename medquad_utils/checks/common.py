@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from medquad_utils import CourseError
@@ -54,9 +55,8 @@ class Exercise:
     """How to judge an answer, and typical wrong answers with their hints.
 
     A case is (arguments, right result, rows); the arguments are None if no function is asked for.
-    A row is (wrong result, hint) or (wrong result, hint, covers); a result may also be a function
-    that returns it. In the first case that fails, the hint is that of the first row with the same
-    result or a true ``covers(result)``, else that of the last row.
+    A row is (wrong result, hint) or (wrong result, hint, covers); it fits a result that is the
+    same, or for which ``covers(result)`` is true. A result may also be a function that returns it.
     """
 
     kind: tuple[str, Callable[[Any], Any]]  # a name, and how to read a result: None if it is not
@@ -71,33 +71,41 @@ class Exercise:
         """Return praise for a right answer; raise ``NotYet`` with a hint for any other."""
         for given, right, rows in self.cases:
             result = self._result(answer, given)
-            if self._same(result, self._value(right, given)):
+            if self._same(result, self._expected(right, given)):
                 continue
-            hint = next((row[1] for row in rows if self._fits(result, given, *row)), rows[-1][1])
+            hint = self._hint(result, given, rows)
             shown = ", ".join(repr(value) for value in given or () if not callable(value))
             raise NotYet(f"{hint} It fails for {shown}." if 0 < len(shown) < 120 else hint)
         return f"✓ {self.praise}"
 
-    def _fits(self, result: Any, given: Any, wrong: Any, hint: str, covers: Any = None) -> bool:
-        return bool(covers(result) if covers else self._same(result, self._value(wrong, given)))
+    def _hint(self, result: Any, given: Any, rows: Sequence[tuple[Any, ...]]) -> str:
+        """Return the hint of the first row that fits ``result``, else of the last row."""
+        for wrong, hint, *covers in rows:
+            like = covers[0] if covers else partial(self._same, self._expected(wrong, given))
+            if like(result):
+                return str(hint)
+        return str(rows[-1][1])
 
-    def _value(self, value: Any, given: Sequence[Any] | None) -> Any:
+    def _expected(self, value: Any, given: Sequence[Any] | None) -> Any:
         return self._result(value, given) if callable(value) else self.kind[1](value)
 
-    def _result(self, answer: Any, arguments: Sequence[Any] | None) -> Any:
+    def _result(self, answer: Any, given: Sequence[Any] | None) -> Any:
         """Return the answer, or what it returns if it is a function, as plain Python."""
-        if arguments is None:
+        if given is None:
             return self._read(answer, "Replace the dots with your answer. {about}")
         if not callable(answer):
             raise NotYet(f"Expected a function by its name, got {answer!r:.40}. {self.about}")
+
+        def read(*arguments: Any) -> Any:
+            return self._read(answer(*arguments), self.stub)
+
         try:
-            read = lambda *given: self._read(answer(*given), self.stub)  # noqa: E731
-            return self.run(read, *copy.deepcopy(arguments))
+            return self.run(read, *copy.deepcopy(given))
         except NotYet:
             raise
         except Exception as error:  # a learner's function may fail in any way
-            stopped = f"Your function stopped with {type(error).__name__}: {error}."
-            raise NotYet(f"{stopped} {self.about}") from None
+            text = f"Your function stopped with {type(error).__name__}: {error}. {self.about}"
+            raise NotYet(text) from None
 
     def _read(self, value: Any, stub: str) -> Any:
         if value is None or value is ...:
