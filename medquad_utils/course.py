@@ -41,7 +41,9 @@ def notebooks_folder() -> Path:
     for root in (Path(__file__).parent.parent, here, *here.parents):
         if list((root / "notebooks").glob("0*_*.ipynb")):
             return root / "notebooks"
-    raise CourseError("no notebooks/ folder found: run this inside a clone of the course.")
+    raise CourseError(
+        "no notebooks/ folder found: run this inside a clone of the course's repository."
+    )
 
 
 def lessons(only: Sequence[str] = ()) -> list[Path]:
