@@ -41,7 +41,7 @@ STYLE: dict[str, Any] = {
 
 
 def figure(
-    width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any
+    width: float = 8, height: float = 3.9, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, Any]:
     """Create a figure in the course's style, in inches, with ``columns`` axes side by side."""
     matplotlib.rcParams.update(STYLE)
@@ -90,13 +90,23 @@ def shade(value: float, most: float) -> str:
     return tint(BLUE if value > 0 else VERMILION, share)
 
 
-def _title(ax: Any, title: str, lines: Lines) -> None:
-    """Set the title; ``lines`` draws upright lines at named limits, their names above the axes."""
+def _finish(
+    ax: Any, title: str, alt: str, x: str = "", y: str = "", lines: Lines = None,
+    save: Path | None = None
+) -> None:  # fmt: skip
+    """Label the axes, list named series below them, and show the figure.
+
+    ``lines`` draws upright lines at named limits, with their names above the axes.
+    """
+    ax.set(xlabel=x, ylabel=y)
     ax.set_title(title, pad=20 if lines else 6)
-    for name, x in (lines or {}).items():
-        ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
+    for name, place in (lines or {}).items():
+        ax.axvline(place, color=VERMILION, linestyle="--", linewidth=1.4)
         look = {"ha": "center", "va": "bottom", "fontsize": 9}
-        ax.text(x, 1.01, name, transform=ax.get_xaxis_transform(), **look)
+        ax.text(place, 1.01, name, transform=ax.get_xaxis_transform(), **look)
+    if ax.get_legend_handles_labels()[1]:
+        ax.figure.legend(loc="outside lower center", ncols=3)
+    show(ax.figure, alt, save)
 
 
 def bars(
@@ -104,13 +114,12 @@ def bars(
     form: str = "{:,.0f}", log: bool = False
 ) -> None:  # fmt: skip
     """Draw horizontal bars with numbers, the first on top; ``highlight`` names the orange ones."""
-    fig, ax = figure(8, 0.9 + 0.34 * len(values))
+    _, ax = figure(8, 0.9 + 0.34 * len(values))
     colours = [ORANGE if name in highlight else BLUE for name in values]
     drawn = ax.barh(list(values), list(values.values()), color=colours)
     ax.bar_label(drawn, fmt=form, padding=4)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.set(xlabel=unit, title=title)
     if form.endswith("%}"):
         ax.xaxis.set_major_formatter(PercentFormatter(1))
     if log:
@@ -118,7 +127,7 @@ def bars(
         ax.xaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
         ax.xaxis.set_minor_formatter(LogFormatter())
     ax.margins(x=0.14)
-    show(fig, alt)
+    _finish(ax, title, alt, x=unit)
 
 
 def grouped_bars(
@@ -126,30 +135,26 @@ def grouped_bars(
 ) -> None:
     """Draw upright bars in groups: series -> group -> value; all series have the same groups."""
     groups, width = list(next(iter(table.values()))), 0.8 / len(table)
-    fig, ax = figure()
+    _, ax = figure()
     for number, (name, values) in enumerate(table.items()):
         places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
         heights, colour = [values[group] for group in groups], _colour(number, len(table))
         drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
         ax.bar_label(drawn, fmt=form, padding=2, fontsize=9)
-    # About 66 characters fit beside the legend. Longer names are turned, or they would touch.
-    crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 66
+    # About 80 characters fit. Longer names are turned, or they would touch.
+    crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
     turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     ax.set_xticks(range(len(groups)), groups, **turned)
-    ax.set(ylabel=unit, title=title)
     if form.endswith("%}"):
         ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(y=0.12)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    show(fig, alt, save)
+    _finish(ax, title, alt, y=unit, save=save)
 
 
-def _dots(
-    points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float
-) -> tuple[Figure, Any]:
+def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
     """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
     groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
-    fig, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
+    _, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
     for number, (name, pairs) in enumerate(points.items()):
         offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
         places = [groups.index(group) + offset for group, _ in pairs]
@@ -164,8 +169,7 @@ def _dots(
     ax.grid(False, axis="y")
     ax.grid(True, axis="x")
     ax.locator_params(axis="x", nbins=7)
-    fig.legend(loc="outside lower center", ncols=min(3, len(points)))
-    return fig, ax
+    return ax
 
 
 def intervals(
@@ -176,11 +180,10 @@ def intervals(
 
     ``zero`` draws a line at zero, for differences.
     """
-    fig, ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
+    ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    ax.set(xlabel=unit, title=title)
-    show(fig, alt, save)
+    _finish(ax, title, alt, x=unit, save=save)
 
 
 def dots(
@@ -192,18 +195,16 @@ def dots(
         name: [(group, (v, v, v)) for group, several in values.items() for v in several]
         for name, values in table.items()
     }
-    fig, ax = _dots(points, width=8)
+    ax = _dots(points, width=8)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.set(xlabel=unit)
-    _title(ax, title, lines)
-    show(fig, alt)
+    _finish(ax, title, alt, unit, lines=lines)
 
 
 def stacked_bars(
     table: Groups, title: str, unit: str, alt: str, lines: Lines = None, save: Path | None = None
 ) -> None:
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
-    fig, ax = figure(8, 1.5 + 0.42 * len(table))
+    _, ax = figure(8, 1.5 + 0.42 * len(table))
     parts = list(dict.fromkeys(part for values in table.values() for part in values))
     left = numpy.zeros(len(table))
     for number, part in enumerate(parts):
@@ -215,11 +216,8 @@ def stacked_bars(
     ax.bar_label(drawn, [f"{total:.2f}" for total in left], padding=5, bbox=box)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.set(xlabel=unit)
-    _title(ax, title, lines)
     ax.margins(x=0.12)
-    fig.legend(loc="outside lower center", ncols=min(4, len(parts)))
-    show(fig, alt, save)
+    _finish(ax, title, alt, unit, lines=lines, save=save)
 
 
 def histogram(
@@ -228,17 +226,13 @@ def histogram(
     y: str = "rows"
 ) -> None:  # fmt: skip
     """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
-    fig, ax = figure(8, 3.4)
+    _, ax = figure(8, 3.4)
     edges = numpy.linspace(0, top or max(max(values) for values in series.values()), bins)
     for number, (name, values) in enumerate(series.items()):
         colour = _colour(number, len(series))
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
-    ax.set(xlabel=unit, ylabel=y)
-    _title(ax, title, lines)
-    if len(series) > 1:  # outside the axes, where no bar can be
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    show(fig, alt)
+    _finish(ax, title, alt, unit, y, lines)
 
 
 def curves(
@@ -246,14 +240,12 @@ def curves(
     save: Path | None = None, markers: Sequence[str] = ()
 ) -> None:  # fmt: skip
     """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
-    fig, ax = figure()
+    _, ax = figure()
     for number, (name, points) in enumerate(series.items()):
         look = {"color": _colour(number, len(series)), "marker": "o" if name in markers else ""}
         pairs = zip(*points, strict=True)
         ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.legend()
-    show(fig, alt, save)
+    _finish(ax, title, alt, x, y, save=save)
 
 
 def distribution(
