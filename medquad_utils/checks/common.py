@@ -18,7 +18,7 @@ class NotYet(CourseError):
 
 def predict(guess: Any, truth: float, unit: str, because: str) -> str:
     """Compare a guess with the truth, by their ratio, and say why the truth is what it is."""
-    number, shown = finite(guess), f"it is {truth:,.4g} {unit}."
+    number, shown = finite(plain(guess)), f"it is {truth:,.4g} {unit}."
     if number is None:
         return f"No score this time, for my_guess is {guess!r:.40}, no number; {shown} {because}"
     said = f"You said {number:,.4g} {unit}; {shown} {_verdict(number, truth)}."
@@ -32,11 +32,7 @@ def predict(guess: Any, truth: float, unit: str, because: str) -> str:
 def _verdict(guess: float, truth: float) -> str:
     if guess == truth:
         return "Spot on"
-    if truth <= 0:
-        return "Not a bit of it, then"
-    if guess <= 0:
-        return "A guess above zero would have been closer"
-    factor = max(guess / truth, truth / guess)
+    factor = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
     verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
     surprise = "A surprise, then: that is what a prediction is for"
     return next((verdict for most, verdict in verdicts.items() if factor <= most), surprise)
@@ -59,7 +55,9 @@ class Exercise:
     same, or for which ``covers(result)`` is true. A result may also be a function that returns it.
     """
 
-    kind: tuple[str, Callable[[Any], Any]]  # a name, and how to read a result: None if it is not
+    kind: tuple[
+        str, Callable[[Any], Any]
+    ]  # name; reads a plain value, None if it is not one
     about: str  # what an answer looks like
     cases: Sequence[tuple[Any, Any, Sequence[tuple[Any, ...]]]]
     praise: str
@@ -110,7 +108,7 @@ class Exercise:
     def _read(self, value: Any, stub: str) -> Any:
         if value is None or value is ...:
             raise NotYet(stub.format(about=self.about))
-        if (result := self.kind[1](value)) is None:
+        if (result := self.kind[1](plain(value))) is None:
             raise NotYet(f"Expected {self.kind[0]}, got {value!r:.40}. {self.about}")
         return result
 
@@ -148,8 +146,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """Return a finite number as a float, be it a text or alone in a list; None for all else."""
-    value = plain(value)
+    """Return a finite number as a float, also from a text or a list of one; None for all else."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     try:
         number = float(value)
@@ -159,8 +156,7 @@ def finite(value: Any) -> float | None:
 
 
 def items(value: Any, kind: Any) -> list[Any] | None:
-    """Return what a list, tuple, set, array or generator holds, None if it is not of ``kind``."""
-    value = plain(value)
+    """Return what a list, tuple, set or generator holds, None if it is not of ``kind``."""
     if isinstance(value, str | type) or not hasattr(value, "__iter__"):
         return None
     found = plain(list(value))
@@ -168,8 +164,7 @@ def items(value: Any, kind: Any) -> list[Any] | None:
 
 
 def flat(value: Any) -> list[Any]:
-    """Return the numbers of a tensor, an array or nested lists in one list."""
-    value = plain(value)
+    """Return the numbers of nested lists in one list."""
     return [part for inner in value for part in flat(inner)] if isinstance(value, list) else [value]
 
 
