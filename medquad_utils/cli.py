@@ -9,23 +9,25 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from medquad_utils import CourseError, __version__
-from medquad_utils.profiles import PROFILES
-
-if TYPE_CHECKING:
-    from medquad_utils.profiles import Plan
+from medquad_utils import CourseError, __version__, machine, profiles
+from medquad_utils.profiles import PROFILES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
 RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)")
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
-QUESTION = ("question", None, None, "in quotes")
+QUESTION = ("question", None, "", "in quotes")
 
-# Command -> (its help, its options). An option is (flag, metavar, default, help). The default
-# decides the type: False makes a switch, [] collects repeated values, None is a required value.
+# What the type of an option's default says about it.
+KINDS: dict[type, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction}, list: {"action": "append"},
+    int: {"type": int}, float: {"type": float}, str: {}, type(None): {"required": True},
+}  # fmt: skip
+
+# Command -> (its help, its options). An option is (flag, metavar, default, help).
 COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = {
     "doctor": ("check this machine: hardware, Hub, packages, lessons, memory, disk, ports", ()),
     "run": ("run the lessons with papermill", (
@@ -108,18 +110,8 @@ def parser() -> argparse.ArgumentParser:
     for name, (text, options) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         for flag, metavar, default, about in options:
-            more: dict[str, Any] = {"help": about, "default": default}
-            if isinstance(default, bool):
-                more["action"] = argparse.BooleanOptionalAction if default else "store_true"
-            else:
-                more |= {"metavar": metavar, "action": "store"}
-                if isinstance(default, list):
-                    more["action"] = "append"
-                elif isinstance(default, int | float):
-                    more["type"] = type(default)
-                elif default is None and flag.startswith("-"):
-                    more["required"] = True
-            command.add_argument(flag, **more)
+            kind = KINDS[type(default)] | ({"metavar": metavar} if metavar else {})
+            command.add_argument(flag, help=about, default=default, **kind)
     return top
 
 
@@ -162,16 +154,14 @@ def _silence() -> None:
 
 def _plan(options: argparse.Namespace) -> Plan:
     """Resolve the plan of a command that uses an adapter."""
-    from medquad_utils.profiles import resolve_trained
-
     _silence()
-    return resolve_trained(options.profile, model=options.model, out=options.runs)
+    return profiles.resolve_trained(options.profile, model=options.model, out=options.runs)
 
 
 def _check_question(options: argparse.Namespace) -> None:
     if not options.question.strip():
         example = f'medquad {options.command} "What causes asthma?"'
-        raise CourseError(f"the question is empty: ask one in quotes, for example {example}")
+        raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
 
 def _check_suffix(path: str, suffix: str) -> None:
@@ -180,36 +170,37 @@ def _check_suffix(path: str, suffix: str) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medquad_utils import course, machine, profiles
+    from medquad_utils import course
     from medquad_utils.machine import PROBLEM, WARNING
 
-    plans: list[Plan] = []
-
-    def auto() -> str:
-        plans.append(profiles.resolve("auto"))
-        return f"takes {plans[0].profile} ({plans[0].why.removeprefix('auto: ')})"
-
-    findings = machine.doctor({"model": _answers, "auto": auto})
+    findings = machine.doctor({"model": _answers, "auto": _auto})
     with suppress(CourseError):  # no lessons: the doctor has said so
         if changed := course.changed():
             text = f"changed since their outputs were made: {', '.join(changed)}"
             todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
             findings.append(machine.Finding("lessons", WARNING, text, todo))
+    print(*findings, sep="\n")
+    with suppress(Exception):  # a finding says why
+        print(f"\n{profiles.resolve('auto')}")
     problems, warnings = (sum(f.state == s for f in findings) for s in (PROBLEM, WARNING))
     verdict = f"not ready: {problems} to fix" if problems else "ready for class"
-    verdict += f", {warnings} to know of" if warnings else ""
-    print(*findings, "", *plans, "", verdict, sep="\n")
+    print(f"\n{verdict}, {warnings} to know of" if warnings else f"\n{verdict}")
     return int(problems > 0)
 
 
 def _answers() -> str:
-    from medquad_utils import generation, profiles
+    from medquad_utils import generation
 
     _silence()
     plan = profiles.resolve("tiny")
     model, tokenizer = generation.load_base(plan), generation.load_tokenizer(plan)
     generation.ask(model, tokenizer, ["What is asthma?"], 1)
     return "the embedded model loads in 4 bits and answers"
+
+
+def _auto() -> str:
+    plan = profiles.resolve("auto")
+    return f"takes {plan.profile} ({plan.why.removeprefix('auto: ')})"
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -231,12 +222,12 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> None:
-    from medquad_utils import data, profiles, splits
+    from medquad_utils import data, splits
 
     plan = profiles.resolve(
         "tiny", source=options.source, data_path=options.path, seed=options.seed, out=options.runs
     )
-    folder = Path(options.out) if options.out else plan.folder / "data"
+    folder = Path(options.out or plan.folder / "data")
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
     print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
@@ -244,12 +235,11 @@ def _data(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
-    plan = _plan(options)
     from medquad_utils import generation
     from medquad_utils.chat import NOTICE
     from medquad_utils.report import EMBEDDED
 
-    generation.check_adapter(plan, plan.folder / "adapter")
+    plan = _plan(options)
     model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
     for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
         print(piece, end="", flush=True)
@@ -257,55 +247,47 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from medquad_utils import evaluation
+    from medquad_utils import data, evaluation, report
 
-    if options.limit < 1 or options.batch < 1:
+    if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
-    # Before a model is loaded: most mistakes are in this file.
     questions = evaluation.read_questions(Path(options.questions), options.limit)
     print(questions)
     _silence()
-    from medquad_utils import data, report
-
     # With --adapter, auto is the profile that the adapter was trained with.
     profile = "" if options.profile == "auto" else options.profile
     plan, adapter = evaluation.plan_of(profile, options.adapter, options.model, options.runs)
     given = Path(options.data) if options.data else None
-    train, validation = (
-        evaluation.training_rows(plan, adapter, given, part) for part in ("train", "validation")
-    )
+    train = evaluation.training_rows(plan, adapter, given, "train")
+    validation = evaluation.training_rows(plan, adapter, given, "validation")
     archive = data.load_table(Path(options.archive)).rows if options.archive else []
-    folder = Path(options.out) if options.out else plan.folder / "evaluation"
+    folder = Path(options.out or plan.folder / "evaluation")
     metrics = evaluation.evaluate(
         plan, questions, train, folder, adapter, archive, validation, options.batch
     )
     page, text = report.write(metrics, folder)
-    print(report.table(metrics))
-    print(f"\nwritten: {page}, {text.name}, metrics.json, answers.parquet")
+    print(f"{report.table(metrics)}\n")
+    print(f"written: {page}, {text.name}, metrics.json, answers.parquet")
 
 
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
     _check_suffix(options.out, ".html")
-    plan = _plan(options)
-    from medquad_utils import explanation, generation
+    from medquad_utils import explanation
 
-    generation.check_adapter(plan, plan.folder / "adapter")
+    plan = _plan(options)
     result = explanation.explain(plan, options.question)
-    page = Path(options.out) if options.out else plan.folder / "explain.html"
-    print(f"{result}\n\nwritten: {explanation.write_page(result, page).name}")
+    page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
+    print(f"{result}\n\nwritten: {page.name}")
 
 
 def _demo(options: argparse.Namespace) -> None:
-    if bool(options.space) != bool(options.repo):
-        raise CourseError(
-            "--space DIR and --repo USER/NAME go together: the folder to write, and the published "
-            "model that it shows."
-        )
-    plan = _plan(options)
     from medquad_utils import demo
 
+    if bool(options.space) != bool(options.repo):
+        raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
+    plan = _plan(options)
     if options.space:
         folder = demo.write_space(Path(options.space), options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
@@ -316,11 +298,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    plan = _plan(options)
     from medquad_utils import publishing
 
-    publishing.check_name(options.repo, plan.model_id)  # before a model is loaded
-    folder = Path(options.out) if options.out else plan.folder / "published"
+    plan = _plan(options)
+    folder = Path(options.out or plan.folder / "published")
     licence = Path(options.licence) if options.licence else None
     publishing.build(plan, options.repo, folder, options.merged, licence=licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
@@ -338,24 +319,12 @@ def _estimate(options: argparse.Namespace) -> None:
     words = {"": None, "off": 0, "full": 1}
     every = options.checkpointing
     if every not in words and not (every.isdecimal() and int(every)):
-        raise CourseError(
-            f"--checkpointing {every!r}: expected off, full, or a whole number N for every N-th "
-            "block."
-        )
+        raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
     _check_suffix(options.out, ".png")
-    config = options.model
-    if config.count("/") == 1 and not Path(config).exists():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            config = hf_hub_download(config, "config.json")
-        except Exception as error:  # no network, no such model, or a gated one
-            text = f"--model {config}: no such folder, and the Hub gave no config.json of it"
-            raise CourseError(f"{text} ({type(error).__name__}). Give a folder instead.") from error
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),
-        price=options.price, tokens=options.tokens, config=config,
+        price=options.price, tokens=options.tokens, config=_config(options.model),
     )  # fmt: skip
     print(result)
     if options.out:
@@ -370,6 +339,19 @@ def _estimate(options: argparse.Namespace) -> None:
         picture = Path(options.out)
         plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, picture)
         print(f"\nwritten: {picture.name}")
+
+
+def _config(model: str) -> str:
+    """Return a local path as it is; download the config.json of a model on the Hub."""
+    if model.count("/") != 1 or Path(model).exists():
+        return model
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(model, "config.json"))
+    except Exception as error:  # no network, no such model, or a gated one
+        text = f"--model {model}: the Hub gave no config.json ({type(error).__name__})"
+        raise CourseError(f"{text}. Give a folder instead.") from error
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError
+import psutil
+
+from medquad_utils import CourseError, plots
 from medquad_utils.files import read_json, whole_file
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import resolve
@@ -85,13 +87,12 @@ def changed() -> list[str]:
 
 
 def run(
-    profile: str = "auto",
-    only: Sequence[str] = (),
-    parameters: Mapping[str, str] | None = None,
+    profile: str = "auto", only: Sequence[str] = (), parameters: Mapping[str, str] | None = None,
     out: str = "",
-    report: Callable[[str], None] = print,
-) -> list[Result]:
+) -> list[Result]:  # fmt: skip
     """Run the lessons in order, into ``<out>/<profile>/notebooks`` (notebooks and HTML pages).
+
+    Print the plan, a headline of each lesson, and a table of times and memory.
 
     Raises:
         CourseError: an unknown parameter, a plan that cannot be resolved, or a cell that failed.
@@ -103,16 +104,18 @@ def run(
     settings = {"profile": profile} | {k: v for k, v in values.items() if k in accepted}
     plan = resolve(**settings)
     values["profile"] = plan.profile
-    report(str(plan))
+    print(plan)
     if not only:
         _ = plan.fit  # refuse a machine that is too small to train before the first lesson
     results = []
     for number, notebook in enumerate(chosen, start=1):
-        report(f"\n[{number}/{len(chosen)}] {title(notebook)}")
+        print(f"\n[{number}/{len(chosen)}] {title(notebook)}")
         own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
         results.append(_run_one(notebook, own, plan.folder))
-        report(f"      {results[-1].headline}")
-    report("\n" + table(results))
+        print(f"      {results[-1].headline}")
+    rows = [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
+    rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
+    print("", plots.Table(rows, ("lesson", "min:s", "peak RAM", "headline")), sep="\n")
     return results
 
 
@@ -155,10 +158,11 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
         with _peak_memory() as peak:
             papermill.execute_notebook(notebook, target, values, cwd=notebook.parent, **settings)
     except PapermillExecutionError as error:
-        where = f"lesson {title(notebook)}, cell {error.exec_count}"
-        reason = (str(error.evalue).strip() or "no message").splitlines()[0]
-        text = f"{where}: {error.ename}: {reason} (see {target.name} in {folder.name}/notebooks)"
-        raise CourseError(text) from error
+        reason, *_ = (error.evalue.strip() or "no message").splitlines()
+        raise CourseError(
+            f"lesson {title(notebook)}, cell {error.exec_count}: {error.ename}: {reason} "
+            f"(see {target.name} in {folder.name}/notebooks)"
+        ) from error
     except DeadKernelError as error:
         raise CourseError(
             f"lesson {title(notebook)}: the system ended the notebook's process, usually because "
@@ -170,24 +174,19 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     # 04_train_with_sft writes metrics/train.json.
     record = folder / "metrics" / f"{notebook.stem.split('_')[1]}.json"
     headline = read_json(record)["headline"] if record.is_file() else "no headline"
-    return Result(title(notebook), time.time() - started, max(peak, default=0.0), headline)
+    return Result(title(notebook), time.time() - started, max(peak), headline)
 
 
 @contextmanager
 def _peak_memory() -> Iterator[list[float]]:
     """Sample the resident memory of this process's children (the kernels), in GB."""
-    import psutil
-
-    samples: list[float] = []
-    done = threading.Event()
+    samples, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.25):
-            total = 0
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):  # it ended between the two calls
-                    total += child.memory_info().rss
-            samples.append(total / 1e9)
+            with suppress(psutil.Error):  # a child ended between two calls
+                children = psutil.Process().children(recursive=True)
+                samples.append(sum(child.memory_info().rss for child in children) / 1e9)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -206,16 +205,6 @@ def _kernel_config() -> Any:
 
     able = zmq.has("curve") and "transport_encryption" in KernelManager.class_trait_names()
     return Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
-
-
-def table(results: Sequence[Result]) -> str:
-    """Format lesson, time, peak memory and headline as a table with the total time."""
-    rows = [("lesson", "min:s", "peak RAM", "headline")]
-    rows += [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
-    rows += [("all", clock(sum(r.seconds for r in results)), "", "")]
-    a, b, c = (max(len(row[column]) for row in rows) for column in range(3))
-    lines = [f"{row[0]:<{a}}  {row[1]:<{b}}  {row[2]:<{c}}  {row[3]}".rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def clock(seconds: float) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import html
 import re
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+import numpy
+from IPython import display, get_ipython
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from medquad_utils.files import whole_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers can tell apart.
 # Its yellow is left out, because it vanishes on white.
@@ -22,7 +25,6 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY, INK, PAPER = "#CC79A7", "#56B4E9", "#8A8A8A", "#1F2328", "#FFFFFF"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS, DASHES = "oDs^vP", ("-", "--", "-.", ":")
-INCHES = 0.0815  # width of a character in the boxes
 
 Groups = Mapping[str, Mapping[str, float]]  # series -> group -> value
 Lines = Mapping[str, float] | None  # named limits, by their name
@@ -33,58 +35,50 @@ STYLE: dict[str, Any] = {
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3", "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
-    "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False, "svg.hashsalt": "medquad",
+    "figure.titleweight": "bold", "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False,
+    "text.parse_math": False,  # a dollar sign in a token is a dollar sign
 }  # fmt: skip
 
 
 def figure(
-    width: float = 8, height: float = 3.6, columns: int = 1, **kwargs: Any
+    width: float = 8, height: float = 3.9, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, Any]:
     """Create a figure in the course's style, in inches, with ``columns`` axes side by side."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(fig)
     return fig, fig.subplots(1, columns, **kwargs)
 
 
-def show(fig: Figure, alt: str, save: Path | None = None) -> None:
+def show(fig: Figure, alt: str, save: Path | None = None, heading: str = "") -> None:
     """Display ``fig`` as a PNG with its alt text, and write it to ``save`` if given.
 
-    Outside a notebook a saved figure is not displayed: a terminal would print its bytes.
+    ``heading`` is a title above all axes. Outside a notebook a saved figure is not displayed: a
+    terminal would print its bytes.
     """
-    from IPython.core.interactiveshell import InteractiveShell
-    from IPython.display import display
-
+    fig.suptitle(heading, x=0.02, ha="left")
     if len(alt.split()) < 6:
         raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
     buffer = BytesIO()
     fig.savefig(buffer, format="png", metadata={"Software": None})
+    png = buffer.getvalue()
     if save:
         with whole_file(save) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        if not InteractiveShell.initialized():
-            return
-    bundle = {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+            temporary.write_bytes(png)
+    if not save or get_ipython():
+        bundle = {"image/png": b64encode(png).decode(), "text/plain": f"Figure: {alt}"}
+        display.display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
 def _colour(number: int, of: int) -> str:
     if of > len(PALETTE):
-        raise ValueError(
-            f"{of} series in one figure, and {len(PALETTE)} colours that readers can tell apart: "
-            "draw two figures, or fewer series."
-        )
+        raise ValueError(f"{of} series in one figure, and {len(PALETTE)} colours: draw two.")
     return PALETTE[number]
 
 
 def tint(colour: str, share: float = 0.62) -> str:
     """Mix ``colour`` with the paper, "#RRGGBB"; black text stays readable on the usual share."""
-    mixed = (round(255 + share * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
-    return "#" + "".join(f"{part:02X}" for part in mixed)
+    mixed: str = to_hex(1 - share * (1 - numpy.array(to_rgb(colour))))
+    return mixed.upper()
 
 
 def shade(value: float, most: float) -> str:
@@ -96,21 +90,23 @@ def shade(value: float, most: float) -> str:
     return tint(BLUE if value > 0 else VERMILION, share)
 
 
-def _plain(text: str) -> str:
-    """Escape the dollar signs, which matplotlib reads as mathematics."""
-    return text.replace("$", "\\$")
+def _finish(
+    ax: Any, title: str, alt: str, x: str = "", y: str = "", lines: Lines = None,
+    save: Path | None = None
+) -> None:  # fmt: skip
+    """Label the axes, list named series below them, and show the figure.
 
-
-def _percent(axis: Any, form: str = "{:.0%}") -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    if form.endswith("%}"):
-        axis.set_major_formatter(PercentFormatter(1))
-
-
-def _heading(fig: Figure, text: str) -> None:
-    """A title above all axes of a figure."""
-    fig.suptitle(text, fontweight="bold", x=0.02, ha="left")
+    ``lines`` draws upright lines at named limits, with their names above the axes.
+    """
+    ax.set(xlabel=x, ylabel=y)
+    ax.set_title(title, pad=20 if lines else 6)
+    for name, place in (lines or {}).items():
+        ax.axvline(place, color=VERMILION, linestyle="--", linewidth=1.4)
+        look = {"ha": "center", "va": "bottom", "fontsize": 9}
+        ax.text(place, 1.01, name, transform=ax.get_xaxis_transform(), **look)
+    if ax.get_legend_handles_labels()[1]:
+        ax.figure.legend(loc="outside lower center", ncols=3)
+    show(ax.figure, alt, save)
 
 
 def bars(
@@ -118,16 +114,20 @@ def bars(
     form: str = "{:,.0f}", log: bool = False
 ) -> None:  # fmt: skip
     """Draw horizontal bars with numbers, the first on top; ``highlight`` names the orange ones."""
-    fig, ax = figure(8, 0.9 + 0.34 * len(values))
+    _, ax = figure(8, 0.9 + 0.34 * len(values))
     colours = [ORANGE if name in highlight else BLUE for name in values]
     drawn = ax.barh(list(values), list(values.values()), color=colours)
-    ax.bar_label(drawn, [form.format(v) for v in values.values()], padding=4)
+    ax.bar_label(drawn, fmt=form, padding=4)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.set(xlabel=unit, xscale="log" if log else "linear", title=title)
-    _percent(ax.xaxis, form)
+    if form.endswith("%}"):
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
+        ax.xaxis.set_minor_formatter(LogFormatter())
     ax.margins(x=0.14)
-    show(fig, alt)
+    _finish(ax, title, alt, x=unit)
 
 
 def grouped_bars(
@@ -135,29 +135,41 @@ def grouped_bars(
 ) -> None:
     """Draw upright bars in groups: series -> group -> value; all series have the same groups."""
     groups, width = list(next(iter(table.values()))), 0.8 / len(table)
-    fig, ax = figure()
+    _, ax = figure()
     for number, (name, values) in enumerate(table.items()):
-        places = [g + (number - (len(table) - 1) / 2) * width for g in range(len(groups))]
-        heights, colour = [values[g] for g in groups], _colour(number, len(table))
+        places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
+        heights, colour = [values[group] for group in groups], _colour(number, len(table))
         drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
-        ax.bar_label(drawn, [form.format(v) for v in heights], padding=2, fontsize=9)
-    # About 66 characters fit beside the legend. If neighbours would touch, all names are turned.
-    wide = [max(map(len, group.split("\n"))) for group in groups]
-    crowded = any(a + b > 2 * 66 / len(groups) for a, b in pairwise(wide))
+        ax.bar_label(drawn, fmt=form, padding=2, fontsize=9)
+    # About 80 characters fit. Longer names are turned, or they would touch.
+    crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
     turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     ax.set_xticks(range(len(groups)), groups, **turned)
-    ax.set(ylabel=unit, title=title)
-    _percent(ax.yaxis, form)
+    if form.endswith("%}"):
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(y=0.12)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    show(fig, alt, save)
+    _finish(ax, title, alt, y=unit, save=save)
 
 
-def _row_axes(ax: Any, groups: Sequence[str]) -> None:
-    """Put ``groups`` below one another, the first on top."""
-    ax.set_yticks(range(len(groups)), [_plain(group) for group in groups])
-    ax.set_ylim(len(groups) - 0.4, -0.6)
+def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
+    """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
+    groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
+    _, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
+    for number, (name, pairs) in enumerate(points.items()):
+        offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
+        places = [groups.index(group) + offset for group, _ in pairs]
+        values, lows, highs = numpy.array([span for _, span in pairs], dtype=float).T
+        whiskers = numpy.maximum(0, [values - lows, highs - values])
+        look = {"color": _colour(number, len(points)), "markersize": 5.5, "capsize": 2.5}
+        ax.errorbar(values, places, xerr=whiskers, fmt=MARKERS[number], label=name, **look)
+    for between in range(1, len(groups)):
+        ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set_ylim(len(groups) - 0.4, -0.6)  # the first group is on top
+    ax.grid(False, axis="y")
     ax.grid(True, axis="x")
+    ax.locator_params(axis="x", nbins=7)
+    return ax
 
 
 def intervals(
@@ -168,80 +180,44 @@ def intervals(
 
     ``zero`` draws a line at zero, for differences.
     """
-    groups = list(dict.fromkeys(group for values in table.values() for group in values))
-    fig, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(table)))
-    for number, (name, values) in enumerate(table.items()):
-        offset = (number - (len(table) - 1) / 2) * 0.8 / len(table)
-        means, lows, highs = zip(*values.values(), strict=True)
-        below = [max(0, m - low) for m, low in zip(means, lows, strict=True)]
-        above = [max(0, high - m) for m, high in zip(means, highs, strict=True)]
-        ax.errorbar(
-            means, [groups.index(g) + offset for g in values], xerr=[below, above], label=name,
-            fmt=MARKERS[number % 6], color=_colour(number, len(table)),
-            capsize=2.5, markersize=5.5, linewidth=1.5,
-        )  # fmt: skip
-    for between in range(1, len(groups)):
-        ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
+    ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    _row_axes(ax, groups)
-    ax.grid(False, axis="y")
-    ax.locator_params(axis="x", nbins=7)
-    ax.set(xlabel=unit, title=title)
-    fig.legend(loc="outside lower center", ncols=min(3, len(table)))
-    show(fig, alt, save)
+    _finish(ax, title, alt, x=unit, save=save)
 
 
 def dots(
     table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str,
     lines: Lines = None
 ) -> None:  # fmt: skip
-    """Draw shares as dots: series -> group -> values; ``lines`` draws named limits.
-
-    A later series lies over an earlier one, with larger dots.
-    """
-    groups = list(dict.fromkeys(group for values in table.values() for group in values))
-    fig, ax = figure(8, 1.5 + 0.27 * len(groups))
-    for number, (name, values) in enumerate(table.items()):
-        points = [(v, groups.index(group)) for group, several in values.items() for v in several]
-        look = {"color": _colour(number, len(table)), "markersize": 4 + 3 * number, "alpha": 0.8}
-        ax.plot(*zip(*points, strict=True), MARKERS[number % 6], label=name, **look)
-    for label, x in (lines or {}).items():
-        ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4, label=label)
-    _row_axes(ax, groups)
-    _percent(ax.xaxis)
-    ax.set(xlabel=unit, title=title)
-    fig.legend(loc="outside lower center", ncols=4)
-    show(fig, alt)
+    """Draw shares as dots: series -> group -> values; ``lines`` draws named limits."""
+    points = {
+        name: [(group, (v, v, v)) for group, several in values.items() for v in several]
+        for name, values in table.items()
+    }
+    ax = _dots(points, width=8)
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    _finish(ax, title, alt, unit, lines=lines)
 
 
 def stacked_bars(
     table: Groups, title: str, unit: str, alt: str, lines: Lines = None, save: Path | None = None
 ) -> None:
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
-    fig, ax = figure(8, 1.5 + 0.42 * len(table))
-    parts = list(dict.fromkeys(p for values in table.values() for p in values))
-    left = [0.0] * len(table)
+    _, ax = figure(8, 1.5 + 0.42 * len(table))
+    parts = list(dict.fromkeys(part for values in table.values() for part in values))
+    left = numpy.zeros(len(table))
     for number, part in enumerate(parts):
-        sizes, look = [values.get(part, 0.0) for values in table.values()], {"edgecolor": PAPER}
-        ax.barh(
-            list(table), sizes, left=left, label=part, color=_colour(number, len(parts)), **look
-        )
-        left = [at + size for at, size in zip(left, sizes, strict=True)]
-    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
-    for place, total in enumerate(left):
-        offset = {"xytext": (5, 0), "textcoords": "offset points"}
-        ax.annotate(f"{total:.2f}", (total, place), va="center", bbox=box, **offset)
-    for label, x in (lines or {}).items():
-        ax.axvline(x, color=INK, linestyle="--", linewidth=1)
-        ax.text(x, -0.62, label, ha="center", va="bottom", fontsize=9)
+        sizes = [values.get(part, 0.0) for values in table.values()]
+        look = {"color": _colour(number, len(parts)), "edgecolor": PAPER}
+        drawn = ax.barh(list(table), sizes, left=left, label=part, **look)
+        left += sizes
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # over the lines
+    ax.bar_label(drawn, [f"{total:.2f}" for total in left], padding=5, bbox=box)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.set(xlabel=unit)
-    ax.set_title(title, pad=20 if lines else 6)
     ax.margins(x=0.12)
-    fig.legend(loc="outside lower center", ncols=min(4, len(parts)))
-    show(fig, alt, save)
+    _finish(ax, title, alt, unit, lines=lines, save=save)
 
 
 def histogram(
@@ -250,22 +226,13 @@ def histogram(
     y: str = "rows"
 ) -> None:  # fmt: skip
     """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
-    import numpy
-
-    fig, ax = figure(8, 3.4)
-    edges = numpy.linspace(0, top or max(max(v) for v in series.values()), bins)
+    _, ax = figure(8, 3.4)
+    edges = numpy.linspace(0, top or max(max(values) for values in series.values()), bins)
     for number, (name, values) in enumerate(series.items()):
         colour = _colour(number, len(series))
-        ax.hist(values, edges, histtype="stepfilled", alpha=0.35, color=colour)
-        ax.hist(values, edges, histtype="step", color=colour, linewidth=1.6, label=name)
-    ax.margins(y=0.16 if lines else 0.05)  # room for the labels
-    for label, x in (lines or {}).items():
-        ax.axvline(x, color=VERMILION, linestyle="--", linewidth=1.4)
-        ax.text(x, ax.get_ylim()[1] * 0.97, f" {label}", color=INK, va="top")
-    ax.set(xlabel=unit, ylabel=y, title=title)
-    if len(series) > 1:  # outside the axes, where no bar can be
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    show(fig, alt)
+        look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
+        ax.hist(values, edges, histtype="stepfilled", label=name, **look)
+    _finish(ax, title, alt, unit, y, lines)
 
 
 def curves(
@@ -273,14 +240,12 @@ def curves(
     save: Path | None = None, markers: Sequence[str] = ()
 ) -> None:  # fmt: skip
     """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
-    fig, ax = figure()
+    _, ax = figure()
     for number, (name, points) in enumerate(series.items()):
         look = {"color": _colour(number, len(series)), "marker": "o" if name in markers else ""}
         pairs = zip(*points, strict=True)
         ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.legend()
-    show(fig, alt, save)
+    _finish(ax, title, alt, x, y, save=save)
 
 
 def distribution(
@@ -292,77 +257,68 @@ def distribution(
         keep = (cut or {}).get(name, len(values))
         colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
         ax.barh(range(len(values)), list(values.values()), color=colours)
-        ax.set_yticks(range(len(values)), list(map(_plain, values)), family="monospace")
+        ax.set_yticks(range(len(values)), list(values), family="monospace")
         ax.invert_yaxis()
         ax.grid(False)
         ax.set(xlabel="probability")
         ax.set_title(name, fontsize=10.5)
-    _heading(fig, title)
-    show(fig, alt)
+    show(fig, alt, heading=title)
 
 
 def _heatmap(
-    ax: Any, values: Any, colours: Sequence[str], low: float, high: float | None = None,
-    numbers: Callable[[float], str] | None = None, **kwargs: Any
+    ax: Any, values: Any, colours: Sequence[str], low: float, high: float | None,
+    rows: Sequence[str] = (), columns: Sequence[str] = (), form: str = "", **kwargs: Any
 ) -> Any:  # fmt: skip
-    import numpy
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shades = LinearSegmentedColormap.from_list("course", colours)
+    """Draw cells shaded from ``low`` to ``high``, with their numbers if ``form`` is given."""
     ax.grid(False)
     ax.tick_params(length=0)
-    if numbers:
-        for (i, j), value in numpy.ndenumerate(values):
-            ax.text(j, i, numbers(value), ha="center", va="center", fontsize=9)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    for (i, j), value in numpy.ndenumerate(values) if form else ():
+        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9)
+    shades = LinearSegmentedColormap.from_list("course", colours)
     return ax.imshow(values, cmap=shades, vmin=low, vmax=high, **kwargs)
 
 
 def heat(matrices: Mapping[str, Any], title: str, alt: str) -> None:
     """Draw small matrices side by side, blue below zero and orange above, with their numbers."""
-    widths = [max(1.0, len(m[0])) for m in matrices.values()]
-    width = min(10, 1.2 + 0.62 * sum(widths))
-    fig, axes = figure(width, 3.2, len(matrices), width_ratios=widths, squeeze=False)
-    most = max(abs(float(v)) for m in matrices.values() for row in m for v in row) or 1.0
+    widths = [max(1.0, len(matrix[0])) for matrix in matrices.values()]
+    size = min(10, 1.2 + 0.62 * sum(widths)), 3.2
+    fig, axes = figure(*size, len(matrices), width_ratios=widths, squeeze=False)
+    most = max(numpy.abs(numpy.asarray(matrix)).max() for matrix in matrices.values()) or 1.0
     colours = (tint(BLUE), PAPER, tint(ORANGE))
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        # Adding 0.0 turns -0.0 into 0.0.
-        _heatmap(ax, matrix, colours, -most, most, lambda value: f"{round(value, 1) + 0.0:.1f}")
-        ax.set(xticks=[], yticks=[])
+        _heatmap(ax, matrix, colours, -most, most, form="{:z.1f}")  # z: no minus before 0.0
         ax.set_title(name, fontsize=10.5)
-    _heading(fig, title)
-    show(fig, alt)
+    show(fig, alt, heading=title)
 
 
 def score_map(table: Groups, title: str, alt: str) -> None:
     """Draw scores from 0 to 1 as coloured cells with their numbers: line -> column -> value."""
     columns = list(next(iter(table.values())))
     values = [[row[column] for column in columns] for row in table.values()]
+    names = [column.replace(" ", "\n") for column in columns]
     fig, ax = figure(8, 1.25 + 0.36 * len(table))
-    _heatmap(ax, values, (PAPER, tint(BLUE)), 0, 1, "{:.2f}".format, aspect="auto")
-    ax.set_xticks(range(len(columns)), [_plain(c).replace(" ", "\n") for c in columns])
-    ax.set_yticks(range(len(table)), list(map(_plain, table)))
-    _heading(fig, title)
-    show(fig, alt)
+    colours = (PAPER, tint(BLUE))
+    _heatmap(ax, values, colours, 0, 1, list(table), names, form="{:.2f}", aspect="auto")
+    show(fig, alt, heading=title)
 
 
 def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None:
     """Draw one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read."""
     size = 1.9 + 0.3 * len(tokens)
     fig, ax = figure(size + 0.9, size)
-    drawn = _heatmap(ax, weights, (PAPER, BLUE, INK), 0)
-    names = [_plain(token.strip()) or "\u2423" for token in tokens]
-    ax.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
-    ax.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
+    names = [token.strip() or "\u2423" for token in tokens]
+    drawn = _heatmap(ax, weights, (PAPER, BLUE, INK), 0, None, names, names)
+    ax.tick_params(labelsize=9, labelfontfamily="monospace")
+    ax.tick_params(axis="x", rotation=90)
     ax.set(xlabel="is read", ylabel="reads")
     fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
-    _heading(fig, title)
-    show(fig, alt)
+    show(fig, alt, heading=title)
 
 
 def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     """Draw the levels of a 4-bit code under the normal curve, and what values are rounded to."""
-    import numpy
-
     fig, (left, right) = figure(9, 3.6, 2)
     values, x = numpy.array(levels), numpy.linspace(-1, 1, 2001)
     normal = numpy.exp(-((x * 2.6) ** 2) / 2)
@@ -376,19 +332,13 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
     right.set(xlabel="weight / largest, before", ylabel="after", title="rounding is a staircase")
     right.legend()
-    for ax in (left, right):
-        ax.set_xticks([-1, -0.5, 0, 0.5, 1])
-    _heading(fig, title)
-    show(fig, alt)
+    show(fig, alt, heading=title)
 
 
-def rounding(
-    before: Sequence[float], after: Sequence[float], title: str, alt: str, most: int = 32
-) -> None:
-    """Draw the first ``most`` numbers before and after rounding; of more, also a histogram."""
-    import numpy
-
+def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str) -> None:
+    """Draw the first 32 numbers before and after rounding; of more, also a histogram."""
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
+    most = 32
     ratios = (3, 2) if len(old) > most else (1,)
     fig, axes = figure(7 + len(ratios), 3.6, len(ratios), squeeze=False, width_ratios=ratios)
     left, x = axes[0][0], numpy.arange(min(most, len(old)))
@@ -404,25 +354,41 @@ def rounding(
         right.set(xlabel="rounded minus exact", ylabel="weights (count)")
         right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
         right.locator_params(axis="x", nbins=5)
-    _heading(fig, title)
-    show(fig, alt)
+    show(fig, alt, heading=title)
 
 
-def _lay_out(widths: Sequence[int], per_line: float) -> list[tuple[int, float, float]]:
-    """(line, centre, right end) of boxes of these widths, in characters; long lines wrap."""
-    places: list[tuple[int, float, float]] = []
-    line, at = 0, 0.6
-    for width in widths:
-        if at > 0.6 and at + width + 1.8 > per_line:
-            line, at = line + 1, 0.6
-        places.append((line, at + width / 2 + 0.4, at + width + 1.8))
-        at += width + 1.8
-    return places
+Box = tuple[str, str, str, str]  # text, text below it, colour, colour of its frame
 
 
-def _box(ax: Any, x: float, y: float, text: str, face: str, edge: str) -> None:
-    box = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
-    ax.text(x, y, text, bbox=box, family="monospace", fontsize=9.5, ha="center", va="center")
+def _boxes(
+    lines: Mapping[str, Sequence[Box]], title: str, legend: str, alt: str, pitch: float,
+    width: int = 96, save: Path | None = None
+) -> None:  # fmt: skip
+    """Draw each line as a row of boxes under its name; a line longer than ``width`` wraps.
+
+    ``width`` is in characters, and ``pitch`` is the distance of two rows in inches.
+    """
+    inches = 0.0815  # of a character
+    fig, ax = figure(inches * width)
+    row = 0
+    for name, boxes in lines.items():
+        ax.text(0.2, row - 0.38, name, fontsize=9.5, fontweight="bold", va="center")
+        at = 0.6
+        for text, below, face, edge in boxes:
+            size = max(len(text), len(below)) + 1.8
+            if at > 0.6 and at + size > width:
+                row, at = row + 1, 0.6
+            look = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
+            place, middle = (at + size / 2 - 0.5, row), {"ha": "center", "va": "center"}
+            ax.text(*place, text, bbox=look, family="monospace", fontsize=9.5, **middle)
+            ax.text(place[0], row + 0.3, below, fontsize=8.5, **middle)
+            at += size
+        row += 1
+    fig.set_figheight(0.9 + pitch * row)
+    ax.set(xlim=(0, width), ylim=(row - 0.5, -0.6), title=title)
+    ax.axis("off")
+    fig.supxlabel(legend, fontsize=9.5, x=0.01, ha="left")
+    show(fig, alt, save)
 
 
 def word_heat(
@@ -432,29 +398,15 @@ def word_heat(
 
     Each line has its own scale, from 0 to its largest magnitude.
     """
-    boxes, names, height, widest = [], [], 0, 76.0  # the legend needs 76 characters
+    shaded: dict[str, list[Box]] = {}
     for name, pairs in lines.items():
         most = max((abs(value) for _, value in pairs), default=0.0)
-        texts = [_plain(_short(word, 24).replace("\n", " ")) for word, _ in pairs]
-        numbers = [f"{round(value, 2) + 0.0:+.2f}" for _, value in pairs]
-        wide = [max(len(t), len(n)) for t, n in zip(texts, numbers, strict=True)]
-        places = _lay_out(wide, 96)
-        for place, text, number, (_, value) in zip(places, texts, numbers, pairs, strict=True):
-            boxes.append((place[1], height + place[0], text, number, shade(value, most)))
-        names.append((height, _plain(name)))
-        height += 1 + max((line for line, _, _ in places), default=0)
-        widest = max([widest, *(right for _, _, right in places)])
-    fig, ax = figure(INCHES * widest, 0.95 + 0.78 * height)
-    ax.set(xlim=(0, widest), ylim=(height - 0.25, -1.1), title=title)
-    ax.axis("off")
-    for y, name in names:
-        ax.text(0.2, y - 0.42, name, fontsize=9.5, fontweight="bold", va="center")
-    for x, y, text, number, colour in boxes:
-        _box(ax, x, y - 0.05, text, colour, GREY)
-        ax.text(x, y + 0.27, number, fontsize=8.5, ha="center", va="center")
+        shaded[name] = [
+            (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
+            for word, value in pairs
+        ]
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
-    ax.text(0.2, -0.9, legend, fontsize=9.5, va="center")
-    show(fig, alt, save)
+    _boxes(shaded, title, legend, alt, pitch=0.78, save=save)
 
 
 def token_strip(
@@ -464,43 +416,24 @@ def token_strip(
 
     ``per_line`` is in characters.
     """
-    texts = [_plain(token.strip(" ").replace("\n", "\\n")) or "(space)" for token in tokens]
-    places = _lay_out(list(map(len, texts)), per_line)
-    height = 1 + max((line for line, _, _ in places), default=0)
-    fig, ax = figure(INCHES * per_line, 0.75 + 0.32 * height)
-    ax.set(xlim=(0, per_line), ylim=(height - 0.3, -1.5), title=title)
-    ax.axis("off")
-    for (line, x, _), text, learned in zip(places, texts, in_loss, strict=True):
-        face, edge = ("#FBD8A0", ORANGE) if learned else ("#E8E8E8", GREY)
-        _box(ax, x, line, text, face, edge)
-    ax.text(0.2, -1.05, "orange: learned", fontsize=9.5, va="center")
-    ax.text(18, -1.05, "grey: only read", fontsize=9.5, va="center")
-    show(fig, alt)
+    texts = [token.strip(" ").replace("\n", "\\n") or "(space)" for token in tokens]
+    learned, read = ("", "#FBD8A0", ORANGE), ("", "#E8E8E8", GREY)
+    boxes = [(t, *(learned if own else read)) for t, own in zip(texts, in_loss, strict=True)]
+    _boxes({"": boxes}, title, "orange: learned     grey: only read", alt, 0.32, per_line)
 
 
 def split_tiles(
     splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str
 ) -> None:
     """Draw rows as tiles: split -> part -> (label, group); a group keeps its colour."""
-    rows = [row for parts in splits.values() for several in parts.values() for row in several]
-    groups = list(dict.fromkeys(group for _, group in rows))
-    most = max(sum(max(1, len(rows)) + 0.6 for rows in parts.values()) for parts in splits.values())
-    fig, ax = figure(min(10, 1.6 + 1.15 * most), 0.7 + 1.05 * len(splits))
-    ax.set(xlim=(-1.0, most), ylim=(len(splits) - 0.25, -0.55), title=title)
-    ax.axis("off")
-    for line, (name, parts) in enumerate(splits.items()):
-        ax.text(-0.1, line + 0.2, name, ha="right", va="center", fontweight="bold")
-        at = 0.1
-        for part, tiles in parts.items():
-            ax.text(at, line - 0.2, part, fontsize=9, va="center")
-            for label, group in tiles:
-                colour = PALETTE[groups.index(group) % len(PALETTE)]
-                look = {"color": f"{colour}55", "edgecolor": colour, "linewidth": 1.6}
-                ax.barh(line + 0.2, 0.94, 0.4, left=at, **look)
-                ax.text(at + 0.47, line + 0.2, label, ha="center", va="center", fontsize=9)
-                at += 1
-            at += 0.6
-    show(fig, alt)
+    lines = {f"{s}, {part}": rows for s, parts in splits.items() for part, rows in parts.items()}
+    groups = list(dict.fromkeys(group for rows in lines.values() for _, group in rows))
+    colours = {group: PALETTE[number % len(PALETTE)] for number, group in enumerate(groups)}
+    tiles = {
+        line: [(label, "", tint(colours[group], 0.33), colours[group]) for label, group in rows]
+        for line, rows in lines.items()
+    }
+    _boxes(tiles, title, "one colour for each group", alt, pitch=0.62, width=64)
 
 
 def _short(text: str, most: int) -> str:
@@ -508,11 +441,13 @@ def _short(text: str, most: int) -> str:
 
 
 class Cards:
-    """Rows as cards: HTML in a notebook, plain text elsewhere."""
+    """Rows as cards: HTML in a notebook, plain text elsewhere; empty fields are left out."""
 
-    def __init__(self, cards: Sequence[Mapping[str, Any]], most: int = 320) -> None:
-        filled = [{k: v for k, v in card.items() if v not in (None, "", [])} for card in cards]
-        self.cards = [{k: _short(str(v), most) for k, v in card.items()} for card in filled]
+    def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
+        self.cards = [
+            {k: _short(str(v), 320) for k, v in card.items() if v not in (None, "", [])}
+            for card in cards
+        ]
 
     def __repr__(self) -> str:
         return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
@@ -526,17 +461,17 @@ class Cards:
         return "".join(f"{start}{card}</blockquote>" for card in cards)
 
 
-def change(before: str, after: str, around: int = 60, most: int = 220) -> dict[str, str]:
+def change(before: str, after: str) -> dict[str, str]:
     """Return a card of two texts, cut to where they differ; spaces (␣␣) and breaks (⏎) show."""
-    shared = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), None)
-    same = min(len(before), len(after)) if shared is None else shared
-    start = max(0, same - around)
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
+    start = max(0, same - 60)
     if start:  # go on to the beginning of a word, if there is one
         start = max(start, before.find(" ", start, same) + 1)
 
     def visible(text: str) -> str:
         spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
-        return ("... " if start else "") + _short(spaced, most)
+        return ("... " if start else "") + _short(spaced, 220)
 
     return {"before": visible(before), "after": visible(after) if after else "(dropped)"}
 

@@ -230,7 +230,7 @@ def test_attempt_does_not_hide_a_fault_of_the_checker() -> None:
     [
         (5.7, 5.7, "Spot on"), (5.2, 5.7, "Spot on"), (4, 5.7, "Close"), (8, 5.7, "Close"),
         (2, 5.7, "The right order of magnitude"), (57, 5.7, "A surprise, then"),
-        (-3, 5.7, "A guess above zero"), (0, 0, "Spot on"), (-1, 0, "Not a bit of it, then"),
+        (-3, 5.7, "A surprise, then"), (0, 0, "Spot on"), (-1, 0, "A surprise, then"),
         (" 5.7 ", 5.7, "Spot on"), ([5.7], 5.7, "Spot on"), (torch.tensor(5.7), 5.7, "Spot on"),
     ],
 )  # fmt: skip

@@ -51,9 +51,8 @@ def draw(name: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[by
     def display(data: dict[str, str], *, raw: bool, metadata: dict[str, Any]) -> None:
         shown.append((b64decode(data["image/png"]), metadata["image/png"]["alt"]))
 
-    initialized = "IPython.core.interactiveshell.InteractiveShell.initialized"
-    monkeypatch.setattr("IPython.display.display", display)
-    monkeypatch.setattr(initialized, lambda: True)
+    monkeypatch.setattr(plots.display, "display", display)
+    monkeypatch.setattr(plots, "get_ipython", lambda: True)
     function = getattr(plots, name)
     titles = {k: v for k, v in TITLES.items() if k in inspect.signature(function).parameters}
     function(**{**titles, **DRAWN[name], **changes})
@@ -61,8 +60,8 @@ def draw(name: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[by
 
 
 def test_every_drawing_function_is_drawn_here() -> None:
-    own = (f for f in vars(plots).values() if getattr(f, "__module__", "") == plots.__name__)
-    drawing = {f.__name__ for f in own if "title" in getattr(f, "__annotations__", {})}
+    public = {name: value for name, value in vars(plots).items() if name[0] != "_"}
+    drawing = {n for n, f in public.items() if "title" in getattr(f, "__annotations__", {})}
     assert drawing == set(DRAWN)
 
 
@@ -77,6 +76,13 @@ def test_a_figure_has_alt_text_is_opaque_and_is_not_cut_off(name: str, monkeypat
     assert all((edge == 255).all() for edge in edges), "something is cut off at the edge"
     assert len(numpy.unique(pixels.view("uint32"))) > 20, "the figure is empty"
     assert 300 < pixels.shape[1] <= 1200
+
+
+def test_outside_a_notebook_a_saved_figure_is_not_displayed(tmp_path: Path, capsys: Any) -> None:
+    plots.heat(**DRAWN["heat"], title="t", alt=ALT)
+    assert "image/png" in capsys.readouterr().out
+    plots.curves(**DRAWN["curves"], title="t", x="x", y="y", alt=ALT, save=tmp_path / "a.png")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_figure_is_saved_as_shown_and_the_same_again(tmp_path: Path, monkeypatch: Any) -> None:

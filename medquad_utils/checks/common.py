@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from medquad_utils import CourseError
@@ -17,7 +18,7 @@ class NotYet(CourseError):
 
 def predict(guess: Any, truth: float, unit: str, because: str) -> str:
     """Compare a guess with the truth, by their ratio, and say why the truth is what it is."""
-    number, shown = finite(guess), f"it is {truth:,.4g} {unit}."
+    number, shown = finite(plain(guess)), f"it is {truth:,.4g} {unit}."
     if number is None:
         return f"No score this time, for my_guess is {guess!r:.40}, no number; {shown} {because}"
     said = f"You said {number:,.4g} {unit}; {shown} {_verdict(number, truth)}."
@@ -31,11 +32,7 @@ def predict(guess: Any, truth: float, unit: str, because: str) -> str:
 def _verdict(guess: float, truth: float) -> str:
     if guess == truth:
         return "Spot on"
-    if truth <= 0:
-        return "Not a bit of it, then"
-    if guess <= 0:
-        return "A guess above zero would have been closer"
-    factor = max(guess / truth, truth / guess)
+    factor = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
     verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
     surprise = "A surprise, then: that is what a prediction is for"
     return next((verdict for most, verdict in verdicts.items() if factor <= most), surprise)
@@ -54,12 +51,13 @@ class Exercise:
     """How to judge an answer, and typical wrong answers with their hints.
 
     A case is (arguments, right result, rows); the arguments are None if no function is asked for.
-    A row is (wrong result, hint) or (wrong result, hint, covers); a result may also be a function
-    that returns it. In the first case that fails, the hint is that of the first row with the same
-    result or a true ``covers(result)``, else that of the last row.
+    A row is (wrong result, hint) or (wrong result, hint, covers); it fits a result that is the
+    same, or for which ``covers(result)`` is true. A result may also be a function that returns it.
     """
 
-    kind: tuple[str, Callable[[Any], Any]]  # a name, and how to read a result: None if it is not
+    kind: tuple[
+        str, Callable[[Any], Any]
+    ]  # name; reads a plain value, None if it is not one
     about: str  # what an answer looks like
     cases: Sequence[tuple[Any, Any, Sequence[tuple[Any, ...]]]]
     praise: str
@@ -71,38 +69,46 @@ class Exercise:
         """Return praise for a right answer; raise ``NotYet`` with a hint for any other."""
         for given, right, rows in self.cases:
             result = self._result(answer, given)
-            if self._same(result, self._value(right, given)):
+            if self._same(result, self._expected(right, given)):
                 continue
-            hint = next((row[1] for row in rows if self._fits(result, given, *row)), rows[-1][1])
+            hint = self._hint(result, given, rows)
             shown = ", ".join(repr(value) for value in given or () if not callable(value))
             raise NotYet(f"{hint} It fails for {shown}." if 0 < len(shown) < 120 else hint)
         return f"✓ {self.praise}"
 
-    def _fits(self, result: Any, given: Any, wrong: Any, hint: str, covers: Any = None) -> bool:
-        return bool(covers(result) if covers else self._same(result, self._value(wrong, given)))
+    def _hint(self, result: Any, given: Any, rows: Sequence[tuple[Any, ...]]) -> str:
+        """Return the hint of the first row that fits ``result``, else of the last row."""
+        for wrong, hint, *covers in rows:
+            like = covers[0] if covers else partial(self._same, self._expected(wrong, given))
+            if like(result):
+                return str(hint)
+        return str(rows[-1][1])
 
-    def _value(self, value: Any, given: Sequence[Any] | None) -> Any:
+    def _expected(self, value: Any, given: Sequence[Any] | None) -> Any:
         return self._result(value, given) if callable(value) else self.kind[1](value)
 
-    def _result(self, answer: Any, arguments: Sequence[Any] | None) -> Any:
+    def _result(self, answer: Any, given: Sequence[Any] | None) -> Any:
         """Return the answer, or what it returns if it is a function, as plain Python."""
-        if arguments is None:
+        if given is None:
             return self._read(answer, "Replace the dots with your answer. {about}")
         if not callable(answer):
             raise NotYet(f"Expected a function by its name, got {answer!r:.40}. {self.about}")
+
+        def read(*arguments: Any) -> Any:
+            return self._read(answer(*arguments), self.stub)
+
         try:
-            read = lambda *given: self._read(answer(*given), self.stub)  # noqa: E731
-            return self.run(read, *copy.deepcopy(arguments))
+            return self.run(read, *copy.deepcopy(given))
         except NotYet:
             raise
         except Exception as error:  # a learner's function may fail in any way
-            stopped = f"Your function stopped with {type(error).__name__}: {error}."
-            raise NotYet(f"{stopped} {self.about}") from None
+            text = f"Your function stopped with {type(error).__name__}: {error}. {self.about}"
+            raise NotYet(text) from None
 
     def _read(self, value: Any, stub: str) -> Any:
         if value is None or value is ...:
             raise NotYet(stub.format(about=self.about))
-        if (result := self.kind[1](value)) is None:
+        if (result := self.kind[1](plain(value))) is None:
             raise NotYet(f"Expected {self.kind[0]}, got {value!r:.40}. {self.about}")
         return result
 
@@ -140,8 +146,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """Return a finite number as a float, be it a text or alone in a list; None for all else."""
-    value = plain(value)
+    """Return a finite number as a float, also from a text or a list of one; None for all else."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     try:
         number = float(value)
@@ -151,8 +156,7 @@ def finite(value: Any) -> float | None:
 
 
 def items(value: Any, kind: Any) -> list[Any] | None:
-    """Return what a list, tuple, set, array or generator holds, None if it is not of ``kind``."""
-    value = plain(value)
+    """Return what a list, tuple, set or generator holds, None if it is not of ``kind``."""
     if isinstance(value, str | type) or not hasattr(value, "__iter__"):
         return None
     found = plain(list(value))
@@ -160,8 +164,7 @@ def items(value: Any, kind: Any) -> list[Any] | None:
 
 
 def flat(value: Any) -> list[Any]:
-    """Return the numbers of a tensor, an array or nested lists in one list."""
-    value = plain(value)
+    """Return the numbers of nested lists in one list."""
     return [part for inner in value for part in flat(inner)] if isinstance(value, list) else [value]
 
 

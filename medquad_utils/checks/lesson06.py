@@ -4,7 +4,7 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from medquad_utils.checks.common import Exercise, items, letters, plain
+from medquad_utils.checks.common import Exercise, items, letters
 
 _TEXTS = ("swollen cheeks and fever", "sudden pain in the toe", "a barking cough at night")
 _RANDOM = random.Random(6)
@@ -43,7 +43,7 @@ ex_06_2 = Exercise(("two numbers", lambda ends: [sum(x) / 2, x[1] - x[0]]  # cen
     ]),
 ], "Right: draw questions, not answers; the pairs stay.", tolerance=0.0045)  # fmt: skip
 
-ex_06_3 = Exercise(("True or False", lambda x: plain(x) if isinstance(plain(x), int) else None),
+ex_06_3 = Exercise(("True or False", lambda x: x if isinstance(x, int) else None),
     "score(text, reference) gives the likeness of two texts.", [
     (("pain in the big toe", 1), True, [(False, "The same in other words must pass.")]),
     ((_TEXTS[1], 1), True, [(False, "The reference itself must pass: it is none of the others.")]),
