@@ -142,6 +142,31 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
+def cache(name: str) -> Path:
+    """Return the folder in the user's cache for a model (OWNER/NAME) or for ``MedQuAD``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "medquad" / name.replace("/", "--")
+
+
+def fetched(name: str) -> Path | None:
+    """Return the folder that ``medquad fetch`` wrote for ``name``, if it is there."""
+    folder = cache(name)
+    return folder if folder.is_dir() else None
+
+
+def cached(model_id: str, revision: str | None = None) -> bool:
+    """Return whether a model of the Hub is in the local cache, so that no network is needed."""
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model_id, revision=revision, local_files_only=True
+        )
+    except Exception:  # not there, or not whole
+        return False
+    return any(Path(folder).glob("*.safetensors"))
+
+
 def on_colab() -> bool:
     """Return whether this is a notebook on Colab, which loads its own package before any cell."""
     return "google.colab" in sys.modules

