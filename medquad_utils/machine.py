@@ -143,9 +143,9 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 
 def cache(name: str) -> Path:
-    """Return the folder in the user's cache for a model (OWNER/NAME) or for ``MedQuAD``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "medquad" / name.replace("/", "--")
+    """Return the folder in $MEDQUAD_CACHE for a model (OWNER/NAME) or for ``MedQuAD``."""
+    base = os.environ.get("MEDQUAD_CACHE") or Path.home() / ".cache" / "medquad"
+    return Path(base) / name.replace("/", "--")
 
 
 def fetched(name: str) -> Path | None:
@@ -165,6 +165,11 @@ def cached(model_id: str, revision: str | None = None) -> bool:
     except Exception:  # not there, or not whole
         return False
     return any(Path(folder).glob("*.safetensors"))
+
+
+def is_here(model_id: str, revision: str | None = None) -> bool:
+    """Return whether the weights of a model are on this machine, fetched or in the Hub's cache."""
+    return model_id == "embedded" or bool(fetched(model_id)) or cached(model_id, revision)
 
 
 def on_colab() -> bool:

@@ -11,6 +11,7 @@ import html
 import itertools
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,8 +179,8 @@ class Plan:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the base comes from the Hub: not from a folder, not with the package."""
-        return not self.model_path and self.model_id != "embedded"
+        """Whether the base comes from the Hub: not from a folder of this machine."""
+        return self.model_source == self.model_id
 
     @property
     def hub_revision(self) -> str | None:
@@ -188,9 +189,19 @@ class Plan:
 
     @property
     def model_source(self) -> str:
-        """The folder or Hub id for ``from_pretrained``."""
-        embedded = str(TINY_MODEL) if self.model_id == "embedded" else ""
-        return self.model_path or embedded or self.model_id
+        """The folder or Hub id for ``from_pretrained``.
+
+        Fetched weights win over the Hub: a run must not change its base when a network comes back.
+        """
+        if self.model_id == "embedded":
+            return self.model_path or str(TINY_MODEL)
+        return self.model_path or str(machine.fetched(self.model_id) or self.model_id)
+
+    @property
+    def origin(self) -> str:
+        """What ``medquad fetch`` says about the weights of a fetched base; "" of any other."""
+        note = Path(self.model_source) / "origin.json"
+        return str(read_json(note)["note"]) if note.is_file() else ""
 
     @property
     def launch(self) -> str:
@@ -208,6 +219,7 @@ class Plan:
         """Return the plan in plain words: what -> value."""
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
         commit = f" @ {self.hub_revision[:8]}" if self.hub_revision else ""
+        commit += f" (fetched. {self.origin})" if self.origin else ""
         files = f" ({Path(self.data_path).name})" if self.data_path else ""
         steps = f"{self.epochs} epoch" + ("s" if self.epochs > 1 else "")
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
@@ -269,8 +281,8 @@ def resolve(
 ) -> Plan:  # fmt: skip
     """Join a profile and the hardware to a plan; empty or zero arguments keep the profile's value.
 
-    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. Under a launcher the
-    plan is one process's share of each step. Two side effects keep the lessons to one line: a
+    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. What ``medquad fetch``
+    brought is used instead of the Hub. Under a launcher the plan is one process's share of a step. Two side effects keep the lessons to one line: a
     notebook shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
 
     Raises:
@@ -284,8 +296,12 @@ def resolve(
     if profile == "auto":
         reachable = machine.hub_reachable()
         token = bool(reachable and machine.hub_token())
-        profile, why = choose(hardware, reachable, token, machine.token_gap())
-    recipe = sized(PROFILES[profile], source or PROFILES[profile].source)
+        here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
+        profile, why = choose(hardware, reachable, token, machine.token_gap(), here)
+    medquad, source = machine.fetched("MedQuAD"), source or PROFILES[profile].source
+    if medquad and not data_path and source in ("hub", "xml"):
+        source, data_path = "xml", str(medquad)  # the XML names diseases, the Hub's table does not
+    recipe = sized(PROFILES[profile], source)
     check_source(recipe.source, data_path)
     # accelerate launch sets this. FSDP2 cuts the tensors, and bitsandbytes 0.50's optimizer refuses
     # such ("mixed torch.Tensor and DTensor").
@@ -328,25 +344,29 @@ def resolve_trained(
     )
 
 
-def choose(hardware: Hardware, reachable: bool, token: bool, gap: str = "") -> tuple[str, str]:
+def choose(
+    hardware: Hardware, reachable: bool, token: bool, gap: str = "", here: Collection[str] = ()
+) -> tuple[str, str]:
     """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
 
-    ``reachable`` is the Hub; ``gap`` says why there is no ``token``. The first true line decides.
+    On a CPU it is ``tiny``: everything else would take an hour unasked. ``reachable`` is the Hub;
+    ``gap`` says why there is no ``token``; ``here`` are profiles whose weights this machine has.
     """
-    gb, missing = hardware.memory_gb, f"no HF_TOKEN ({gap})" if gap else "no HF_TOKEN"
-    lines = (
-        (gb < 2, "tiny", f"only {gb:.1f} GB of memory; 'small' needs 2 GB"),
-        (not reachable, "tiny",
-         "the Hugging Face Hub is out of reach; with a network, 'small' is next"),
-        (hardware.device != "cuda", "small",
-         "no CUDA GPU; on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"),
-        (not token, "small", f"a GPU but {missing}; "
-         "accept the Llama 3 licence on the Hub and set the token for a Llama"),
-        (gb < 4, "small", f"a GPU with {gb:.0f} GB; 'llama-1b' needs 4 GB"),
-        (gb < 14, "llama-1b", f"a GPU with {gb:.0f} GB and a token; 'llama-8b' needs 14 GB"),
-        (True, "llama-8b", "a GPU with room for 8 B in 4 bits, and a token"),
-    )  # fmt: skip
-    return next((profile, f"auto: {why}") for decides, profile, why in lines if decides)
+    if hardware.device != "cuda":
+        return "tiny", (
+            "auto: no CUDA GPU; 'small' trains here in about an hour, if you ask for it; "
+            "on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
+        )
+    gb, card, obstacle = hardware.memory_gb, f"a GPU with {hardware.memory_gb:.0f} GB", ""
+    hub = "the Hugging Face Hub is out of reach"
+    accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept the Llama 3 licence on the Hub first"
+    for name, need in (("llama-8b", 14), ("llama-1b", 4), ("small", 2)):
+        gated = name.startswith("llama")
+        if gb >= need and (name in here or (reachable and (token or not gated))):
+            return name, f"auto: {card}{obstacle}"
+        why = f"needs {need} GB" if gb < need else f"needs more: {accept if reachable else hub}"
+        obstacle = obstacle or f"; '{name}' {why}"
+    return "tiny", f"auto: {card}{obstacle}"
 
 
 def compute_dtype(hardware: Hardware) -> str:
@@ -371,6 +391,7 @@ def check_source(source: str, data_path: str) -> None:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
     if (kind := SOURCES[source]) and not data_path:
         todo = "Add -p data_path=... (medquad data: --path ...)"
+        todo += ", or run: medquad fetch medquad" if source == "xml" else ""
         raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
 
 

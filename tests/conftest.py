@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from medquad_utils.profiles import Plan
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MEDQUAD_CACHE"] = os.devnull  # what a developer has fetched must not change a test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"

@@ -29,7 +29,7 @@ FILES = {
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a cache folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEDQUAD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -197,24 +197,45 @@ def test_results_go_where_the_environment_or_the_checkout_says(
 
 
 @pytest.mark.parametrize(
-    ("hardware", "reachable", "token", "expected", "next_step"),
+    ("hardware", "reachable", "token", "here", "expected", "next_step"),
     [
-        (T4, False, True, "tiny", "network"),
-        (LAPTOP, True, False, "small", "Runtime > Change runtime type"),
-        (LAPTOP, True, True, "small", "no CUDA GPU"),
-        (Hardware("cpu", "a CPU", 1.0), True, True, "tiny", "2 GB"),  # the least that resolves
-        (T4, True, False, "small", "HF_TOKEN"),
-        (T4, True, True, "llama-8b", "room for 8 B"),
-        (RTX, True, True, "llama-1b", "'llama-8b' needs 14 GB"),
-        (GTX, True, True, "small", "'llama-1b' needs 4 GB"),
+        (LAPTOP, True, True, "", "tiny", "Runtime > Change runtime type"),
+        (LAPTOP, False, False, "small", "tiny", "'small' trains here in about an hour"),
+        (T4, False, True, "", "tiny", "Hub is out of reach"),
+        (T4, False, False, "small", "small", "Hub is out of reach"),
+        (T4, False, False, "small llama-8b", "llama-8b", "a GPU with 15 GB"),
+        (T4, True, False, "", "small", "HF_TOKEN"),
+        (T4, True, False, "llama-8b", "llama-8b", "a GPU with 15 GB"),
+        (T4, True, True, "", "llama-8b", "a GPU with 15 GB"),
+        (RTX, True, True, "", "llama-1b", "'llama-8b' needs 14 GB"),
+        (GTX, True, True, "", "small", "'llama-8b' needs 14 GB"),
     ],
 )
 def test_auto_says_why_and_what_leads_to_a_larger_profile(
-    hardware: Hardware, reachable: bool, token: bool, expected: str, next_step: str
+    hardware: Hardware, reachable: bool, token: bool, here: str, expected: str, next_step: str
 ) -> None:
-    name, why = choose(hardware, reachable, token)
+    name, why = choose(hardware, reachable, token, here=here.split())
     assert name == resolve(name, hardware=hardware).profile == expected
     assert next_step in why
+
+
+def test_fetched_weights_and_data_are_used_without_being_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve("small", hardware=LAPTOP).source == "hub"
+    monkeypatch.setenv("MEDQUAD_CACHE", str(tmp_path))
+    small, medquad = machine.cache(PROFILES["small"].model_id), machine.cache("MedQuAD")
+    small.mkdir()
+    files.write_json(small / "origin.json", {"note": "4 bits once."})
+    medquad.mkdir()
+    plan = resolve("small", hardware=LAPTOP)
+    assert (plan.model_source, plan.model_path, plan.on_hub) == (str(small), "", False)
+    assert (plan.source, plan.data_path, plan.origin) == ("xml", str(medquad), "4 bits once.")
+    assert "4 bits once." in str(plan) and str(tmp_path) not in str(plan)
+    assert plan.shape == PROFILES["small"].shape
+    assert resolve("tiny", hardware=LAPTOP).source == "sample"
+    named = resolve("small", hardware=LAPTOP, source="csv", data_path="mine.csv", model="a/b")
+    assert (named.data_path, named.model_source, named.origin) == ("mine.csv", "a/b", "")
 
 
 def test_the_hub_is_reachable_only_when_it_answers_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +274,7 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils files memory machine profiles assets assets.sample chat cleaning splits data safety
+medquad_utils files memory machine profiles assets assets.sample chat cleaning splits data fetch safety
 retrieval scores assets.build estimate quantization lora plots checks generation merging training
 evaluation report explanation publishing serving demo course
 cli"""
