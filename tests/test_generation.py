@@ -179,7 +179,10 @@ def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
     [
         (lambda folder: folder / "nowhere", r"no adapter in nowhere/: lesson 04 .*--only 04"),
         (lambda folder: spoil(folder, RECORD, {"model_id": "some/llama"}), "trained on some/llama"),
-        (lambda folder: spoil(folder, RECORD, {"base": "0123"}), "trained on other weights of emb"),
+        (
+            lambda folder: spoil(folder, RECORD, {"base": "0123"}),
+            r"trained on embedded \(0123\), but",
+        ),
         (lambda folder: spoil(folder, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 aga"),
         (lambda folder: spoil(folder, CONFIG, {"r": 8}), "does not load onto embedded"),
     ],
