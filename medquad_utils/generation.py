@@ -118,8 +118,7 @@ def check_same_base(adapters: Mapping[str, Path]) -> None:
     Raises:
         CourseError: names two adapters and their bases.
     """
-    bases = {name: base for name, folder in adapters.items() if (base := _trained_on(folder))}
-    adapter_of = {base: name for name, base in bases.items()}
+    adapter_of = {base: name for name, folder in adapters.items() if (base := _trained_on(folder))}
     if len(adapter_of) > 1:
         (first, one), (second, other), *_ = adapter_of.items()
         raise CourseError(
@@ -180,18 +179,12 @@ def _explained(plan: Plan) -> Iterator[None]:
                 "Make a read token under Settings > Access Tokens and set it as HF_TOKEN (on "
                 "Colab: the key icon, with Notebook access). Profile 'small' needs no token."
             )
-        elif re.search("safetensor|header", text.lower()):
-            message = f"the weights of {model} are damaged ({reason}). Delete them and load again."
         elif plan.on_hub:
-            message = (
-                f"cannot load {model} from the Hub ({reason}). "
-                "Check the network; profile 'tiny' needs none."
-            )
+            todo = "Check the network, or delete a damaged download; profile 'tiny' needs neither."
+            message = f"cannot load {model} from the Hub ({reason}). {todo}"
         else:
-            message = (
-                f"cannot load the model in {model} ({reason}). "
-                "Expected a folder in the Hub's layout."
-            )
+            todo = "Expected an undamaged folder in the Hub's layout."
+            message = f"cannot load the model in {model} ({reason}). {todo}"
         raise CourseError(message) from error
 
 
@@ -239,13 +232,9 @@ def generate(
 
 def _greedy(tokenizer: Tokenizer, max_new_tokens: int) -> dict[str, Any]:
     """Return settings for ``model.generate``: the likeliest token each time, up to an end token."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        **dict.fromkeys(("temperature", "top_p", "top_k")),  # or it warns of the model's own
-        "eos_token_id": end_ids(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return {"max_new_tokens": max_new_tokens} | greedy | ends
 
 
 def _read(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answer:
@@ -278,11 +267,9 @@ def stream(
     shown, closed = {"skip_prompt": True, "skip_special_tokens": True}, Event()
     streamer = TextIteratorStreamer(tokenizer, **shown)  # type: ignore[no-untyped-call]
 
-    def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full(ids.shape[:1], closed.is_set(), device=ids.device)
-
+    stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token
     settings = _greedy(tokenizer, max_new_tokens) | {"attention_mask": torch.ones_like(ids)}
-    settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([stop])}
+    settings |= {"streamer": streamer, "stopping_criteria": stop}
 
     def work() -> None:
         try:
