@@ -1,11 +1,16 @@
-"""Train the adapter (SFT): from rows to a saved adapter. ``train`` tells the whole story.
+"""Train the adapter by supervised fine-tuning: rows -> trainer -> checkpoints -> saved adapter.
 
-``select`` draws the rows. ``build_trainer`` gives them to TRL as prompt and completion, and TRL
-labels the prompt with -100, so only the answer is in the loss; ``chat.encode`` shows this mask.
-``preflight`` looks at what TRL made. ``resumable`` finds the checkpoint to resume from. ``finish``
-saves the adapter, its record and the metrics.
+``train`` is the whole run, and the file follows its order:
 
-``python -m medquad_utils.training`` trains without a notebook, also under ``torchrun`` and
+- ``select`` draws the rows that fit into ``max_length``.
+- ``build_trainer`` gives them to TRL. ``chat.to_dataset`` makes a prompt and a completion of a row;
+  TRL tokenizes both and labels the prompt -100, so that only the answer is in the loss
+  (``chat.encode`` shows this label mask).
+- ``preflight`` checks what TRL made of the rows, before the first step.
+- ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
+- ``finish`` saves the adapter with its record, and the metrics.
+
+``python -m medquad_utils.training`` does it without a notebook, also under ``torchrun`` and
 ``accelerate launch``. There, process 0 prepares the data, prints and writes; the others compute.
 """
 
@@ -46,8 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
-_ACCELERATE = Path(__file__).parent / "assets" / "accelerate"
-CONFIGS = {p.stem: p for p in sorted(_ACCELERATE.glob("*.yaml"))}  # for accelerate launch
+_YAML = (Path(__file__).parent / "assets" / "accelerate").glob("*.yaml")
+CONFIGS = {path.stem: path for path in sorted(_YAML)}  # for accelerate launch
 # By this step the warm-up, which begins at rate 0, is over, and so are the first steps that the
 # gradient scaler skips in fp16. An adapter that is still zero gets no gradient.
 WATCHED = 10
@@ -60,7 +65,7 @@ HELD_OUT = 5  # rows: evaluation gives no interval for fewer
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Do the whole run, resumed if it was interrupted; returns the metrics."""
+    """Do the whole run; one that was interrupted goes on. Returns the metrics of ``finish``."""
     state = process_state(plan)
     tokenizer = load_tokenizer(plan)
     with main_first(state):
@@ -422,11 +427,11 @@ def parts(
     Raises:
         CourseError: no such specialty, too few rows to train on, or too few held out.
     """
-    own = data.select(splits.train, specialty)  # raises
+    own = data.select(splits.train, specialty)
     field = data.SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
     held_out, draw_rows = splits.validation + splits.test, partial(_draw, plan, tokenizer)
     divided = Parts(
-        own=draw_rows(own, -(-plan.rows // 2)),  # half: lesson 09 trains on them several times
+        own=draw_rows(own, (plan.rows + 1) // 2),  # half: lesson 09 trains on them often
         general=draw_rows([row for row in splits.train if not field.holds(row)], plan.rows),
         inside=draw_rows([row for row in held_out if field.holds(row)], plan.eval_rows),
         outside=draw_rows([row for row in held_out if not field.holds(row)], plan.eval_rows),
@@ -472,8 +477,8 @@ def ensure(
     trainer = build_trainer(plan, model, tokenizer, split, work, **settings)
     require(preflight(plan, tokenizer, rows, trainer))
     if plan.max_steps:  # a limit, which never makes a run longer than its epochs
-        steps = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
-        trainer.args.max_steps = min(math.ceil(steps), plan.max_steps)
+        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
+        trainer.args.max_steps = min(math.ceil(needed), plan.max_steps)
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     require_learning(trainer.model)
     steps, losses = trainer.state.global_step, curve(trainer, "loss")
