@@ -102,8 +102,7 @@ def load_adapters(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
                 f"({_first_line(error)}). Delete the folder and run lesson 04 again."
             ) from error
-    tuned: PreTrainedModel = model.eval()
-    return tuned
+    return model.eval()
 
 
 def adapter_record(folder: Path) -> dict[str, Any]:
@@ -264,9 +263,8 @@ def stream(
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     ids = torch.tensor([prompt_ids(tokenizer, prompt_messages(question))], device=model.device)
-    shown, closed = {"skip_prompt": True, "skip_special_tokens": True}, Event()
-    streamer = TextIteratorStreamer(tokenizer, **shown)  # type: ignore[no-untyped-call]
-
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed = Event()
     stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token
     settings = _greedy(tokenizer, max_new_tokens) | {"attention_mask": torch.ones_like(ids)}
     settings |= {"streamer": streamer, "stopping_criteria": stop}
