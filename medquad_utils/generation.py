@@ -267,12 +267,11 @@ def stream(
     closed = Event()
     stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token
     settings = _greedy(tokenizer, max_new_tokens) | {"attention_mask": torch.ones_like(ids)}
-    settings |= {"streamer": streamer, "stopping_criteria": stop}
 
     def work() -> None:
         try:
             with unpacked(model):
-                model.generate(input_ids=ids, **settings)
+                model.generate(input_ids=ids, streamer=streamer, stopping_criteria=stop, **settings)
         finally:
             streamer.end()  # after an error the reader would wait for ever
 

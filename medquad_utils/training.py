@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -51,8 +50,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
-_YAML = (Path(__file__).parent / "assets" / "accelerate").glob("*.yaml")
-CONFIGS = {path.stem: path for path in sorted(_YAML)}  # for accelerate launch
+# For accelerate launch --config_file.
+CONFIGS = {p.stem: p for p in (Path(__file__).parent / "assets" / "accelerate").glob("*.yaml")}
 # By this step the warm-up, which begins at rate 0, is over, and so are the first steps that the
 # gradient scaler skips in fp16. An adapter that is still zero gets no gradient.
 WATCHED = 10
@@ -106,7 +105,7 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
             f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
             "choose a profile with a larger max_length."
         )
-    return dataclasses.replace(splits, train=train, validation=validation, test=test)
+    return Splits(train, validation, test, splits.cleaning, splits.notes)
 
 
 def _draw(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
@@ -551,7 +550,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, default=default, type=type(default), help=text)
     text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
-    parser.add_argument("--print-launch", choices=CONFIGS, help=text)
+    parser.add_argument("--print-launch", choices=sorted(CONFIGS), help=text)
 
 
 def run(options: argparse.Namespace) -> int:
