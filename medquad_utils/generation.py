@@ -6,10 +6,11 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,15 +97,12 @@ def load_adapters(
                 model.load_adapter(folder, **options)
             else:
                 model = PeftModel.from_pretrained(model, folder, **options)
-        except (
-            Exception
-        ) as error:  # SafetensorError if a file is cut, RuntimeError on a wrong shape
+        except Exception as error:  # of safetensors if a file is cut, of torch on a wrong shape
             raise CourseError(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
                 f"({_first_line(error)}). Delete the folder and run lesson 04 again."
             ) from error
-    tuned: PreTrainedModel = model.eval()
-    return tuned
+    return model.eval()
 
 
 def adapter_record(folder: Path) -> dict[str, Any]:
@@ -119,13 +117,7 @@ def check_same_base(adapters: Mapping[str, Path]) -> None:
     Raises:
         CourseError: names two adapters and their bases.
     """
-    adapter_of: dict[str, str] = {}  # base -> the first adapter that was trained on it
-    for name, folder in adapters.items():
-        record = adapter_record(folder)
-        base = record.get("model_id") or record.get("base_model_name_or_path") or ""
-        weights = record.get("base", "")  # a hash for a local folder, "ID@revision" for the Hub
-        if base and not Path(base).is_absolute():
-            adapter_of.setdefault(f"{base} ({weights})" if weights else base, name)
+    adapter_of = {base: name for name, folder in adapters.items() if (base := _trained_on(folder))}
     if len(adapter_of) > 1:
         (first, one), (second, other), *_ = adapter_of.items()
         raise CourseError(
@@ -141,17 +133,18 @@ def check_adapter(plan: Plan, folder: Path) -> None:
             f"no adapter in {folder.name}/: lesson 04 trains one "
             f"(medquad run --profile {plan.profile} --only 04)."
         )
+    trained_on, loaded = _trained_on(folder), f"{plan.model_id} ({base_id(plan)})"
+    if trained_on and trained_on != loaded:
+        raise CourseError(
+            f"the adapter was trained on {trained_on}, but the plan loads {loaded}. "
+            "Use its profile, name its base model, or run lesson 04 again."
+        )
+
+
+def _trained_on(folder: Path) -> str:
+    """Return the id of an adapter's base and its weights, as ``base_id`` writes them, or ""."""
     record = adapter_record(folder)
-    if record.get("model_id", plan.model_id) != plan.model_id:
-        raise CourseError(
-            f"the adapter was trained on {record['model_id']}, but the plan loads {plan.model_id}. "
-            "Use the profile it was trained with."
-        )
-    if record.get("base", base_id(plan)) != base_id(plan):
-        raise CourseError(
-            f"the adapter in {folder.name}/ was trained on other weights of {plan.model_id}: "
-            "name its base model, or run lesson 04 again."
-        )
+    return f"{record['model_id']} ({record['base']})" if "base" in record else ""
 
 
 def base_id(plan: Plan) -> str:
@@ -176,24 +169,22 @@ def _explained(plan: Plan) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CourseError(_explanation(error, plan)) from error
-
-
-def _explanation(error: Exception, plan: Plan) -> str:
-    model, reason = plan.model_source if plan.model_path else plan.model_id, _first_line(error)
-    cause = error.__cause__
-    text = f"{type(error).__name__} {error} {type(cause).__name__} {cause or ''}"
-    gated = r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)"
-    if plan.on_hub and re.search(gated, text):
-        return f"""{model} is gated. Open https://huggingface.co/{model} and accept its licence. \
-Make a read token under Settings > Access Tokens and set it as HF_TOKEN (on Colab: the key icon, \
-with Notebook access). Profile 'small' needs no token."""
-    if re.search("safetensor|header", text.lower()):
-        return f"the weights of {model} are damaged ({reason}). Delete them and load again."
-    if plan.on_hub:
-        next_step = "Check the network; profile 'tiny' needs none."
-        return f"cannot load {model} from the Hub ({reason}). {next_step}"
-    return f"cannot load the model in {model} ({reason}). Expected a folder in the Hub's layout."
+        model, reason = plan.model_source if plan.model_path else plan.model_id, _first_line(error)
+        text = f"{type(error).__name__} {error} {type(error.__cause__).__name__} {error.__cause__}"
+        gated = r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)"
+        if plan.on_hub and re.search(gated, text):
+            message = (
+                f"{model} is gated. Open https://huggingface.co/{model} and accept its licence. "
+                "Make a read token under Settings > Access Tokens and set it as HF_TOKEN (on "
+                "Colab: the key icon, with Notebook access). Profile 'small' needs no token."
+            )
+        elif plan.on_hub:
+            todo = "Check the network, or delete a damaged download; profile 'tiny' needs neither."
+            message = f"cannot load {model} from the Hub ({reason}). {todo}"
+        else:
+            todo = "Expected an undamaged folder in the Hub's layout."
+            message = f"cannot load the model in {model} ({reason}). {todo}"
+        raise CourseError(message) from error
 
 
 @dataclass(frozen=True)
@@ -224,9 +215,7 @@ def generate(
     prompts = [prompt_ids(tokenizer, c) for c in conversations]
     # Prompts of similar length share a batch, so little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    ends = {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} | greedy | ends | sampling
+    settings = _greedy(tokenizer, max_new_tokens) | sampling
     answers: dict[int, Answer] = {}
     with unpacked(model), torch.inference_mode():
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=not progress):
@@ -238,6 +227,13 @@ def generate(
             for number, ids in zip(numbers, output[:, batch["input_ids"].shape[1] :], strict=True):
                 answers[number] = _read(tokenizer, ids.tolist(), settings["eos_token_id"])
     return [answers[number] for number in range(len(prompts))]
+
+
+def _greedy(tokenizer: Tokenizer, max_new_tokens: int) -> dict[str, Any]:
+    """Return settings for ``model.generate``: the likeliest token each time, up to an end token."""
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return {"max_new_tokens": max_new_tokens} | greedy | ends
 
 
 def _read(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answer:
@@ -266,36 +262,26 @@ def stream(
     """Yield the greedy answer piece by piece; closing the iterator ends the generation."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    encoded = tokenizer.apply_chat_template(
-        prompt_messages(question), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    closed, failures = Event(), list[Exception]()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
-
-    def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full(ids.shape[:1], closed.is_set(), device=ids.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt_messages(question))], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed = Event()
+    stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token
+    settings = _greedy(tokenizer, max_new_tokens) | {"attention_mask": torch.ones_like(ids)}
 
     def work() -> None:
         try:
             with unpacked(model):
-                model.generate(
-                    **encoded, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False,
-                    eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )  # fmt: skip
-        except Exception as error:  # the reader would wait for the next piece for ever
-            failures.append(error)
-            streamer.end()
+                model.generate(input_ids=ids, streamer=streamer, stopping_criteria=stop, **settings)
+        finally:
+            streamer.end()  # after an error the reader would wait for ever
 
-    worker = Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        yield from streamer
-    finally:
-        closed.set()
-        worker.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        try:
+            yield from streamer
+        finally:
+            closed.set()
+    done.result()  # raises what went wrong in the thread
 
 
 def next_token_probabilities(

@@ -1,6 +1,16 @@
-"""Train the adapter (SFT): config, pre-flight check, trainer, resume, save, several processes.
+"""Train the adapter by supervised fine-tuning: rows -> trainer -> checkpoints -> saved adapter.
 
-``python -m medquad_utils.training`` trains without a notebook, also under ``torchrun`` and
+``train`` is the whole run, and the file follows its order:
+
+- ``select`` draws the rows that fit into ``max_length``.
+- ``build_trainer`` gives them to TRL. ``chat.to_dataset`` makes a prompt and a completion of a row;
+  TRL tokenizes both and labels the prompt -100, so that only the answer is in the loss
+  (``chat.encode`` shows this label mask).
+- ``preflight`` checks what TRL made of the rows, before the first step.
+- ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
+- ``finish`` saves the adapter with its record, and the metrics.
+
+``python -m medquad_utils.training`` does it without a notebook, also under ``torchrun`` and
 ``accelerate launch``. There, process 0 prepares the data, prints and writes; the others compute.
 """
 
@@ -16,12 +26,15 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
@@ -34,18 +47,46 @@ from medquad_utils.profiles import PROFILES, Plan, resolve
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
-ACCELERATE = Path(__file__).parent / "assets" / "accelerate"
-CONFIGS = {p.stem: p for p in sorted(ACCELERATE.glob("*.yaml"))}  # for accelerate launch
+# For accelerate launch --config_file.
+CONFIGS = {p.stem: p for p in (Path(__file__).parent / "assets" / "accelerate").glob("*.yaml")}
 # By this step the warm-up, which begins at rate 0, is over, and so are the first steps that the
 # gradient scaler skips in fp16. An adapter that is still zero gets no gradient.
 WATCHED = 10
 # Fields of a plan that do not change what is learned: a run may resume with other values.
 OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
 HELD_OUT = 5  # rows: evaluation gives no interval for fewer
+
+
+# ---- the whole run -------------------------------------------------------------------------------
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Do the whole run; one that was interrupted goes on. Returns the metrics of ``finish``."""
+    state = process_state(plan)
+    tokenizer = load_tokenizer(plan)
+    with main_first(state):
+        splits = data.prepare(plan)
+    rows = select(plan, tokenizer, splits)
+    trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
+    require(preflight(plan, tokenizer, rows.train, trainer))
+    with main_first(state):
+        checkpoint = resumable(plan)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return finish(plan, trainer, time.time() - started)
+
+
+def ensure_adapter(plan: Plan) -> Path:
+    """Return the folder of lesson 04's adapter; train it if it is missing or of other data."""
+    folder = plan.folder / "adapter"
+    record = generation.adapter_record(folder)
+    now = plan.as_dict() | {"base": base_id(plan)}  # not the sizes of a step: they may differ
+    if any(record.get(k) != now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
+        train(plan)
+    return folder
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -57,8 +98,8 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     A row that is too long is left out, not cut: a cut answer has no end for the model to learn.
     """
     train = _draw(plan, tokenizer, splits.train, plan.rows)
-    held_out = (splits.validation, splits.test)
-    validation, test = (_draw(plan, tokenizer, part, plan.eval_rows) for part in held_out)
+    validation = _draw(plan, tokenizer, splits.validation, plan.eval_rows)
+    test = _draw(plan, tokenizer, splits.test, plan.eval_rows)
     if not (train and validation and test):
         raise CourseError(
             f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
@@ -68,57 +109,10 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
 
 
 def _draw(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
-    limit: int = plan.max_length
-
     def fits(row: Row) -> bool:
-        return len(encode(tokenizer, row).ids) <= limit
+        return len(encode(tokenizer, row).ids) <= int(plan.max_length)
 
     return draw(rows, count, plan.seed, fits)
-
-
-class Parts(NamedTuple):
-    """A split by specialty: training rows in it and not in it, held-out rows likewise."""
-
-    own: list[Row]
-    general: list[Row]
-    inside: list[Row]
-    outside: list[Row]
-
-    def sizes(self) -> dict[str, int]:
-        """Rows in each part."""
-        return {name: len(rows) for name, rows in self._asdict().items()}
-
-
-def parts(
-    plan: Plan,
-    tokenizer: Tokenizer,
-    splits: Splits,
-    specialty: str | data.Specialty,
-    least: int = 50,
-) -> Parts:
-    """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
-
-    Validation rows select nothing here, so they are held-out rows as well as the test rows.
-
-    Raises:
-        CourseError: no such specialty, fewer than ``least`` rows to train on, too few held out.
-    """
-    own, held_out = data.select(splits.train, specialty, least), splits.validation + splits.test
-    inside = data.select(held_out, specialty, 0)
-    in_field = {id(row) for row in own + inside}
-    general = [row for row in splits.train if id(row) not in in_field]
-    outside = [row for row in held_out if id(row) not in in_field]
-    # Half as many own rows as general ones: several runs of lesson 09 train on each of them.
-    counts = (-(-plan.rows // 2), plan.rows, plan.eval_rows, plan.eval_rows)
-    pairs = zip((own, general, inside, outside), counts, strict=True)
-    divided = Parts(*(_draw(plan, tokenizer, rows, count) for rows, count in pairs))
-    sizes = zip(divided.sizes().items(), (1, 1, HELD_OUT, HELD_OUT), strict=True)
-    if short := [f"{n} rows {part} (at least {low})" for (part, n), low in sizes if n < low]:
-        raise CourseError(
-            f"{specialty!r} leaves too few rows that fit into {plan.max_length} tokens: "
-            f"{', '.join(short)}. Choose another specialty, more rows, or another seed."
-        )
-    return divided
 
 
 # ---- trainer -------------------------------------------------------------------------------------
@@ -177,7 +171,6 @@ def build_trainer(
     from transformers import set_seed
     from trl import SFTTrainer
 
-    check_sharding(plan)
     set_seed(plan.seed)
     config = sft_config(plan, folder)
     for name, value in changes.items():
@@ -203,11 +196,8 @@ def watch(trainer: SFTTrainer) -> None:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            args.logging_nan_inf_filter = False  # by default the log leaves NaN losses out
-
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            loss = (kwargs.get("logs") or {}).get("loss", 0.0)
+            loss = kwargs["logs"].get("loss", 0.0)
             if not math.isfinite(loss):
                 raise CourseError(
                     f"the loss is {loss} at step {state.global_step}: "
@@ -223,6 +213,7 @@ def watch(trainer: SFTTrainer) -> None:
                 # checkpoint must hold that validation loss, so it is not saved here.
                 control.should_save = control.should_save or not float(state.epoch).is_integer()
 
+    trainer.args.logging_nan_inf_filter = False  # by default the log leaves NaN losses out
     trainer.add_callback(Watch())
 
 
@@ -249,18 +240,18 @@ def preflight(
     plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], trainer: SFTTrainer
 ) -> list[tuple[str, str, bool]]:
     """Check what the trainer will really feed, before the first step: (what, value, passed)."""
-    examples, pad = list(_examples(trainer, 256)), tokenizer.pad_token_id
-    padded = sum(int((labels[ids == pad] != IGNORED).sum()) for ids, labels in examples)
-    in_loss = sum(int((labels != IGNORED).sum()) for _, labels in examples)
-    share = in_loss / max(1, sum(int((ids != pad).sum()) for ids, _ in examples))
-    ends, bos = end_ids(tokenizer), tokenizer.bos_token_id
-    stops = Counter(sum(int((labels == end).sum()) for end in ends) for _, labels in examples)
-    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
+    examples = list(_examples(trainer))
+    ids, labels = map(torch.cat, zip(*examples, strict=True))
+    ends, pad, bos = end_ids(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id
+    padded, in_loss = int((labels[ids == pad] != IGNORED).sum()), int((labels != IGNORED).sum())
+    share = in_loss / int((ids != pad).sum())
+    stops = Counter(sum(int((y == end).sum()) for end in ends) for _, y in examples)
     trained = encode(tokenizer, rows[0])
-    prefix = trained.ids[: sum(not x for x in trained.in_loss)]
+    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
+    same = trained.ids[: trained.in_loss.index(True)] == prompt
     # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
     turns = max(1, trained.ids.count(bos))
-    begins = Counter(1.0 if bos is None else int((i == bos).sum()) / turns for i, _ in examples)
+    begins = Counter(1.0 if bos is None else int((x == bos).sum()) / turns for x, _ in examples)
     dtypes = list(lora.dtype_census(trainer.model)["trained"])
     count = lora.trainable_parameters(trainer.model)
     expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
@@ -271,22 +262,21 @@ def preflight(
         ("pad tokens in the loss", str(padded), not padded),
         ("pad token differs from the end tokens", str(tokenizer.pad_token), pad not in ends),
         ("share of tokens in the loss", f"{share:.0%}", in_loss > 0),
-        ("prompt in training = prompt in use", f"{len(prompt)} tokens", prefix == prompt),
+        ("prompt in training = prompt in use", f"{len(prompt)} tokens", same),
         ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
         ("predicted memory", memory, plan.memory_gb <= plan.card_gb),
     ]
 
 
-def _examples(trainer: SFTTrainer, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (ids, labels) of each example in the first ``limit`` packed rows, as collated."""
-    for number in range(min(limit, len(trainer.train_dataset))):
-        batch = trainer.data_collator([trainer.train_dataset[number]])
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
+def _examples(trainer: SFTTrainer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (ids, labels) of each example in the first 256 packed rows, as collated."""
+    for row in itertools.islice(trainer.train_dataset, 256):
+        batch = trainer.data_collator([row])
         # Position numbers begin anew with each example of a packed row.
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            yield ids[start:end], labels[start:end]
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten()[1:]
+        split = (batch[name][0].tensor_split(starts) for name in ("input_ids", "labels"))
+        yield from zip(*split, strict=True)
 
 
 def _counts(counter: Counter[Any]) -> str:
@@ -305,22 +295,6 @@ def require(checks: Sequence[tuple[str, str, bool]]) -> None:
 # ---- resume and save -----------------------------------------------------------------------------
 
 
-def is_complete(checkpoint: Path, processes: int = 1) -> bool:
-    """Check that a checkpoint was written to its end, by every process."""
-    try:
-        read_json(checkpoint / "trainer_state.json")  # process 0 writes it last
-    except (OSError, ValueError):
-        return False
-    random_states = (checkpoint / f"rng_state_{rank}.pth" for rank in range(processes))
-    return processes == 1 or all(file.is_file() for file in random_states)
-
-
-def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
-    """Return the newest complete checkpoint in ``folder``."""
-    complete = [p for p in folder.glob("checkpoint-*") if is_complete(p, processes)]
-    return max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-
 def recipe(plan: Plan) -> dict[str, Any]:
     """Return everything in the plan that determines the adapter, and the base's weights."""
     values = {k: v for k, v in plan.as_dict(fit=True).items() if k not in OF_MACHINE}
@@ -328,39 +302,49 @@ def recipe(plan: Plan) -> dict[str, Any]:
 
 
 def resumable(plan: Plan) -> Path | None:
-    """Return the checkpoint to resume from, or ``None``; incomplete ones are deleted.
+    """Return the checkpoint to resume from, or ``None``; deletes newer ones, which a kill tore.
 
     Raises:
         CourseError: the checkpoints belong to another plan or base; names what differs.
     """
     folder = plan.folder / "checkpoints"
     record, now = folder / "plan.json", recipe(plan)
-    before = read_json(record) if record.is_file() else {}
-    processes = before.get("processes", 1)  # of the run that wrote the checkpoints
-    checkpoint = last_checkpoint(folder, processes)
-    if checkpoint and before:
-        changed = [k for k in now if before.get(k) != now[k]]
-        differs = "; ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in changed)
-        if differs:
-            raise CourseError(
-                f"the checkpoints in {plan.profile}/checkpoints are of another plan ({differs}). "
-                "Delete the folder to start afresh, or set the plan back."
-            )
-    for incomplete in (p for p in folder.glob("checkpoint-*") if not is_complete(p, processes)):
-        shutil.rmtree(incomplete)
+    before = read_json(record) if record.is_file() else now
+    checkpoint = last_checkpoint(folder, before["processes"])
+    changed = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if before.get(k) != now[k]]
+    if checkpoint and changed:
+        raise CourseError(
+            f"the checkpoints in {plan.profile}/checkpoints are of another plan "
+            f"({'; '.join(changed)}). Delete the folder to start afresh, or set the plan back."
+        )
     if process_state(plan).is_main_process:
+        for path in folder.glob("checkpoint-*"):
+            if checkpoint is None or _step(path) > _step(checkpoint):
+                shutil.rmtree(path)
         write_json(record, now)
     return checkpoint
+
+
+def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
+    """Return the newest checkpoint that all ``processes`` wrote to its end, or ``None``."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        with suppress(OSError, ValueError):  # a kill left no state, or a part of one
+            read_json(checkpoint / "trainer_state.json")  # process 0 writes it last
+            if len(list(checkpoint.glob("rng_state*.pth"))) >= processes:
+                return checkpoint
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     """Save the adapter and ``metrics/train.json`` if every adapter learned; returns the metrics."""
     require_learning(trainer.model)
-    weights = full_weights(trainer.model)
     trainer.accelerator.wait_for_everyone()  # the others may still write to a checkpoint
-    history = trainer.state.log_history
-    losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    validation = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    save_adapter(plan, trainer)
+    losses, validation = curve(trainer, "loss"), curve(trainer, "eval_loss")
     packed = trainer.train_dataset
     metrics = {
         "steps": trainer.state.global_step,
@@ -376,25 +360,26 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "plan": plan.as_dict(fit=True),
     }
     if trainer.is_world_process_zero():
-        save_adapter(plan, trainer, weights)
         write_json(plan.folder / "metrics" / "train.json", metrics)
         shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
     return metrics
 
 
-def save_adapter(
-    plan: Plan,
-    trainer: SFTTrainer,
-    weights: dict[str, torch.Tensor] | None = None,
-    folder: Path | None = None,
-    more: Mapping[str, Any] | None = None,
-) -> Path:
+def curve(trainer: SFTTrainer, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of every line of the trainer's log that holds ``name``."""
+    return [(e["step"], e[name]) for e in trainer.state.log_history if name in e]
+
+
+def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **more: Any) -> Path:
     """Write adapter, tokenizer and plan to ``folder`` (default: that of lesson 04), all or nothing.
 
-    ``weights`` replace the model's own, which FSDP shards; ``more`` is recorded with the plan.
+    ``more`` is recorded with the plan. Every process must call it; the first one writes.
     """
     folder = folder or plan.folder / "adapter"
-    record = plan.as_dict(fit=True) | {"base": base_id(plan)} | dict(more or {})
+    weights = full_weights(trainer.model)
+    if not trainer.is_world_process_zero():
+        return folder
+    record = plan.as_dict(fit=True) | {"base": base_id(plan)} | more
     if plan.model_path:  # relative, so that both folders can move together
         record["model_path"] = os.path.relpath(plan.model_path, folder)
     try:
@@ -415,34 +400,48 @@ def save_adapter(
     return folder
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+# ---- one field of medicine: lesson 09 ------------------------------------------------------------
 
 
-def train(plan: Plan) -> dict[str, Any]:
-    """Do the whole run, resumed if it was interrupted; returns the metrics."""
-    state = process_state(plan)
-    quiet(state)
-    tokenizer = load_tokenizer(plan)
-    with main_first(state):
-        splits = data.prepare(plan)
-    rows = select(plan, tokenizer, splits)
-    trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
-    require(preflight(plan, tokenizer, rows.train, trainer))
-    with main_first(state):
-        checkpoint = resumable(plan)
-    started = time.time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return finish(plan, trainer, time.time() - started)
+class Parts(NamedTuple):
+    """A split by specialty: training rows in it and not in it, held-out rows likewise."""
+
+    own: list[Row]
+    general: list[Row]
+    inside: list[Row]
+    outside: list[Row]
+
+    def sizes(self) -> dict[str, int]:
+        """Rows in each part."""
+        return {name: len(rows) for name, rows in self._asdict().items()}
 
 
-def ensure_adapter(plan: Plan) -> Path:
-    """Return the folder of lesson 04's adapter; train it if it is missing or of other data."""
-    folder = plan.folder / "adapter"
-    record = generation.adapter_record(folder)
-    now = plan.as_dict() | {"base": base_id(plan)}  # not the sizes of a step: they may differ
-    if any(record.get(k) != now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
-        train(plan)
-    return folder
+def parts(
+    plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | data.Specialty
+) -> Parts:
+    """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
+
+    Validation rows select nothing here, so they are held-out rows as well as the test rows.
+
+    Raises:
+        CourseError: no such specialty, too few rows to train on, or too few held out.
+    """
+    own = data.select(splits.train, specialty)
+    field = data.SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
+    held_out, draw_rows = splits.validation + splits.test, partial(_draw, plan, tokenizer)
+    divided = Parts(
+        own=draw_rows(own, (plan.rows + 1) // 2),  # half: lesson 09 trains on them often
+        general=draw_rows([row for row in splits.train if not field.holds(row)], plan.rows),
+        inside=draw_rows([row for row in held_out if field.holds(row)], plan.eval_rows),
+        outside=draw_rows([row for row in held_out if not field.holds(row)], plan.eval_rows),
+    )
+    if not (divided.own and divided.general) or min(map(len, divided[2:])) < HELD_OUT:
+        raise CourseError(
+            f"{specialty!r} leaves too few rows that fit into {plan.max_length} tokens: "
+            f"{divided.sizes()}, and inside and outside need {HELD_OUT} each. "
+            "Choose another specialty, more rows, or another seed."
+        )
+    return divided
 
 
 def ensure(
@@ -459,52 +458,48 @@ def ensure(
     texts = json.dumps([[row["question"], row["answer"]] for row in rows]).encode()
     weights = (start / "adapter_model.safetensors").read_bytes() if start else b""
     wanted = recipe(plan) | {
-        "examples": [len(rows), hashlib.sha256(texts).hexdigest()[:16]],
+        "examples": hashlib.sha256(texts).hexdigest()[:16],
         "start": hashlib.sha256(weights).hexdigest()[:16] if start else "base",
         "settings": settings,
     }
     if generation.adapter_record(folder).get("recipe") == wanted:
         return folder
-    record = work / "recipe.json"
-    if not record.is_file() or read_json(record) != wanted:
+    if generation.adapter_record(work) != wanted:
         shutil.rmtree(work, ignore_errors=True)  # checkpoints of another recipe
-    write_json(record, wanted)
-    trainer = _specialty_trainer(plan, rows, start, work, settings)
-    checkpoint = last_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    require_learning(trainer.model)
-    losses = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
-    more = {"recipe": wanted, "steps": trainer.state.global_step, "losses": losses}
-    save_adapter(plan, trainer, folder=folder, more=more)
-    shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def _specialty_trainer(
-    plan: Plan, rows: Sequence[Row], start: Path | None, folder: Path, settings: dict[str, Any]
-) -> SFTTrainer:
-    tokenizer, model = load_tokenizer(plan), None
+    write_json(work / "plan.json", wanted)
+    tokenizer, split = load_tokenizer(plan), Splits(list(rows), [], [])
     if start:
         model = generation.load_adapters(plan, {"default": start}, trainable=True)
+    else:
+        model = load_base(plan)
     settings = {"eval_strategy": "no", "save_strategy": "no"} | settings  # ``watch`` still saves
-    split = Splits(list(rows), [], [])
-    trainer = build_trainer(plan, model or load_base(plan), tokenizer, split, folder, **settings)
+    trainer = build_trainer(plan, model, tokenizer, split, work, **settings)
     require(preflight(plan, tokenizer, rows, trainer))
-    args = trainer.args
-    if args.max_steps > 0:  # a limit, which never makes a run longer than its epochs
-        steps = len(trainer.train_dataset) / plan.accumulation * args.num_train_epochs
-        args.max_steps = min(math.ceil(steps), args.max_steps)
-    return trainer
+    if plan.max_steps:  # a limit, which never makes a run longer than its epochs
+        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
+        trainer.args.max_steps = min(math.ceil(needed), plan.max_steps)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    require_learning(trainer.model)
+    steps, losses = trainer.state.global_step, curve(trainer, "loss")
+    save_adapter(plan, trainer, folder, recipe=wanted, steps=steps, losses=losses)
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 # ---- several processes, and the command line -----------------------------------------------------
 
 
 def process_state(plan: Plan) -> PartialState:
-    """Return accelerate's view of the processes; under a launcher it connects them."""
-    from accelerate import PartialState
+    """Return accelerate's view of the processes; all but the first show no bars or warnings."""
+    state = PartialState(cpu=plan.device == "cpu")  # under a launcher it connects them
+    if not state.is_main_process:
+        import datasets
+        from transformers.utils import logging
 
-    return PartialState(cpu=plan.device == "cpu")
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    return state
 
 
 @contextmanager
@@ -514,8 +509,6 @@ def main_first(state: PartialState) -> Iterator[None]:
     accelerate's ``main_process_first`` would leave the others waiting if process 0 fails. Here
     they stop with a message. Several machines need a common file system.
     """
-    from accelerate.utils import broadcast_object_list
-
     done = [False]
     try:
         if state.is_main_process:
@@ -529,52 +522,35 @@ def main_first(state: PartialState) -> Iterator[None]:
         yield
 
 
-def quiet(state: PartialState) -> None:
-    """Switch off progress bars and library messages in all processes but the first."""
-    if not state.is_main_process:
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
-def check_sharding(plan: Plan) -> None:
-    """Check that FSDP has GPUs: on CPUs accelerate 1.15 ignores it without a message."""
-    if plan.sharded and plan.device == "cpu":
-        raise CourseError("FSDP needs GPUs, and this process runs on a CPU: launch DDP instead.")
-
-
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Gather the trained parameters that FSDP shards, on the CPU; every process must call it.
-
-    Returns ``None`` if nothing is sharded.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Gather the trained parameters that FSDP shards on the CPU, or ``None`` without FSDP."""
+    trained: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not any(hasattr(p, "full_tensor") for p in trained.values()):
         return None
-    return {name: p.full_tensor().cpu() for name, p in trained.items()}  # type: ignore[attr-defined]
+    return {name: p.full_tensor().cpu() for name, p in trained.items()}
+
+
+# Option -> its default and its help. ``resolve`` takes the same names; ``runs`` is its ``out``.
+OPTIONS = {
+    "profile": ("auto", f"auto, {', '.join(PROFILES)} (default: auto)"),
+    "source": ("", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
+    "data_path": ("", "the folder or file of an xml, csv, jsonl or parquet source"),
+    "model": ("", "another base: OWNER/NAME on the Hub, or a model's folder"),
+    "runs": ("", "the folder where results are written (default: runs)"),
+    "rows": (0, "training rows; 0 is as many as the profile says"),
+    "max_steps": (0, "training steps; 0 is as many as the epochs need"),
+    "lora_r": (0, "rank of the adapters; 0 is the profile's own"),
+    "seed": (0, "of the split, the draw and the adapters (default: 0)"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``medquad train`` and ``python -m medquad_utils.training``."""
-    for name, default, metavar, text in (
-        ("profile", "auto", "P", f"auto, {', '.join(PROFILES)} (default: auto)"),
-        ("source", "", "S", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
-        ("data-path", "", "PATH", "the folder or file of an xml, csv, jsonl or parquet source"),
-        ("model", "", "M", "another base: OWNER/NAME on the Hub, or a model's folder"),
-        ("runs", "", "DIR", "where results are written (default: runs)"),
-        ("rows", 0, "N", "training rows; 0 is as many as the profile says"),
-        ("max-steps", 0, "N", "training steps; 0 is as many as the epochs need"),
-        ("lora-r", 0, "N", "rank of the adapters; 0 is the profile's own"),
-        ("seed", 0, "N", "of the split, the draw and the adapters (default: 0)"),
-    ):
-        kind = type(default)
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    for name, (default, text) in OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, default=default, type=type(default), help=text)
     text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
-    choices, metavar = ["", *CONFIGS], "|".join(CONFIGS)
-    parser.add_argument("--print-launch", default="", choices=choices, metavar=metavar, help=text)
+    parser.add_argument("--print-launch", choices=sorted(CONFIGS), help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -582,17 +558,16 @@ def run(options: argparse.Namespace) -> int:
     if options.print_launch:
         print(CONFIGS[options.print_launch])
         return 0
-    names = ("source", "data_path", "model", "rows", "max_steps", "lora_r", "seed")
-    values = {name: getattr(options, name) for name in names}
-    plan = resolve(options.profile, out=options.runs, **values)
+    values = {name: getattr(options, name) for name in OPTIONS}
+    plan = resolve(out=values.pop("runs"), **values)
     state = process_state(plan)
     try:
         state.print(plan)
         metrics = train(plan)
     finally:
         state.destroy_process_group()  # or the others wait for a process that has gone
-    curves = ("plan", "train_curve", "validation_curve")
-    state.print({name: value for name, value in metrics.items() if name not in curves})
+    long = ("plan", "train_curve", "validation_curve")
+    state.print({name: value for name, value in metrics.items() if name not in long})
     return 0
 
 
