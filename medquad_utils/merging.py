@@ -123,15 +123,15 @@ def _lora_factors(
         raise CourseError(
             f"the adapter in {folder.name}/ is damaged ({error}): run lesson 04 again."
         ) from error
-    factors, expected = {}, {}
-    for name, layer in layers.items():
-        a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
-        if a in weights and b in weights:
-            outputs, inputs = layer.weight.shape
-            expected |= {a: (config.r, inputs), b: (outputs, config.r)}
-            factors[name] = weights[a].float(), weights[b].float()
     special = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
-    if special or {key: tuple(weight.shape) for key, weight in weights.items()} != expected:
+    factors, plain = {}, not special
+    for name, layer in layers.items():
+        keys = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+        a, b = (weights.pop(key, None) for key in keys)
+        if a is not None and b is not None:
+            plain = plain and (b.shape[0], a.shape[1]) == layer.weight.shape
+            factors[name] = a.float(), b.float()
+    if weights or not plain:  # what is left in the file belongs to no linear layer of a block
         raise CourseError(
             f"the adapter in {folder.name}/ is not a plain LoRA of {plan.model_id}: "
             "keep it beside its base (route 'adapter')."

@@ -106,7 +106,8 @@ def agreement(plan: Plan, given: Path | None = None) -> str:
 
     licence, names = licence_of(plan.model_id), ("LICENSE", "LICENSE.txt")
     if not licence.agreement:
-        return importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE") or ""
+        text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
+        return text or f"{licence.name}: {licence.url}\n"
     if given:
         files = [given]
     elif plan.model_path:
@@ -151,15 +152,11 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
 
     Training metrics must come from the adapter's plan; an evaluation must name its weights.
     """
-    folder = plan.folder / "metrics"
-    trained, evaluation = (
-        _json(adapter / "plan.json"),
-        _json(plan.folder / "evaluation/metrics.json"),
-    )
-    train, data, lesson = (_json(folder / f"{n}.json") for n in ("train", "explore", "evaluate"))
-    notes, earlier = [], train.get("plan", {})
-    shared = (earlier.keys() & trained.keys()) - {"model_path", "data_path", "out"}  # other folders
-    if any(trained[key] != earlier[key] for key in shared):
+    names = ("metrics/train", "metrics/explore", "metrics/evaluate", "evaluation/metrics")
+    train, data, lesson, evaluation = (_json(plan.folder / f"{name}.json") for name in names)
+    trained, earlier, notes = _json(adapter / "plan.json"), train.get("plan", {}), []
+    folders = {"model_path", "data_path", "out"}  # may be written in two ways
+    if any(trained[key] != earlier[key] for key in (earlier.keys() & trained.keys()) - folders):
         train = {}
         notes.append("metrics/train.json is of another training")
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
@@ -201,7 +198,7 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
         "card.md.jinja", plan, str(metrics.plan.get("source", plan.source)), repo=repo,
         merged=merged, revision=revision, trained=metrics.plan, train=metrics.train,
         data=metrics.data, evaluation=metrics.evaluation,
-        safety=metrics.evaluation.get("safety", {}), columns=COLUMNS, scores=SCORES,
+        columns=COLUMNS, scores=SCORES,
         hub_metrics={score: HUB_METRICS[score] for score in tuned if score in HUB_METRICS},
         tag=TAG, dataset=HUB_DATASET, notice=NOTICE, embedded_notice=EMBEDDED,
         system_prompt=SYSTEM_PROMPT, question=THREE_QUESTIONS[0], sentence=sentence,
@@ -330,10 +327,10 @@ def scan(folder: Path, repo: str) -> None:
     secrets, words = dict(SECRETS), {"a local path": PATHS}
     if token := hub_token():
         secrets["your Hub token"] = re.escape(token)
-    own = {str(p) for p in (Path.home(), Path.cwd(), folder.resolve().parent) if len(p.parts) > 2}
-    everywhere = secrets | (
-        {"a path of this machine": "|".join(map(re.escape, own))} if own else {}
-    )
+    everywhere = dict(secrets)
+    own = (Path.home(), Path.cwd(), folder.resolve().parent)
+    if escaped_paths := [re.escape(str(path)) for path in own if len(path.parts) > 2]:
+        everywhere["a path of this machine"] = "|".join(escaped_paths)
     with suppress(OSError, KeyError):  # a container without a user database
         if len(user := getpass.getuser()) > 2 and user.lower() not in COMMON:
             words["your user name"] = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
@@ -409,13 +406,13 @@ def _end_problems(folder: Path) -> dict[str, bool]:
     }
 
 
-def check_numbers(plan: Plan, repo: str, folder: Path, adapter: Path | None = None) -> None:
+def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
     """Check that the run's metrics give every card line that holds a digit: nobody types a result.
 
     Lines without digits may be added, and any line may be removed.
     """
     merged = (folder / "config.json").is_file()
-    metrics = read_metrics(plan, adapter or plan.folder / "adapter")
+    metrics = read_metrics(plan, plan.folder / "adapter")
     revision = base_revision(plan) if plan.on_hub else ""
     expected = card(repo, plan, metrics, merged, revision).splitlines()
     lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()

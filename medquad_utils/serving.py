@@ -48,10 +48,9 @@ class Server:
             return self.process.wait()
 
 
-def command(model: str, port: int, options: Sequence[str] = ()) -> str:
+def command(model: str, port: int) -> str:
     """Return the terminal command that starts the server, for the folder above ``model``."""
-    line = ["transformers", "serve", model, "--host", HOST, "--port", str(port), *options]
-    return shlex.join(line)
+    return shlex.join(["transformers", "serve", model, "--host", HOST, "--port", str(port)])
 
 
 def free_port() -> int:
@@ -61,17 +60,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(
-    folder: Path, port: int = 0, options: Sequence[str] = (), patience: float = 600.0
-) -> Server:
+def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
-    Port 0 takes a free one. ``options`` go to the command. The limit is ``patience`` seconds.
+    Port 0 takes a free one. The limit is ``patience`` seconds.
     """
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        raise CourseError("transformers serve lacks a package: pip install openai fastapi uvicorn.")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise CourseError(
@@ -82,7 +75,7 @@ def start(
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
             raise CourseError(f"port {port} is in use: choose another port (0 finds a free one).")
-    _, *arguments = shlex.split(command(folder.name, port, options))
+    _, *arguments = shlex.split(command(folder.name, port))
     line = [sys.executable, "-m", "transformers.cli.transformers", *arguments]
     log, began = folder.with_name("serve.log"), time.perf_counter()
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
