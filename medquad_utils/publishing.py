@@ -247,7 +247,12 @@ def build(
     merging.check_folder(folder, FILES)
     merged = merged or not plan.on_hub
     revision = base_revision(plan) if plan.on_hub else ""
-    texts = {"LICENSE": agreement(plan, licence)}
+    metrics = read_metrics(plan, source)
+    texts = {
+        "README.md": card(repo, plan, metrics, merged, revision),
+        "NOTICE": notice(plan, metrics.plan.get("source", plan.source)),
+        "LICENSE": agreement(plan, licence),
+    }
     try:
         with whole_folder(folder) as fresh:
             if merged:
@@ -255,9 +260,6 @@ def build(
                 merging.save(model, load_tokenizer(plan), fresh)
             else:
                 _write_adapter(plan, source, fresh)
-            metrics = read_metrics(plan, source)
-            texts["README.md"] = card(repo, plan, metrics, merged, revision)
-            texts["NOTICE"] = notice(plan, metrics.plan.get("source", plan.source))
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
             for file in fresh.iterdir():

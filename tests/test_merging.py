@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from bitsandbytes.functional import dequantize_4bit
 from conftest import tiny
 from peft import PeftModel
@@ -72,6 +73,17 @@ def test_merged_is_base_plus_scaled_product(route: str, tiny_adapter: Path, tiny
     if route == "16-bit":
         theirs = weights_of(PeftModel.from_pretrained(plain, tiny_adapter).merge_and_unload())
         assert all(torch.allclose(merged[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+@pytest.mark.parametrize("route", ["dequantised", "16-bit"])
+def test_layers_that_the_card_cannot_hold_are_merged_in_ram(
+    route: str, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(merging.merge(plan(), route, tiny_adapter))
+    held_in_ram = cpu_offload(generation.load_base(plan(), quantized=False), "cpu")
+    monkeypatch.setattr(merging, "load_base", lambda *args, **kwargs: held_in_ram)
+    assert held_in_ram.get_parameter(f"{LAYER}.weight").is_meta
+    assert torch.equal(logits(merging.merge(plan(), route, tiny_adapter)), expected)
 
 
 def test_dequantising_drifts_least(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
