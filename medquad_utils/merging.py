@@ -198,24 +198,19 @@ def drift(
     One model at a time is in memory. The trained model's logits wait in RAM in its own dtype:
     0.26 GB for 16 rows and a vocabulary of 128,256 in 16 bits.
     """
-    if not rows:
-        raise CourseError("no rows to measure the drift on: expected at least one held-out row.")
-    tokenizer, results = load_tokenizer(plan), {}
-    trained_logits, trained_answers = list[torch.Tensor](), list[str]()
-    for route in ("adapter", *(r for r in routes if r != "adapter")):
-        report(f"{route}: {ROUTES.get(route, 'unknown')}")
+    tokenizer, trained, results = load_tokenizer(plan), None, {}
+    for route in ("adapter", *routes):
+        report(f"{route}: {ROUTES.get(route)}")
         model = merge(plan, route, adapter)
         logits = [_answer_logits(model, tokenizer, row, most) for row in rows]
         started = time.perf_counter()
         answers = ask(model, tokenizer, [row["question"] for row in rows], plan.max_new_tokens)
         seconds = time.perf_counter() - started
         texts = [answer.text for answer in answers]
-        if route == "adapter":
-            trained_logits, trained_answers = logits, texts
-        same = sum(a == b for a, b in zip(trained_answers, texts, strict=True))
+        trained = trained or (logits, texts)
         results[route] = Drift(
-            **distance(trained_logits, logits),
-            same_answers=same / len(rows),
+            **distance(trained[0], logits),
+            same_answers=sum(a == b for a, b in zip(trained[1], texts, strict=True)) / len(rows),
             megabytes=saved_bytes(model) / 1e6,
             tokens_per_second=sum(a.tokens + a.stopped for a in answers) / seconds,
         )
