@@ -8,7 +8,6 @@ which W the adapter is added to.
 from __future__ import annotations
 
 import gc
-import math
 import re
 import time
 import warnings
@@ -63,46 +62,35 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
         with warnings.catch_warnings():  # peft warns about the drift that we measure
             warnings.filterwarnings("ignore", message="Merge lora module to 4-bit")
             return tuned.merge_and_unload().eval()  # type: ignore[no-any-return]
+    return _merge_unquantised(plan, folder, route == "dequantised")
+
+
+def _merge_unquantised(plan: Plan, folder: Path, dequantised: bool) -> PreTrainedModel:
     check_adapter(plan, folder)
-    updates = _updates(folder)
-    # Not `load_base(plan).dequantize()`: same drift, but 8 B in 16 bits must fit on the card.
+    # `load_base(plan).dequantize()` and peft's merge drift as little, but transformers cannot split
+    # a 4-bit model between card and RAM, and 8 B in 16 bits fit neither into a T4 nor its host.
     model = load_base(plan, quantized=False)
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise CourseError(
             "card and RAM cannot hold the unquantised base: keep the adapter or use more RAM."
         )
-    with torch.no_grad():
-        for name, layer in block_linears(model).items():
-            _merge_layer(plan, name, layer, updates.pop(name, None), route == "dequantised")
-    if updates:
-        raise CourseError(
-            f"the adapter has {len(updates)} layers that {plan.model_id} lacks, "
-            f"first {next(iter(updates))}: use the base it was trained on."
-        )
-    return model
-
-
-def _merge_layer(
-    plan: Plan, name: str, layer: torch.nn.Module, update: Any, dequantised: bool
-) -> None:
-    # accelerate keeps the weight of a layer that the card has no room for in a map in RAM
-    hook: Any = getattr(layer, "_hf_hook", None)
-    weight: Any = hook.weights_map["weight"] if getattr(hook, "offload", False) else layer.weight
-    stored, on_device = weight.data, weight.data.to(plan.device)
-    exact = (through_nf4(on_device) if dequantised else on_device).float()
-    if update:
-        a, b, scale = update
-        if (b.shape[0], a.shape[1]) != exact.shape:
+    layers = block_linears(model)
+    factors, scale = _lora_factors(plan, folder, layers)
+    for name, layer in layers.items():
+        # accelerate keeps the weight of a layer that the card has no room for in a map in RAM
+        hook: Any = getattr(layer, "_hf_hook", None)
+        stored = hook.weights_map["weight"] if getattr(hook, "offload", False) else layer.weight
+        weight = stored.data.to(plan.device)
+        merged = (through_nf4(weight) if dequantised else weight).float()
+        if name in factors:
+            a, b = (factor.to(merged.device) for factor in factors[name])
+            merged += scale * b @ a
+        if not stored.data.copy_(merged).isfinite().all():
             raise CourseError(
-                f"the adapter's {name} is {(b.shape[0], a.shape[1])}, the base's "
-                f"{tuple(exact.shape)}: use the base it was trained on."
+                f"the merged {name} is not finite in {plan.compute_dtype}: "
+                "train again at half the learning rate."
             )
-        exact += scale * (b.to(exact.device) @ a.to(exact.device))
-    if not exact.isfinite().all() or not stored.copy_(exact).isfinite().all():
-        raise CourseError(
-            f"the merged {name} is not finite in {plan.compute_dtype}: "
-            "train again at half the learning rate."
-        )
+    return model
 
 
 def block_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -120,30 +108,35 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     return dequantised
 
 
-def _updates(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Layer -> its A (r, inputs) and B (outputs, r) in fp32, and the scale alpha / r."""
-    from peft import LoraConfig, PeftConfig
+def _lora_factors(
+    plan: Plan, folder: Path, layers: Mapping[str, torch.nn.Linear]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """Read layer -> A (r, inputs) and B (outputs, r), both fp32, and the scale alpha / r."""
+    from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = LoraConfig.from_pretrained(str(folder))
         weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CourseError(
             f"the adapter in {folder.name}/ is damaged ({error}): run lesson 04 again."
         ) from error
-    names = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in weights}
-    variants = ("use_dora", "rank_pattern", "alpha_pattern")
-    plain = isinstance(config, LoraConfig) and not any(getattr(config, v) for v in variants)
-    if not plain or {f"{n}.lora_{side}.weight" for n in names for side in "AB"} != set(weights):
+    special = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
+    factors, plain = {}, not special
+    for name, layer in layers.items():
+        keys = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+        a, b = (weights.pop(key, None) for key in keys)
+        if a is not None and b is not None:
+            plain = plain and (b.shape[0], a.shape[1]) == layer.weight.shape
+            factors[name] = a.float(), b.float()
+    if weights or not plain:  # what is left in the file belongs to no linear layer of a block
         raise CourseError(
-            f"the adapter in {folder.name}/ is not a plain LoRA: keep it beside its base "
-            "(route 'adapter')."
+            f"the adapter in {folder.name}/ is not a plain LoRA of {plan.model_id}: "
+            "keep it beside its base (route 'adapter')."
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    pairs = {n: [weights[f"{n}.lora_{side}.weight"].float() for side in "AB"] for n in names}
-    return {n.removeprefix("base_model.model."): (a, b, scale) for n, (a, b) in pairs.items()}
+    return factors, config.lora_alpha / config.r
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -177,10 +170,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def check_folder(folder: Path, allowed: re.Pattern[str]) -> None:
     """Check that ``folder`` may be replaced: absent, or only file names matching ``allowed``."""
-    if not folder.exists():
-        return
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]
-    if other := [name for name in names if not folder.is_dir() or not allowed.fullmatch(name)]:
+    files = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if other := [file.name for file in files if not allowed.fullmatch(file.name)]:
         raise CourseError(
             f"{folder.name}/ is in use: it holds {min(other)}. Choose another folder."
         )
@@ -188,20 +179,13 @@ def check_folder(folder: Path, allowed: re.Pattern[str]) -> None:
 
 @dataclass(frozen=True)
 class Drift:
-    """The distance between a route's model and the model as trained, on held-out rows.
+    """The distance between a route's model and the model as trained, on held-out rows."""
 
-    ``logit_mean`` and ``logit_max`` are absolute differences over the mean and the largest
-    magnitude. ``kl`` is KL(trained || route) of the next token, in nats, mean over answer tokens;
-    ``top1`` the share of tokens with the same most probable token; ``same_answers`` the share of
-    questions with equal greedy answers; ``megabytes`` (1e6 bytes) what ``save`` writes.
-    """
-
-    logit_mean: float
-    logit_max: float
-    kl: float
-    top1: float
-    same_answers: float
-    megabytes: float
+    logit_mean: float  # mean absolute difference over the mean magnitude
+    kl: float  # KL(trained || route) of the next token, in nats, mean over answer tokens
+    top1: float  # share of tokens with the same most probable token
+    same_answers: float  # share of questions with equal greedy answers
+    megabytes: float  # of the weights that `save` writes, in 1e6 bytes
     tokens_per_second: float
 
 
@@ -214,70 +198,49 @@ def drift(
     One model at a time is in memory. The trained model's logits wait in RAM in its own dtype:
     0.26 GB for 16 rows and a vocabulary of 128,256 in 16 bits.
     """
-    if not rows:
-        raise CourseError("no rows to measure the drift on: expected at least one held-out row.")
-    tokenizer, expected, results = load_tokenizer(plan), None, {}
-    for route in ("adapter", *(r for r in routes if r != "adapter")):
-        report(f"{route}: {ROUTES.get(route, 'unknown')}")
+    tokenizer, trained, results = load_tokenizer(plan), None, {}
+    for route in ("adapter", *routes):
+        report(f"{route}: {ROUTES.get(route)}")
         model = merge(plan, route, adapter)
-        measured = _measure(plan, model, tokenizer, rows, most)
-        expected = expected or measured
-        results[route] = _compare(expected, measured)
-        del model, measured
+        logits = [_answer_logits(model, tokenizer, row, most) for row in rows]
+        started = time.perf_counter()
+        answers = ask(model, tokenizer, [row["question"] for row in rows], plan.max_new_tokens)
+        seconds = time.perf_counter() - started
+        texts = [answer.text for answer in answers]
+        trained = trained or (logits, texts)
+        results[route] = Drift(
+            **distance(trained[0], logits),
+            same_answers=sum(a == b for a, b in zip(trained[1], texts, strict=True)) / len(rows),
+            megabytes=saved_bytes(model) / 1e6,
+            tokens_per_second=sum(a.tokens + a.stopped for a in answers) / seconds,
+        )
+        del model, logits
         gc.collect()
         torch.cuda.empty_cache()  # does nothing without a GPU
     return results
 
 
-@dataclass(frozen=True)
-class _Measured:
-    logits: list[torch.Tensor]  # per row: (answer tokens, vocabulary), in the model's dtype, in RAM
-    answers: list[str]
-    megabytes: float
-    tokens_per_second: float
+def _answer_logits(model: PreTrainedModel, tokenizer: Any, row: Row, most: int) -> torch.Tensor:
+    """Return the logits of a row's answer: (tokens, vocabulary), in the model's dtype, in RAM."""
+    # One row at a time: with padding, other rows would change the logits.
+    encoded = encode(tokenizer, row)
+    count, start = min(most, sum(encoded.in_loss)), encoded.in_loss.index(True)
+    ids = torch.tensor([encoded.ids[: start + count - 1]], device=model.device)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids, logits_to_keep=count).logits[0].cpu()
+    return logits
 
 
-def _measure(
-    plan: Plan, model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], most: int
-) -> _Measured:
-    logits = []
-    for row in rows:  # one by one: with padding, other rows would change the logits
-        encoded = encode(tokenizer, row)
-        count, start = min(most, sum(encoded.in_loss)), encoded.in_loss.index(True)
-        ids = torch.tensor([encoded.ids[: start + count - 1]], device=model.device)
-        with torch.inference_mode():
-            logits.append(model(input_ids=ids, logits_to_keep=count).logits[0].cpu())
-    started = time.perf_counter()
-    answers = ask(model, tokenizer, [row["question"] for row in rows], plan.max_new_tokens)
-    speed = sum(a.tokens + a.stopped for a in answers) / (time.perf_counter() - started)
-    return _Measured(logits, [a.text for a in answers], saved_bytes(model) / 1e6, speed)
-
-
-def saved_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of weights that ``save`` writes; for a peft model, of the adapter alone."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return sum(measured_memory(model).values())
-    parameters = model.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in parameters if ".lora_" in name)
-
-
-def _compare(expected: _Measured, measured: _Measured) -> Drift:
-    gaps = size = kl = largest = top = 0.0
-    same = tokens = 0
-    for one, other in zip(expected.logits, measured.logits, strict=True):
-        a, b = one.double(), other.double()  # the smallest divergences vanish in fp32
-        gap = (a - b).abs()
-        gaps, size = gaps + float(gap.sum()), size + float(a.abs().sum())
-        largest, top = max(largest, float(gap.max())), max(top, float(a.abs().max()))
-        kl += float(divergence(a, b).sum())
-        same, tokens = same + int((a.argmax(-1) == b.argmax(-1)).sum()), tokens + len(a)
-    pairs = list(zip(expected.answers, measured.answers, strict=True))
-    return Drift(
-        gaps / size, largest / top, kl / tokens, same / tokens,
-        sum(a == b for a, b in pairs) / len(pairs), measured.megabytes, measured.tokens_per_second,
-    )  # fmt: skip
+def distance(expected: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Compare logits, a tensor (tokens, vocabulary) a row: the first three fields of ``Drift``."""
+    totals = torch.zeros(5, dtype=torch.float64)
+    for one, two in zip(expected, other, strict=True):
+        a, b = one.double(), two.double()  # the smallest divergences vanish in fp32
+        same, tokens = a.argmax(-1) == b.argmax(-1), torch.tensor(len(a))
+        sums = [(a - b).abs().sum(), a.abs().sum(), divergence(a, b).sum(), same.sum(), tokens]
+        totals += torch.stack(sums)
+    gaps, size, kl, top, count = totals.tolist()
+    return {"logit_mean": gaps / size, "kl": kl / count, "top1": top / count}
 
 
 def divergence(expected: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -286,27 +249,29 @@ def divergence(expected: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
+def saved_bytes(model: torch.nn.Module) -> int:
+    """Count the bytes of weights that ``save`` writes; for a peft model, of the adapter alone."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return sum(measured_memory(model).values())
+    return sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
+
+
 def best(report: Mapping[str, Drift]) -> str:
     """Return the merged route with the smallest divergence, the first in ``ROUTES`` of equals."""
-    if not (merged := [route for route in MERGED if route in report]):
-        raise CourseError(f"the report holds no merged route: expected one of {', '.join(MERGED)}.")
-    return min(merged, key=lambda route: report[route].kl)
+    return min((route for route in MERGED if route in report), key=lambda r: report[r].kl)
 
 
 def recommendation(report: Mapping[str, Drift]) -> str:
     """Recommend a route for exactness, for size, and for a server that needs one plain folder."""
-    exact = min(report, key=lambda route: report[route].kl)
-    small = min(report, key=lambda route: report[route].megabytes)
-    goals = {exact: "exactness", small: "size"} if exact != small else {exact: "exactness or size"}
-    lines = [
-        f"For {goal}: {ROUTES[route]} ({report[route].megabytes:,.1f} MB)."
-        for route, goal in goals.items()
-    ]
-    single = best(report)
-    kls = ", ".join(f"{report[r].kl:.2g} for '{r}'" for r in MERGED if r in report)
+    routes = {
+        "exactness": min(report, key=lambda r: report[r].kl),
+        "size": min(report, key=lambda r: report[r].megabytes),
+        "a server that needs one plain folder": best(report),
+    }
     return " ".join(
-        [
-            *lines,
-            f"For a server that needs one plain folder: {ROUTES[single]} (nats per token: {kls}).",
-        ]
+        f"For {goal}: {ROUTES[route]} "
+        f"({report[route].megabytes:,.1f} MB, {report[route].kl:.2g} nats per token)."
+        for goal, route in routes.items()
     )

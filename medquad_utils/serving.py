@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,9 @@ class Server:
             return self.process.wait()
 
 
-def _arguments(model: str, port: int, options: Sequence[str]) -> list[str]:
-    return ["serve", model, "--host", HOST, "--port", str(port), *options]
-
-
-def command(model: str, port: int, options: Sequence[str] = ()) -> str:
+def command(model: str, port: int) -> str:
     """Return the terminal command that starts the server, for the folder above ``model``."""
-    return shlex.join(["transformers", *_arguments(model, port, options)])
+    return shlex.join(["transformers", "serve", model, "--host", HOST, "--port", str(port)])
 
 
 def free_port() -> int:
@@ -63,17 +60,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(
-    folder: Path, port: int = 0, options: Sequence[str] = (), patience: float = 600.0
-) -> Server:
+def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
-    Port 0 takes a free one. ``options`` go to the command. The limit is ``patience`` seconds.
+    Port 0 takes a free one. The limit is ``patience`` seconds.
     """
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        raise CourseError("transformers serve lacks a package: pip install openai fastapi uvicorn.")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise CourseError(
@@ -84,8 +75,8 @@ def start(
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
             raise CourseError(f"port {port} is in use: choose another port (0 finds a free one).")
-    line = [sys.executable, "-m", "transformers.cli.transformers"]
-    line += _arguments(folder.name, port, options)
+    _, *arguments = shlex.split(command(folder.name, port))
+    line = [sys.executable, "-m", "transformers.cli.transformers", *arguments]
     log, began = folder.with_name("serve.log"), time.perf_counter()
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:
@@ -100,34 +91,30 @@ def start(
 
 
 def _wait(server: Server, port: int, patience: float) -> None:
-    log, deadline = server.log, time.perf_counter() + patience
+    deadline = time.perf_counter() + patience
     while not _healthy(port):
         if server.process.poll() is not None:
+            text = server.log.read_text(encoding="utf-8", errors="replace").strip()
+            last = text.split("\n")[-1][:200] or "no output"
             raise CourseError(
-                f"transformers serve ended before it answered ({_last_line(log)}): see {log.name}."
+                f"transformers serve ended before it answered ({last}): see {server.log.name}."
             )
         if time.perf_counter() > deadline:
             server.stop()
-            reason = f"did not answer within {patience:g} s and was ended"
-            raise CourseError(f"transformers serve {reason}: see {log.name}.")
+            raise CourseError(
+                f"transformers serve did not answer within {patience:g} s and was ended: "
+                f"see {server.log.name}."
+            )
         time.sleep(0.1)
 
 
 def _healthy(port: int) -> bool:
     # http.client ignores proxy settings, which must not apply to this machine
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
-    try:
+    with closing(connection), suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no output")
+    return False
 
 
 def stream(
@@ -141,7 +128,7 @@ def stream(
     import openai
 
     create, pieces, complete = client.chat.completions.create, 0, False
-    problem: Exception = EOFError("the stream ended without a finish_reason")
+    reason = "the stream ended without a finish_reason"
     try:
         for chunk in create(model=model, messages=list(messages), stream=True, **settings):
             for choice in chunk.choices[:1]:
@@ -153,13 +140,12 @@ def stream(
         reason = " ".join(f"{error.status_code} {error.response.text}".split())[:200]
         raise CourseError(f"the server refused the request ({reason}).") from error
     except (openai.APIError, json.JSONDecodeError) as error:  # the latter: a line cut in half
-        complete, problem = False, error
+        complete, reason = False, " ".join(str(error).split())[:200]
     if not complete:
-        reason = " ".join(str(problem).split())[:200]
         raise CourseError(
             f"no complete answer: it broke off after {pieces} pieces ({reason}). "
             "Start the server, and check base_url."
-        ) from problem
+        )
 
 
 MODELFILE = '''FROM ./{folder}
@@ -177,28 +163,29 @@ def write_modelfile(tokenizer: PreTrainedTokenizerBase, folder: Path, most_token
     Ollama has a template language of its own (Go's). The turn is read off one rendered turn and
     then compared with a rendered conversation. Ollama adds BOS itself.
     """
+    roles = ("system", "user", "assistant", "user")
+    talk = [{"role": role, "content": f"«{n}»"} for n, role in enumerate(roles)]
 
-    def render(talk: Sequence[tuple[str, str]], opening: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in talk]
+    def render(count: int, opening: bool = False) -> str:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=opening
+            talk[:count], tokenize=False, add_generation_prompt=opening
         )
         return str(text).removeprefix(str(tokenizer.bos_token or ""))
 
-    turn = render([("system", "«»")]).replace("system", "{{ .Role }}", 1)
-    turn = turn.replace("«»", "{{ .Content }}", 1)
-    talk = [("system", "«1»"), ("user", "«2»"), ("assistant", "«3»"), ("user", "«4»")]
-    closed, whole = render(talk), render(talk, opening=True)
-    turns = [turn.replace("{{ .Role }}", r).replace("{{ .Content }}", text) for r, text in talk]
-    if "".join(turns) != closed or not whole.startswith(closed):
+    turn = render(1).replace("system", "{{ .Role }}", 1).replace("«0»", "{{ .Content }}", 1)
+    turns = (
+        turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk
+    )
+    if "".join(turns) != render(4):
         raise CourseError(
             "the chat template has not the same form for every role: write Ollama's TEMPLATE by "
             "hand, from a rendered conversation."
         )
-    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer)]
+    ends = tokenizer.convert_ids_to_tokens(end_ids(tokenizer))
     text = MODELFILE.format(
-        folder=folder.name, turn=turn, opening=whole.removeprefix(closed), system=SYSTEM_PROMPT,
-        stops="\n".join(f'PARAMETER stop "{end}"' for end in ends), most_tokens=most_tokens,
+        folder=folder.name, turn=turn, opening=render(4, opening=True).removeprefix(render(4)),
+        system=SYSTEM_PROMPT, stops="\n".join(f'PARAMETER stop "{end}"' for end in ends),
+        most_tokens=most_tokens,
     )  # fmt: skip
     path = folder.with_name("Modelfile")
     with whole_file(path) as fresh:
