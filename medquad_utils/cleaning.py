@@ -129,11 +129,9 @@ class Effect:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, before: str, after: str) -> None:
-        """Count one row."""
-        if after:
-            self.changed += 1
-        else:
-            self.dropped += 1
+        """Count one row; an empty ``after`` drops it."""
+        self.changed += bool(after)
+        self.dropped += not after
         if len(self.examples) < 3:
             self.examples.append((before, after))
 
@@ -153,23 +151,18 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
     cleaned: list[Row] = []
     seen: set[tuple[str, str]] = set()
     for row in rows:
-        answer, question = row["answer"], row["question"]
+        question, answer = row["question"], row["answer"]
         for rule in rules:
             before, answer = answer, rule.apply(answer)
             if answer != before:
                 effects[rule.name].note(before, answer)
-            if not answer:
-                break
-        if not answer:
-            continue
         if "white space" in effects:
             question = tidy_space(question).replace("\n", " ")
-        if DUPLICATE in effects:
-            if (question, answer) in seen:
-                effects[DUPLICATE].note(answer, "")
-                continue
+        if DUPLICATE in effects and (question, answer) in seen:
+            effects[DUPLICATE].note(answer, "")
+        elif answer:
             seen.add((question, answer))
-        cleaned.append({**row, "question": question, "answer": answer})
+            cleaned.append({**row, "question": question, "answer": answer})
     return cleaned, effects
 
 
