@@ -158,14 +158,14 @@ class Index:
     a new threshold with ``calibrate``. Raises CourseError if no row has a word.
     """
 
-    def __init__(self, rows: Sequence[Row], threshold: float = THRESHOLD):
+    def __init__(self, rows: Sequence[Row]):
         if not any(words(_whole(row)) for row in rows):
             raise CourseError(
                 f"an index needs rows with text: got {len(rows)} rows. "
                 "Load some with data.prepare(plan).train."
             )
         self.rows = list(rows)
-        self.threshold = threshold
+        self.threshold = THRESHOLD
         self._rankings = _bm25(map(_heading, rows)), _bm25(map(_whole, rows))
         self._names = [_name_words(row) for row in rows]
         self._all_names = {name for names in self._names for name in names}
@@ -265,9 +265,9 @@ class Support(NamedTuple):
     """A sentence of an answer and the passage that shares most with it."""
 
     sentence: str
-    score: float  # 0 to 1, of the best passage, even if it is under the threshold
-    hit: Hit | None  # None if no passage reaches the threshold
-    evidence: str  # the best sentence of that passage
+    score: float  # 0 to 1, of the best passage, even if it is under ``SUPPORT``
+    hit: Hit | None  # None if no passage reaches ``SUPPORT``
+    evidence: str  # the best sentence of that passage, or ""
 
 
 def support(index: Index, sentence: str, title: str, passage: str) -> tuple[float, str]:

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
@@ -206,6 +207,18 @@ def test_unusable_source_is_refused(name: str, content: bytes, message: str, tmp
         path.write_bytes(content)
     with pytest.raises(CourseError, match=message):
         data.load(tiny(tmp_path, source=source, data_path=str(path)))
+
+
+def test_the_hub_is_read_from_its_file_at_a_fixed_commit(tmp_path: Path, monkeypatch: Any) -> None:
+    def download(name: str, file: str, repo_type: str, revision: str) -> str:
+        assert (repo_type, len(revision), file[-4:]) == ("dataset", 40, ".csv")
+        return str(
+            write_table(tmp_path / file, [{"qtype": "a", "Question": "b ?", "Answer": name}])
+        )
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (only,) = data.load(tiny(tmp_path, source="hub")).rows
+    assert (only["question"], only["answer"]) == ("b ?", data.HUB_DATASET)
 
 
 def some_rows(seed: int, count: int) -> list[Row]:
