@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, combinations, islice
 from typing import Any
 
+import numpy
+
 from medquad_utils import CourseError
 from medquad_utils.files import COLUMNS, REQUIRED, Row
 
@@ -95,21 +97,16 @@ def groups(rows: Sequence[Row]) -> list[int]:
 
 
 def _connected(keys: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
-    """Number the connected components of rows that share keys, by union-find."""
-    parent = list(range(len(keys)))
+    """Number the connected components of rows that share keys, in the order of their first rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(x: int) -> int:
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]  # halves the path for the next search
-            x = parent[x]
-        return x
-
-    owner: dict[tuple[str, str], int] = {}
-    for number, own in enumerate(keys):
-        for key in own:
-            parent[root(number)] = root(owner.setdefault(key, number))
-    order: dict[int, int] = {}
-    return [order.setdefault(root(number), len(order)) for number in range(len(keys))]
+    first: dict[tuple[str, str], int] = {}
+    links = [(n, first.setdefault(key, n)) for n, own in enumerate(keys) for key in own]
+    ends = numpy.array(links, dtype=int).reshape(-1, 2).T
+    graph = coo_array((numpy.ones(len(links)), ends), shape=(len(keys), len(keys)))
+    numbers: list[int] = connected_components(graph, directed=False)[1].tolist()
+    return numbers
 
 
 PARTS = ("train", "validation", "test")
