@@ -170,13 +170,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
             return list(csv.DictReader(file, strict=True))  # strict: a lost quote is an error
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"the ending {path.suffix!r} is none of .csv, .jsonl, .parquet")
-    # splitlines() would also cut at characters such as U+2028, which JSON allows in a text.
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            records.append(json.loads(line))
-            if not isinstance(records[-1], dict):
-                raise ValueError(f"line {number} is not an object")
+    with path.open(encoding="utf-8-sig") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    if wrong := [record for record in records if not isinstance(record, dict)]:
+        raise ValueError(f"a line is not an object: {str(wrong[0])[:60]}")
     return records
 
 
@@ -252,7 +249,7 @@ def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dic
     """Describe what determines the written rows: source, state of its files, seed and options."""
     path = sample.CONDITIONS if plan.source == "sample" else Path(plan.data_path)
     sources = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
-    states = [file.stat() for file in sources if file.is_file()]
+    states = [file.stat() for file in sources]
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
@@ -271,8 +268,8 @@ def prepare(plan: Plan) -> Splits:
     if card.is_file() and all(part.is_file() for part in parts):
         written = files.read_json(card)
         if written["recipe"] == _recipe(plan):
-            train, validation, test = map(files.read_rows, parts)
-            return Splits(train, validation, test, written["cleaning"], written["notes"])
+            rows = map(files.read_rows, parts)
+            return Splits(*rows, cleaning=written["cleaning"], notes=written["notes"])
     return make(plan, folder)[0]
 
 

@@ -193,7 +193,7 @@ def test_rows_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
         ("a.csv", b'qtype,question,answer\na,"b,c\n', "a.csv as csv: unexpected end of data"),
         ("a.csv", b"qtype,question,answer\n", "a.csv.* holds no question with an answer"),
         ("a.jsonl", b'{"qtype": "a", "q', r"cannot read a\.jsonl as jsonl"),
-        ("a.jsonl", b"[1, 2]\n", "a.jsonl.*line 1 is not an object"),
+        ("a.jsonl", b'[{"qtype": "a"}]', r"a.jsonl.*a line is not an object: \[{'qtype': 'a'}\]"),
         ("a.parquet", b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read a\.parquet"),
         ("a.xlsx", b"PK", r"the ending '\.xlsx' is none of \.csv, \.jsonl, \.parquet"),
         ("no.csv", b"", "no file .*no.csv.*with the columns qtype, question, answer"),
