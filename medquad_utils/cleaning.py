@@ -98,6 +98,7 @@ class Rule:
     apply: Callable[[str], str]
 
 
+# In the order of their work. A new rule is one more line: it is counted and can be left out.
 RULES = (
     Rule("link list", "a list of links without a sentence: dropped", _drop_link_list),
     Rule("phenotype list", "a table of phenotypes without prose: dropped", _drop_phenotypes),
@@ -105,14 +106,12 @@ RULES = (
     Rule(
         "navigation",
         "hints for a web page's reader (click here): cut; dropped if nothing else is left",
-        lambda answer: _cut(answer, *NAVIGATION),
+        lambda text: _cut(text, *NAVIGATION),
     ),
-    Rule(
-        "Key Points", "bullets that repeat the text: cut", lambda answer: _cut(answer, KEY_POINTS)
-    ),
+    Rule("Key Points", "bullets that repeat the text: cut", lambda text: _cut(text, KEY_POINTS)),
     Rule("heading alone", "a heading without a text: dropped", _drop_heading),
     Rule("heading repeated", "a first sentence that repeats the question: cut", _cut_heading),
-    Rule("institute tail", "the institute's name: cut", lambda answer: _cut(answer, INSTITUTE)),
+    Rule("institute tail", "the institute's name: cut", lambda text: _cut(text, INSTITUTE)),
     Rule("white space", "several spaces or empty lines: one", tidy_space),
     Rule("under five words", "too short to answer anything: dropped", _drop_short),
 )
