@@ -268,8 +268,8 @@ def prepare(plan: Plan) -> Splits:
     if card.is_file() and all(part.is_file() for part in parts):
         written = files.read_json(card)
         if written["recipe"] == _recipe(plan):
-            rows = map(files.read_rows, parts)
-            return Splits(*rows, cleaning=written["cleaning"], notes=written["notes"])
+            train, validation, test = map(files.read_rows, parts)
+            return Splits(train, validation, test, written["cleaning"], written["notes"])
     return make(plan, folder)[0]
 
 

@@ -163,17 +163,17 @@ def split(
     large = {n: size for n, size in Counter(numbers).items() if size > limit}
     place = {n: _place(f"{SALT}:{focus}", seed) for n, focus in first.items()}
     place |= dict.fromkeys(large, 0.0)  # in training
-    parts = _parts(rows, [place[n] for n in numbers], fractions)
-    if not all(parts):
-        raise CourseError(
-            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got "
-            f"{[len(p) for p in parts]} rows. Load more rows. If the questions do not follow "
-            "MedQuAD's templates, add a column focus that names the disease."
-        )
     reason = f"is larger than a part of {limit:,.0f}: kept in training"
-    return Splits(
-        *parts, notes=[f"group {first[n]!r} ({size:,} rows) {reason}" for n, size in large.items()]
-    )
+    notes = [f"group {first[n]!r} ({size:,} rows) {reason}" for n, size in large.items()]
+    splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
+    sizes = list(splits.sizes().values())
+    if not all(sizes):
+        raise CourseError(
+            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
+            "rows. Load more rows. If the questions do not follow MedQuAD's templates, add a "
+            "column focus that names the disease."
+        )
+    return splits
 
 
 def split_by_row(
@@ -181,22 +181,25 @@ def split_by_row(
 ) -> Splits:
     """Split row by row, which leaks: for comparison with ``split``."""
     places = [_place(f"{n}:{row['question']}", seed) for n, row in enumerate(rows)]
-    return Splits(*_parts(rows, places, fractions))
+    return _divide(rows, places, fractions, [])
 
 
-def _parts(
-    rows: Sequence[Row], places: Sequence[float], fractions: tuple[float, float, float]
-) -> list[list[Row]]:
+def _divide(
+    rows: Sequence[Row],
+    places: Sequence[float],
+    fractions: tuple[float, float, float],
+    notes: list[str],
+) -> Splits:
     """Divide rows, each with a place in [0, 1), into the three parts."""
     if not (abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0):
         raise CourseError(
             f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1)."
         )
     ends = list(accumulate(fractions[:2]))
-    parts: list[list[Row]] = [[], [], []]
+    splits = Splits([], [], [], notes=notes)
     for row, place in zip(rows, places, strict=True):
-        parts[bisect(ends, place)].append(row)
-    return parts
+        getattr(splits, PARTS[bisect(ends, place)]).append(row)
+    return splits
 
 
 def leakage(
