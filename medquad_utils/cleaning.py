@@ -98,6 +98,7 @@ class Rule:
     apply: Callable[[str], str]
 
 
+# In the order of their work. A new rule is one more line: it is counted and can be left out.
 RULES = (
     Rule("link list", "a list of links without a sentence: dropped", _drop_link_list),
     Rule("phenotype list", "a table of phenotypes without prose: dropped", _drop_phenotypes),
@@ -105,14 +106,12 @@ RULES = (
     Rule(
         "navigation",
         "hints for a web page's reader (click here): cut; dropped if nothing else is left",
-        lambda answer: _cut(answer, *NAVIGATION),
+        lambda text: _cut(text, *NAVIGATION),
     ),
-    Rule(
-        "Key Points", "bullets that repeat the text: cut", lambda answer: _cut(answer, KEY_POINTS)
-    ),
+    Rule("Key Points", "bullets that repeat the text: cut", lambda text: _cut(text, KEY_POINTS)),
     Rule("heading alone", "a heading without a text: dropped", _drop_heading),
     Rule("heading repeated", "a first sentence that repeats the question: cut", _cut_heading),
-    Rule("institute tail", "the institute's name: cut", lambda answer: _cut(answer, INSTITUTE)),
+    Rule("institute tail", "the institute's name: cut", lambda text: _cut(text, INSTITUTE)),
     Rule("white space", "several spaces or empty lines: one", tidy_space),
     Rule("under five words", "too short to answer anything: dropped", _drop_short),
 )
@@ -129,11 +128,9 @@ class Effect:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, before: str, after: str) -> None:
-        """Count one row."""
-        if after:
-            self.changed += 1
-        else:
-            self.dropped += 1
+        """Count one row; an empty ``after`` drops it."""
+        self.changed += bool(after)
+        self.dropped += not after
         if len(self.examples) < 3:
             self.examples.append((before, after))
 
@@ -153,23 +150,18 @@ def clean(rows: Sequence[Row], without: Iterable[str] = ()) -> tuple[list[Row], 
     cleaned: list[Row] = []
     seen: set[tuple[str, str]] = set()
     for row in rows:
-        answer, question = row["answer"], row["question"]
+        question, answer = row["question"], row["answer"]
         for rule in rules:
             before, answer = answer, rule.apply(answer)
             if answer != before:
                 effects[rule.name].note(before, answer)
-            if not answer:
-                break
-        if not answer:
-            continue
         if "white space" in effects:
             question = tidy_space(question).replace("\n", " ")
-        if DUPLICATE in effects:
-            if (question, answer) in seen:
-                effects[DUPLICATE].note(answer, "")
-                continue
+        if DUPLICATE in effects and (question, answer) in seen:
+            effects[DUPLICATE].note(answer, "")
+        elif answer:
             seen.add((question, answer))
-        cleaned.append({**row, "question": question, "answer": answer})
+            cleaned.append({**row, "question": question, "answer": answer})
     return cleaned, effects
 
 

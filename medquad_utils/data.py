@@ -27,6 +27,7 @@ from medquad_utils.profiles import Plan
 from medquad_utils.splits import PARTS, Splits, focus_of, focus_recovery, leakage_report, split
 
 HUB_DATASET = "keivalya/MedQuad-MedicalQnADataset"
+HUB_FILE = "medDataset_processed.csv"
 HUB_REVISION = "5b0961fbaa6d7f9c344c5d59c29943fb900c2eca"
 GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
 
@@ -55,13 +56,14 @@ def load(plan: Plan) -> Loaded:
     if plan.source == "sample":
         loaded = Loaded(sample.rows())
     elif plan.source == "hub":
-        loaded = _load_hub()
+        loaded = load_table(_hub_file())
+    elif plan.source == "xml":
+        loaded = load_xml(path)
     else:
-        loaded = load_xml(path) if plan.source == "xml" else load_table(path)
+        loaded = load_table(path)
     if not loaded.rows:
-        name = path.name or plan.source
         raise CourseError(
-            f"source {plan.source!r} ({name}) holds no question with an answer. {loaded}"
+            f"source {plan.source!r} ({path.name}) holds no question with an answer. {loaded}"
         )
     return loaded
 
@@ -77,18 +79,17 @@ def load_xml(folder: Path) -> Loaded:
     loaded = Loaded([])
     for file in documents:
         try:
-            loaded.rows += _document(ElementTree.parse(file).getroot(), loaded)
+            _add_document(ElementTree.parse(file).getroot(), loaded)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             # Expat raises LookupError and ValueError for encodings that it cannot read.
             loaded.skipped.append(f"{file.parent.name}/{file.name} ({error})")
     return loaded
 
 
-def _document(root: ElementTree.Element, loaded: Loaded) -> list[Row]:
+def _add_document(root: ElementTree.Element, loaded: Loaded) -> None:
     def texts(path: str) -> list[str] | None:
         return [e.text.strip() for e in root.iterfind(path) if e.text and e.text.strip()] or None
 
-    rows = []
     shared = {
         "focus": (root.findtext("Focus") or "").strip() or None,
         "synonyms": texts(".//Synonym"),
@@ -99,17 +100,16 @@ def _document(root: ElementTree.Element, loaded: Loaded) -> list[Row]:
         "document_id": root.get("id"),
     }
     for pair in root.iterfind(".//QAPair"):
-        element, answer = pair.find("Question"), (pair.findtext("Answer") or "").strip()
-        qtype = None if element is None else element.get("qtype")
-        question = (pair.findtext("Question") or "").strip()
+        question, answer = ((pair.findtext(tag) or "").strip() for tag in ("Question", "Answer"))
+        qtype = next((e.get("qtype") for e in pair.iterfind("Question")), None)
         if not answer:  # upstream removed the answers of three collections for copyright
             loaded.unanswered += 1
         elif not question or not qtype:
             name = root.get("id") or root.tag
             loaded.skipped.append(f"{name}: an answer without its question or qtype")
         else:
-            rows.append({"qtype": qtype, "question": question, "answer": answer, **shared})
-    return rows
+            own = {"qtype": qtype, "question": question, "answer": answer}
+            loaded.rows.append(own | shared)
 
 
 def load_table(path: Path) -> Loaded:
@@ -124,12 +124,12 @@ def load_table(path: Path) -> Loaded:
         )
     loaded = Loaded([])
     for number, record in enumerate(records, start=1):
-        values = {str(k).strip().lower(): v for k, v in record.items()}
-        wrong = [c for c in REQUIRED if not isinstance(values.get(c), str) or not values[c].strip()]
-        if wrong:
+        values = {str(name).strip().lower(): value for name, value in record.items()}
+        row = {column: _value(column, values.get(column)) for column in COLUMNS}
+        if wrong := [column for column in REQUIRED if row[column] is None]:
             loaded.skipped.append(f"row {number}: {wrong[0]} is not text")
         else:
-            loaded.rows.append({c: _value(c, values.get(c)) for c in COLUMNS})
+            loaded.rows.append(row)
     return loaded
 
 
@@ -170,27 +170,25 @@ def _records(path: Path) -> list[dict[str, Any]]:
             return list(csv.DictReader(file, strict=True))  # strict: a lost quote is an error
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"the ending {path.suffix!r} is none of .csv, .jsonl, .parquet")
-    # splitlines() would also cut at characters such as U+2028, which JSON allows in a text.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    records = {n: json.loads(line) for n, line in enumerate(lines, start=1) if line.strip()}
-    if wrong := [n for n, record in records.items() if not isinstance(record, dict)]:
-        raise ValueError(f"line {wrong[0]} is not an object")
-    return list(records.values())
+    with path.open(encoding="utf-8-sig") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    if wrong := [record for record in records if not isinstance(record, dict)]:
+        raise ValueError(f"a line is not an object: {str(wrong[0])[:60]}")
+    return records
 
 
-def _load_hub() -> Loaded:
-    import datasets
+def _hub_file() -> Path:
+    from huggingface_hub import hf_hub_download
 
     try:
-        table = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split="train")
+        file = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset", revision=HUB_REVISION)
     except Exception as error:  # the library raises many kinds of error here
         raise CourseError(
             f"the data set {HUB_DATASET} could not be loaded from the Hub "
             f"({type(error).__name__}). Check the network, or read MedQuAD from a folder: "
             f"{GIT_CLONE}, then source=xml data_path=MedQuAD; source=sample needs no network."
         ) from error
-    rows = [dict.fromkeys(COLUMNS) | {k.lower(): v for k, v in r.items()} for r in table]
-    return Loaded([{c: row[c] for c in COLUMNS} for row in rows])
+    return Path(file)
 
 
 @dataclass(frozen=True)
@@ -211,10 +209,11 @@ class Specialty:
 
     def holds(self, row: Row) -> bool:
         """Return whether a row's focus, a synonym or a semantic type belongs to the field."""
+        if set(self.semantic_types) & set(row["semantic_type"] or ()):
+            return True
         pattern = re.compile(rf"\b(?:{self.names})", re.IGNORECASE)
         names = [focus_of(row), *(row["synonyms"] or ())]
-        named = bool(self.names) and any(map(pattern.search, names))
-        return named or bool(set(self.semantic_types) & set(row["semantic_type"] or ()))
+        return bool(self.names) and any(map(pattern.search, names))
 
 
 _SPECIALTIES = Path(__file__).parent / "assets" / "specialties.toml"
@@ -250,7 +249,7 @@ def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dic
     """Describe what determines the written rows: source, state of its files, seed and options."""
     path = sample.CONDITIONS if plan.source == "sample" else Path(plan.data_path)
     sources = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
-    states = [file.stat() for file in sources if file.is_file()]
+    states = [file.stat() for file in sources]
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
@@ -271,20 +270,16 @@ def prepare(plan: Plan) -> Splits:
         if written["recipe"] == _recipe(plan):
             train, validation, test = map(files.read_rows, parts)
             return Splits(train, validation, test, written["cleaning"], written["notes"])
-    return make(plan, folder, recovery=False)[0]
+    return make(plan, folder)[0]
 
 
 def make(
-    plan: Plan,
-    folder: Path,
-    without: Sequence[str] = (),
-    specialty: str = "",
-    recovery: bool = True,
+    plan: Plan, folder: Path, without: Sequence[str] = (), specialty: str = ""
 ) -> tuple[Splits, dict[str, Any]]:
     """Load, clean, split and write three parquet files, ``leakage.json`` and ``data.json``.
 
-    ``without`` names cleaning rules to turn off. ``specialty`` selects a sub-corpus. ``recovery``
-    measures ``focus_recovery``, which splits all rows again. Returns the splits and ``data.json``.
+    ``without`` names cleaning rules to turn off. ``specialty`` selects a sub-corpus. Returns the
+    splits and the content of ``data.json``.
     """
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
@@ -293,7 +288,7 @@ def make(
     splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
     card |= {"specialty": specialty, "focus_recovery": None, "leakage": leakage_report(splits)}
-    if recovery and any(row["focus"] for row in rows):
+    if any(row["focus"] for row in rows):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
             card["focus_recovery"] = focus_recovery(rows, plan.seed)
     # Without data.json the parts are not used, so a kill never leaves parts of two recipes.
@@ -309,9 +304,12 @@ def make(
 def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
     """Count what was loaded, what cleaning did, and what each part holds."""
 
-    def name(row: Row) -> str:
-        return f"{row['source'] or ''} {row['document_id'] or ''} {row['question']}".strip()
+    def place(number: int, words: str) -> str:
+        row = loaded.rows[number]
+        about = filter(None, (row["source"], row["document_id"], row["question"]))
+        return f"{' '.join(about)}: {words}"
 
+    damaged = damage(loaded.rows)
     return {
         "loaded": len(loaded.rows),
         "unanswered": loaded.unanswered,
@@ -322,10 +320,7 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
         "rows": splits.sizes(),
         "shares": splits.shares(),
         "notes": splits.notes,
-        "damage": {
-            kind: [f"{name(loaded.rows[n])}: {words}" for n, words in places]
-            for kind, places in damage(loaded.rows).items()
-        },
+        "damage": {kind: [place(*p) for p in places] for kind, places in damaged.items()},
     }
 
 
@@ -364,11 +359,8 @@ def summary(card: Mapping[str, Any]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _table(head: str, values: Mapping[str, str | float]) -> str:
+def _table(head: str, values: Mapping[str, Any]) -> str:
     width = max(map(len, [head, *values]))
-    texts = {
-        k: f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
-        for k, v in values.items()
-    }
-    lines = [f"  {name:<{width}}  {text}" for name, text in texts.items()]
+    forms = {int: ",", float: ".1%", str: ""}
+    lines = [f"  {name:<{width}}  {value:{forms[type(value)]}}" for name, value in values.items()]
     return "\n".join([head, *lines]) if values else ""

@@ -116,22 +116,16 @@ class Hit(NamedTuple):
         return f"{self.title} ({'; '.join(filter(None, about))})"
 
 
-def _bm25s() -> Any:
+def _bm25(texts: Iterable[str]) -> Any:
     # bm25s runs a jax operation at import where jax is installed, as on Colab. On a GPU, jax would
     # take most of the memory from torch.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    return bm25s
-
-
-def _bm25(texts: Iterable[str]) -> Any:
-    bm25s = _bm25s()
-    quiet = {"show_progress": False}
-    tokens = bm25s.tokenize(list(texts), token_pattern=WORD, stopwords=None, **quiet)
+    tokens = bm25s.tokenize(list(texts), token_pattern=WORD, stopwords=None, show_progress=False)
     ranking = bm25s.BM25()
-    ranking.index(tokens, **quiet)
+    ranking.index(tokens, show_progress=False)
     return ranking
 
 
@@ -140,13 +134,10 @@ def reciprocal_ranks(scores: numpy.ndarray, depth: int = DEPTH) -> numpy.ndarray
 
     Shape (rows,), float64.
     """
-    chosen = numpy.flatnonzero(scores > 0)
-    if len(chosen) > depth:
-        chosen = numpy.flatnonzero(scores >= numpy.partition(scores, -depth)[-depth])
-    ranks = 1 + numpy.searchsorted(numpy.sort(-scores[chosen]), -scores[chosen])
-    merit = numpy.zeros(len(scores))
-    merit[chosen] = 1 / (RANK_CONSTANT + ranks)
-    return merit
+    from scipy.stats import rankdata
+
+    ranks = rankdata(-scores, method="min")
+    return numpy.where((scores > 0) & (ranks <= depth), 1 / (RANK_CONSTANT + ranks), 0)
 
 
 class Index:
@@ -167,18 +158,32 @@ class Index:
     a new threshold with ``calibrate``. Raises CourseError if no row has a word.
     """
 
-    def __init__(self, rows: Sequence[Row], threshold: float = THRESHOLD):
+    def __init__(self, rows: Sequence[Row]):
         if not any(words(_whole(row)) for row in rows):
             raise CourseError(
                 f"an index needs rows with text: got {len(rows)} rows. "
                 "Load some with data.prepare(plan).train."
             )
         self.rows = list(rows)
-        self.threshold = threshold
+        self.threshold = THRESHOLD
         self._rankings = _bm25(map(_heading, rows)), _bm25(map(_whole, rows))
         self._names = [_name_words(row) for row in rows]
         self._all_names = {name for names in self._names for name in names}
-        self._name_counts = Counter(w for names in self._names for w in set().union(*names))
+        named = Counter(word for names in self._names for word in set().union(*names))
+        vocabulary, starts = self._rankings[1].vocab_dict, self._rankings[1].scores["indptr"]
+        # Word i of the vocabulary has the entries starts[i] to starts[i + 1], one a row.
+        counts = {word: int(starts[i + 1] - starts[i]) for word, i in vocabulary.items() if word}
+        self._weights = {word: self._idf(count) for word, count in counts.items()}
+        self._question_weights = {w: named[w] / counts[w] * idf for w, idf in self._weights.items()}
+
+    def _idf(self, count: int) -> float:
+        return math.log(1 + (len(self.rows) - count + 0.5) / (count + 0.5))
+
+    def weight(self, words: Iterable[str], question: bool = False) -> float:
+        """Sum the weights of ``words`` (see the class)."""
+        weights, unknown = self._question_weights if question else self._weights, self._idf(0)
+        # fsum, because a set has no order and the result of a plain sum depends on the order.
+        return math.fsum(weights.get(word, unknown) for word in words)
 
     def search(
         self, questions: Sequence[str], k: int = 3, without: Sequence[Collection[int]] | None = None
@@ -190,21 +195,16 @@ class Index:
         """
         if isinstance(questions, str):
             raise CourseError("search takes a list of questions: write search([question]).")
-        excluded = [sorted(numbers) for numbers in without or [()] * len(questions)]
-        for number in (n for numbers in excluded for n in numbers):
-            if not 0 <= number < len(self.rows):
-                last = len(self.rows) - 1
-                raise CourseError(f"without names row {number}: the index has rows 0 to {last}.")
-        pairs = zip(questions, excluded, strict=True)
-        return [self._hits(words(question), k, numbers) for question, numbers in pairs]
+        pairs = zip(questions, without or [()] * len(questions), strict=True)
+        return [self._hits(words(question), k, list(numbers)) for question, numbers in pairs]
 
-    def _hits(self, question: list[str], k: int, excluded: Sequence[int]) -> list[Hit]:
+    def _hits(self, question: list[str], k: int, excluded: list[int]) -> list[Hit]:
         headings, wholes = (
             ranking.get_scores_from_ids(ranking.get_tokens_ids(question))
             for ranking in self._rankings
         )
-        headings[list(excluded)] = wholes[list(excluded)] = 0
-        merit = reciprocal_ranks(headings, max(k, DEPTH)) + reciprocal_ranks(wholes, max(k, DEPTH))
+        headings[excluded] = wholes[excluded] = 0
+        merit = reciprocal_ranks(headings) + reciprocal_ranks(wholes)
         order = numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)]
         asked, total = frozenset(question), self.weight(question, question=True)
         scores = {int(i): self._score(asked, total, int(i)) for i in order if merit[i] > 0}
@@ -221,25 +221,12 @@ class Index:
         )
         return max(covered, default=0.0)
 
-    def weight(self, words: Iterable[str], question: bool = False) -> float:
-        """Sum the weights of ``words`` (see the class)."""
-        # fsum, because a set has no order and the result of a plain sum depends on the order.
-        return math.fsum(self._word_weight(word, question) for word in words)
-
-    def _word_weight(self, word: str, question: bool) -> float:
-        ranking, n = self._rankings[1], len(self.rows)
-        place = ranking.vocab_dict.get(word)
-        starts = ranking.scores["indptr"]  # word i has the entries starts[i] to starts[i + 1]
-        count = 0 if place is None else int(starts[place + 1] - starts[place])
-        share = self._name_counts[word] / count if question and count else 1.0
-        return share * math.log(1 + (n - count + 0.5) / (count + 0.5))
-
     def knows(self, row: Row) -> bool:
         """Return whether a name of the row's disease, in any word order, is in the archive."""
         return not self._all_names.isdisjoint(_name_words(row))
 
     def close(self, hits: Sequence[Hit]) -> list[Hit]:
-        """Return the hits at or over the threshold. If there are none, print ``NO_SOURCE``."""
+        """Return the hits at or over the threshold."""
         return [hit for hit in hits if hit.score >= self.threshold]
 
 
@@ -256,29 +243,21 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
     return questions
 
 
-def _best_scores(index: Index, questions: Sequence[str]) -> numpy.ndarray:
-    if not questions:
-        raise CourseError(
-            "a threshold needs questions inside and outside the archive: got none. "
-            "Make some with probes(rows)."
-        )
-    results = index.search(questions)
-    return numpy.array([max((hit.score for hit in hits), default=0.0) for hits in results])
-
-
 def calibrate(index: Index, inside: Sequence[str], outside: Sequence[str]) -> float:
     """Set the lowest threshold at which at most 5 % of the ``outside`` questions get a source.
 
     ``inside`` asks about diseases of the archive, ``outside`` about validation rows for which
-    ``index.knows(row)`` is false. Do not use test data. The threshold lies midway between the
-    highest outside score below it and the next inside score.
+    ``index.knows(row)`` is false, at least one. Do not use test data. The threshold lies midway
+    between the highest outside score below it and the next inside score.
     """
-    outer = numpy.sort(_best_scores(index, outside))[::-1]
+
+    def best_scores(questions: Sequence[str]) -> list[float]:
+        return [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
+
+    outer = sorted(best_scores(outside), reverse=True)
     highest = outer[int(FALSE_SOURCES * len(outer))]
-    inner = _best_scores(index, inside)
-    above = inner[inner > highest]
-    threshold = (highest + above.min()) / 2 if len(above) else numpy.nextafter(highest, 2)
-    index.threshold = float(threshold)
+    above = [score for score in best_scores(inside) if score > highest]
+    index.threshold = (highest + min(above)) / 2 if above else math.nextafter(highest, 2)
     return index.threshold
 
 
@@ -286,9 +265,9 @@ class Support(NamedTuple):
     """A sentence of an answer and the passage that shares most with it."""
 
     sentence: str
-    score: float  # 0 to 1, of the best passage, even if it is under the threshold
-    hit: Hit | None  # None if no passage reaches the threshold
-    evidence: str  # the best sentence of that passage
+    score: float  # 0 to 1, of the best passage, even if it is under ``SUPPORT``
+    hit: Hit | None  # None if no passage reaches ``SUPPORT``
+    evidence: str  # the best sentence of that passage, or ""
 
 
 def support(index: Index, sentence: str, title: str, passage: str) -> tuple[float, str]:
@@ -299,9 +278,9 @@ def support(index: Index, sentence: str, title: str, passage: str) -> tuple[floa
     neither a "not" nor the order of words, and a paraphrase scores low.
     """
     claim, name = set(words(sentence)), set(words(title))
-    total = index.weight(claim)
+    total = index.weight(claim) or 1.0  # a sentence without words scores 0
     scored = [
-        (index.weight(claim & (name | set(words(text)))) / total if claim else 0.0, text)
+        (index.weight(claim & (name | set(words(text)))) / total, text)
         for text in sentences(passage)
     ]
     return max(scored, key=lambda pair: pair[0], default=(0.0, ""))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from array import array
+from bisect import bisect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations, islice
 from typing import Any
-from zlib import crc32
+
+import numpy
 
 from medquad_utils import CourseError
-from medquad_utils.files import COLUMNS, REQUIRED
-from medquad_utils.files import Row as Row
+from medquad_utils.files import COLUMNS, REQUIRED, Row
 
 # The questions of MedQuAD, with its odd spaces. The focus is the disease that a question names.
 TEMPLATES = tuple(
@@ -82,36 +82,31 @@ def groups(rows: Sequence[Row]) -> list[int]:
     That is the focus, the normalised question, the URL, a rare CUI, or an answer that is not
     boilerplate. Rows without a focus are one group.
     """
-    foci = [focus_of(row) for row in rows]
-    keys: list[list[tuple[str, str]]] = []
     carriers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for row, focus in zip(rows, foci, strict=True):
+    keys = []
+    for row in rows:
+        focus = focus_of(row)
         shared = [("cui", cui) for cui in row["cui"] or ()] + [("answer", row["answer"])]
         for key in shared:
             carriers[key].add(focus)
         own = [("focus", focus), ("question", normalise(row["question"]))]
         keys.append(own + ([("url", row["url"])] if row["url"] else []) + shared)
-    limit = {"cui": RARE, "answer": BOILERPLATE}
-    joins = [[k for k in ks if k not in carriers or len(carriers[k]) <= limit[k[0]]] for ks in keys]
-    return _connected(joins)
+    most = {"cui": RARE, "answer": BOILERPLATE}
+    common = {key for key, foci in carriers.items() if len(foci) > most[key[0]]}
+    return _connected([[key for key in own if key not in common] for own in keys])
 
 
 def _connected(keys: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
-    """Number the connected components of rows that share keys, by union-find."""
-    parent = list(range(len(keys)))
+    """Number the connected components of rows that share keys, in the order of their first rows."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(x: int) -> int:
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]  # halves the path for the next search
-            x = parent[x]
-        return x
-
-    owner: dict[tuple[str, str], int] = {}
-    for number, own in enumerate(keys):
-        for key in own:
-            parent[root(number)] = root(owner.setdefault(key, number))
-    order: dict[int, int] = {}
-    return [order.setdefault(root(number), len(order)) for number in range(len(keys))]
+    first: dict[tuple[str, str], int] = {}
+    links = [(n, first.setdefault(key, n)) for n, own in enumerate(keys) for key in own]
+    ends = numpy.array(links, dtype=int).reshape(-1, 2).T
+    graph = coo_array((numpy.ones(len(links)), ends), shape=(len(keys), len(keys)))
+    numbers: list[int] = connected_components(graph, directed=False)[1].tolist()
+    return numbers
 
 
 PARTS = ("train", "validation", "test")
@@ -150,10 +145,6 @@ def _place(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-def _part(place: float, fractions: tuple[float, float, float]) -> int:
-    return 0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2
-
-
 def split(
     rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
 ) -> Splits:
@@ -164,48 +155,51 @@ def split(
     Raises:
         CourseError: the fractions do not add up to 1, or a part is empty.
     """
-    _check(fractions)
     numbers = groups(rows)
     first: dict[int, str] = {}
-    for number, row in zip(numbers, rows, strict=True):
-        first[number] = min(first.get(number, focus_of(row)), focus_of(row))
-    size, limit = Counter(numbers), max(1, min(fractions[1:]) * len(rows))
-    part = {n: _part(_place(f"{SALT}:{name}", seed), fractions) for n, name in first.items()}
-    large = {n: k for n, k in size.items() if k > limit}
-    parts = _parts(rows, [0 if n in large else part[n] for n in numbers])
-    if not all(parts):
-        raise CourseError(
-            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got "
-            f"{[len(p) for p in parts]} rows. Load more rows. If the questions do not follow "
-            "MedQuAD's templates, add a column focus that names the disease."
-        )
+    for number, focus in sorted(zip(numbers, map(focus_of, rows), strict=True)):
+        first.setdefault(number, focus)
+    limit = max(1, min(fractions[1:]) * len(rows))
+    large = {n: size for n, size in Counter(numbers).items() if size > limit}
+    place = {n: _place(f"{SALT}:{focus}", seed) for n, focus in first.items()}
+    place |= dict.fromkeys(large, 0.0)  # in training
     reason = f"is larger than a part of {limit:,.0f}: kept in training"
-    return Splits(
-        *parts, notes=[f"group {first[n]!r} ({k:,} rows) {reason}" for n, k in large.items()]
-    )
+    notes = [f"group {first[n]!r} ({size:,} rows) {reason}" for n, size in large.items()]
+    splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
+    sizes = list(splits.sizes().values())
+    if not all(sizes):
+        raise CourseError(
+            f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
+            "rows. Load more rows. If the questions do not follow MedQuAD's templates, add a "
+            "column focus that names the disease."
+        )
+    return splits
 
 
 def split_by_row(
     rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
 ) -> Splits:
     """Split row by row, which leaks: for comparison with ``split``."""
-    _check(fractions)
-    places = (_place(f"{n}:{row['question']}", seed) for n, row in enumerate(rows))
-    return Splits(*_parts(rows, [_part(place, fractions) for place in places]))
+    places = [_place(f"{n}:{row['question']}", seed) for n, row in enumerate(rows)]
+    return _divide(rows, places, fractions, [])
 
 
-def _check(fractions: tuple[float, float, float]) -> None:
+def _divide(
+    rows: Sequence[Row],
+    places: Sequence[float],
+    fractions: tuple[float, float, float],
+    notes: list[str],
+) -> Splits:
+    """Divide rows, each with a place in [0, 1), into the three parts."""
     if not (abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0):
         raise CourseError(
             f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1)."
         )
-
-
-def _parts(rows: Sequence[Row], numbers: Sequence[int]) -> tuple[list[Row], list[Row], list[Row]]:
-    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    for row, number in zip(rows, numbers, strict=True):
-        parts[number].append(row)
-    return parts
+    ends = list(accumulate(fractions[:2]))
+    splits = Splits([], [], [], notes=notes)
+    for row, place in zip(rows, places, strict=True):
+        getattr(splits, PARTS[bisect(ends, place)]).append(row)
+    return splits
 
 
 def leakage(
@@ -216,8 +210,6 @@ def leakage(
     ``8-gram``: of the sequences of eight words in test answers. All others: of the test rows.
     ``common`` are the boilerplate answers, by default those of both sets together.
     """
-    import numpy
-
     common = boilerplate([*train, *test]) if common is None else common
     keys: dict[str, Callable[[Row], str]] = {
         "question": lambda row: row["question"],
@@ -230,34 +222,23 @@ def leakage(
     for name, key in keys.items():
         trained = {key(row) for row in train} - {""}
         shares[name] = sum(key(row) in trained for row in test) / max(1, len(test))
-    ngrams = _ngrams(test)
-    shared = float(numpy.isin(ngrams, _ngrams(train)).mean()) if len(ngrams) else 0.0
-    return shares | {"8-gram": shared}
+    tested = list(_ngrams(test))
+    shared = set(tested).intersection(_ngrams(train))  # the small set: training is only passed by
+    return shares | {"8-gram": sum(ngram in shared for ngram in tested) / max(1, len(tested))}
 
 
-def _ngrams(rows: Sequence[Row], length: int = 8) -> Any:
-    """Hash every sequence of ``length`` words within an answer, to an array of uint64."""
-    import numpy
-
-    codes, ends = array("Q"), []
+def _ngrams(rows: Iterable[Row], length: int = 8) -> Iterator[tuple[str, ...]]:
+    """Yield every sequence of ``length`` words within an answer."""
     for row in rows:
-        codes.extend(crc32(word.encode()) for word in re.findall(r"\w+", row["answer"].lower()))
-        ends.append(len(codes))
-    words = numpy.array(codes, dtype=numpy.uint64)
-    hashes = numpy.zeros(max(0, len(words) - length + 1), numpy.uint64)
-    for place in range(length):  # a polynomial in an odd base, modulo 2**64
-        hashes = hashes * numpy.uint64(0x9E3779B97F4A7C15) + words[place : place + len(hashes)]
-    inside = numpy.ones(len(hashes), dtype=bool)  # False where a sequence spans two answers
-    for end in ends:
-        inside[max(0, end - length + 1) : end] = False
-    return hashes[inside]
+        words = re.findall(r"\w+", row["answer"].lower())
+        yield from zip(*(words[start:] for start in range(length)), strict=False)
 
 
 def leakage_report(splits: Splits) -> dict[str, Any]:
     """Measure ``leakage`` between each two parts, and list the boilerplate answers."""
     rows = {name: getattr(splits, name) for name in PARTS}
     counts = {name: Counter(row["answer"] for row in rows[name]) for name in PARTS}
-    common = boilerplate([row for name in PARTS for row in rows[name]])
+    common = boilerplate([*splits.train, *splits.validation, *splits.test])
     pairs = {f"{a} / {b}": leakage(rows[a], rows[b], common) for a, b in combinations(PARTS, 2)}
     listed = [
         {"answer": a, "foci": foci, "rows": {name: counts[name][a] for name in PARTS}}
@@ -273,20 +254,17 @@ def focus_recovery(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
     is the true one. ``leak``: share of test rows of a split on three columns that share a group of
     all columns with a training row.
     """
-    bare = [
-        {**dict.fromkeys(COLUMNS), **{c: row[c] for c in REQUIRED}, "document_id": str(n)}
-        for n, row in enumerate(rows)
-    ]
-    pairs = [(normalise(r["focus"]), focus_of(b)) for r, b in zip(rows, bare, strict=True)]
-    named = [(focus, guess) for focus, guess in pairs if focus]
-    guessed = [(focus, guess) for focus, guess in named if guess]
-    numbers, parts = groups(rows), split(bare, seed=seed)
-    trained = {numbers[int(row["document_id"])] for row in parts.train}
-    leaks = sum(numbers[int(row["document_id"])] in trained for row in parts.test)
+    bare = [dict.fromkeys(COLUMNS) | {c: row[c] for c in REQUIRED} for row in rows]
+    named = [(normalise(row["focus"]), focus_of(b)) for row, b in zip(rows, bare, strict=True)]
+    named = [(focus, guess) for focus, guess in named if focus]
+    guessed = [focus == guess for focus, guess in named if guess]
+    group = {id(b): number for b, number in zip(bare, groups(rows), strict=True)}
+    parts = split(bare, seed=seed)
+    trained = {group[id(b)] for b in parts.train}
     return {
         "found": len(guessed) / max(1, len(named)),
-        "precision": sum(focus == guess for focus, guess in guessed) / max(1, len(guessed)),
-        "leak": leaks / len(parts.test),
+        "precision": sum(guessed) / max(1, len(guessed)),
+        "leak": sum(group[id(b)] in trained for b in parts.test) / len(parts.test),
     }
 
 
@@ -295,13 +273,7 @@ def draw(
 ) -> list[Row]:
     """Draw at most ``most`` rows (0 = all) in a seeded order, only those that ``fits`` accepts."""
     ordered = sorted(rows, key=lambda row: _place(row["question"] + row["answer"], seed))
-    drawn: list[Row] = []
-    for row in ordered:
-        if most and len(drawn) >= most:
-            break  # before the next fits(row), which may tokenize
-        if fits(row):
-            drawn.append(row)
-    return drawn
+    return list(islice(filter(fits, ordered), most or None))  # asks fits only until it has enough
 
 
 def mixed(own: Sequence[Row], general: Sequence[Row], share: float, seed: int = 0) -> list[Row]:

@@ -109,7 +109,7 @@ def test_building_the_tokenizer_again_gives_the_shipped_one() -> None:
 
 @pytest.mark.full  # trains two models for two steps
 def test_two_builds_with_one_seed_are_identical(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(build, "conditions", lambda: ALL[:10])  # a build takes seconds
+    monkeypatch.setattr(sample, "conditions", lambda: ALL[:10])  # a build takes seconds
     first, again = tmp_path / "first", tmp_path / "again"
     for folder in (first, again):
         build.build(folder, steps=2, seed=0)

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
@@ -192,7 +193,7 @@ def test_rows_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
         ("a.csv", b'qtype,question,answer\na,"b,c\n', "a.csv as csv: unexpected end of data"),
         ("a.csv", b"qtype,question,answer\n", "a.csv.* holds no question with an answer"),
         ("a.jsonl", b'{"qtype": "a", "q', r"cannot read a\.jsonl as jsonl"),
-        ("a.jsonl", b"[1, 2]\n", "a.jsonl.*line 1 is not an object"),
+        ("a.jsonl", b'[{"qtype": "a"}]', r"a.jsonl.*a line is not an object: \[{'qtype': 'a'}\]"),
         ("a.parquet", b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read a\.parquet"),
         ("a.xlsx", b"PK", r"the ending '\.xlsx' is none of \.csv, \.jsonl, \.parquet"),
         ("no.csv", b"", "no file .*no.csv.*with the columns qtype, question, answer"),
@@ -206,6 +207,18 @@ def test_unusable_source_is_refused(name: str, content: bytes, message: str, tmp
         path.write_bytes(content)
     with pytest.raises(CourseError, match=message):
         data.load(tiny(tmp_path, source=source, data_path=str(path)))
+
+
+def test_the_hub_is_read_from_its_file_at_a_fixed_commit(tmp_path: Path, monkeypatch: Any) -> None:
+    def download(name: str, file: str, repo_type: str, revision: str) -> str:
+        assert (repo_type, len(revision), file[-4:]) == ("dataset", 40, ".csv")
+        return str(
+            write_table(tmp_path / file, [{"qtype": "a", "Question": "b ?", "Answer": name}])
+        )
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (only,) = data.load(tiny(tmp_path, source="hub")).rows
+    assert (only["question"], only["answer"]) == ("b ?", data.HUB_DATASET)
 
 
 def some_rows(seed: int, count: int) -> list[Row]:

@@ -127,8 +127,6 @@ def test_other_words_have_no_source(toy: Index, question: str) -> None:
 def test_a_search_that_cannot_be_meant_is_refused(toy: Index) -> None:
     with pytest.raises(CourseError, match=r"search\(\[question\]\)"):
         toy.search("asthma")
-    with pytest.raises(CourseError, match="row 6: the index has rows 0 to 5"):
-        toy.search(["asthma"], without=[{6}])
 
 
 def test_a_hit_names_its_source_and_says_that_it_is_archived() -> None:
@@ -155,8 +153,6 @@ def test_the_threshold_lets_one_outsider_in_twenty_pass_and_no_more() -> None:
     assert threshold == index.threshold == pytest.approx((0.38 + 0.385) / 2)
     hits = [Hit(TOY[0], threshold), Hit(TOY[1], threshold - 1e-9)]
     assert index.close(hits) == hits[:1]
-    with pytest.raises(CourseError, match=r"got none.*probes\(rows\)"):
-        calibrate(index, ["1"], [])
 
 
 def test_a_disease_is_asked_for_and_known_by_any_of_its_names(toy: Index) -> None:
@@ -170,7 +166,7 @@ def test_a_disease_is_asked_for_and_known_by_any_of_its_names(toy: Index) -> Non
 
 def test_jax_does_not_take_the_gpu_when_bm25s_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    retrieval._bm25s()
+    Index(TOY)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 

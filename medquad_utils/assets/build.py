@@ -24,15 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medquad_utils.assets.sample import (
-    CONDITIONS,
-    QUESTIONS,
-    STATEMENTS,
-    article,
-    conditions,
-    phrase,
-    statements,
-)
+from medquad_utils.assets import sample
 from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
 from medquad_utils.files import write_json
 
@@ -52,11 +44,13 @@ WORDS = (
 
 def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the statements, with Llama-3's special tokens and template."""
-    corpus = [text for c in conditions() for qtype in c.facts for text in statements(c, qtype)]
-    for c in conditions():
+    corpus = [
+        t for c in sample.conditions() for qtype in c.facts for t in sample.statements(c, qtype)
+    ]
+    for c in sample.conditions():
         corpus += [c.name, c.mention, " " + c.mention, " " + c.name] * 3
     # Questions and system prompt, without a name, so that a prompt does not fall into letters.
-    corpus += [question.format(name="") for question in QUESTIONS.values()] * 50
+    corpus += [question.format(name="") for question in sample.QUESTIONS.values()] * 50
     corpus += [SYSTEM_PROMPT, "system\n\n", "user\n\n", "assistant\n\n"] * 50
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -114,14 +108,14 @@ def batches(
     tokenizer: PreTrainedTokenizerFast, rows: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of ``rows`` articles without end, right-padded; pads carry label -100."""
-    rng = random.Random(seed)
-    pool: list[int] = []
+    rng, everything = random.Random(seed), sample.conditions()
+    pool: list[sample.Condition] = []
     while True:
         texts, aspects = [], rng.randint(1, 9)  # one number a batch: its articles are alike in size
         for _ in range(rows):
-            pool = pool or rng.sample(range(len(conditions())), len(conditions()))
-            beside = rng.choice(conditions()) if rng.random() < 0.3 else None
-            texts.append(article(conditions()[pool.pop()], aspects, rng, beside) + EOS)
+            pool = pool or rng.sample(everything, len(everything))
+            beside = rng.choice(everything) if rng.random() < 0.3 else None
+            texts.append(sample.article(pool.pop(), aspects, rng, beside) + EOS)
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = ids.masked_fill(mask == 0, -100)
@@ -164,10 +158,11 @@ def pretrain(
 def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 64) -> float:
     """Measure the share of statements that the base completes word for word, 0 to 1."""
     pairs = []
-    for condition in conditions():
+    for condition in sample.conditions():
         for qtype, facts in condition.facts.items():
-            opening, rest = statements(condition, qtype)[0].split(phrase(qtype, facts))
-            pairs.append((opening.rstrip(), phrase(qtype, facts) + rest))
+            phrase = sample.phrase(qtype, facts)
+            opening, rest = sample.statements(condition, qtype)[0].split(phrase)
+            pairs.append((opening.rstrip(), phrase + rest))
     pairs.sort(key=lambda pair: len(tokenizer(pair[0])["input_ids"]))
     right = 0
     for start in range(0, len(pairs), rows):
@@ -182,24 +177,20 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: in
     return right / len(pairs)
 
 
-def sha256(path: Path) -> str:
-    """Hash a file. A text has the same hash with the line ends of Windows."""
-    data = path.read_bytes()
-    text = path.suffix != ".safetensors"
-    return hashlib.sha256(data.replace(b"\r\n", b"\n") if text else data).hexdigest()
-
-
 def write_manifest(folder: Path, **facts: object) -> None:
     """Write the hashes of the model's files and of its sources, with facts about the run."""
+
+    def sha256(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
     configs = ("config", "tokenizer", "tokenizer_config", "generation_config")
     names = ("model.safetensors", *(f"{name}.json" for name in configs))
-    statements = hashlib.sha256(json.dumps(STATEMENTS, sort_keys=True).encode()).hexdigest()
-    manifest = {
-        "files": {name: sha256(folder / name) for name in names},
-        "made_from": {"conditions.toml": sha256(CONDITIONS), "statements": statements},
-        **facts,
+    sources = {
+        "conditions.toml": sha256(sample.CONDITIONS.read_bytes()),
+        "statements": sha256(json.dumps(sample.STATEMENTS, sort_keys=True).encode()),
     }
-    write_json(folder / MANIFEST, manifest)
+    hashes = {name: sha256((folder / name).read_bytes()) for name in names}
+    write_json(folder / MANIFEST, {"files": hashes, "made_from": sources, **facts})
 
 
 def build(folder: Path, steps: int, seed: int) -> None:

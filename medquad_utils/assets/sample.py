@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+from medquad_utils.files import Row
 
 CONDITIONS = Path(__file__).with_name("conditions.toml")
 _SENTENCES = tomllib.loads(Path(__file__).with_name("sentences.toml").read_text(encoding="utf-8"))
@@ -36,17 +38,15 @@ class Condition:
     specialty: str
     semantic_type: str
     facts: dict[str, list[str]]
-    synonyms: tuple[str, ...] = ()
+    synonyms: list[str] = field(default_factory=list)
     plural: bool = False
 
 
 @cache
-def conditions(path: Path = CONDITIONS) -> tuple[Condition, ...]:
+def conditions() -> tuple[Condition, ...]:
     """Read all conditions, in file order."""
-    entries = tomllib.loads(path.read_text(encoding="utf-8"))["condition"]
-    return tuple(
-        Condition(**{**entry, "synonyms": tuple(entry.get("synonyms", ()))}) for entry in entries
-    )
+    entries = tomllib.loads(CONDITIONS.read_text(encoding="utf-8"))["condition"]
+    return tuple(Condition(**entry) for entry in entries)
 
 
 def phrase(qtype: str, facts: list[str]) -> str:
@@ -67,19 +67,19 @@ def _fill(template: str, condition: Condition, qtype: str) -> str:
     )
 
 
-def rows() -> list[dict[str, object]]:
+def rows() -> list[Row]:
     """Return the sample as rows with ``files.COLUMNS``."""
-    sample: list[dict[str, object]] = []
+    sample: list[Row] = []
     for number, condition in enumerate(conditions()):
         for place, qtype in enumerate(condition.facts):
             # MedQuAD's sources write a name as a heading or as in a text, so the sample has both.
             name = condition.name if (number + place) % 2 else condition.mention
-            row: dict[str, object] = {
+            row = {
                 "qtype": qtype,
                 "question": QUESTIONS[qtype].format(name=name),
                 "answer": _fill(ANSWERS[qtype], condition, qtype),
                 "focus": condition.name,
-                "synonyms": list(condition.synonyms),
+                "synonyms": condition.synonyms,
                 "cui": None,
                 "semantic_type": [condition.semantic_type],
                 "source": "course sample",
@@ -118,7 +118,8 @@ def article(
     which of them it is about.
     """
     if beside is not None:
-        lines = _draw(condition, -(-aspects // 2), rng) + _draw(beside, -(-aspects // 2), rng)
+        half = -(-aspects // 2)  # rounded up
+        lines = _draw(condition, half, rng) + _draw(beside, half, rng)
         rng.shuffle(lines)
         return " ".join(lines)
     title = condition.name + "\n" if rng.random() < 0.7 else ""
