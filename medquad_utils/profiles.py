@@ -281,9 +281,10 @@ def resolve(
 ) -> Plan:  # fmt: skip
     """Join a profile and the hardware to a plan; empty or zero arguments keep the profile's value.
 
-    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. What ``medquad fetch``
-    brought is used instead of the Hub. Under a launcher the plan is one process's share of a step. Two side effects keep the lessons to one line: a
-    notebook shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
+    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. What ``medquad
+    fetch`` brought is used instead of the Hub. Under a launcher the plan is one process's share of
+    a step. Two side effects keep the lessons to one line: a notebook shows errors plainly, and
+    without ``hardware`` this process takes one GPU (``detect``).
 
     Raises:
         CourseError: an unknown profile, source or model, or a source without its path.

@@ -36,7 +36,7 @@ def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture
     monkeypatch.setattr(machine, "hub_token", lambda: None)
     assert cli.main(["doctor"]) == 0
     found = capsys.readouterr().out
-    assert re.search(r"(?m)^ok +auto +takes tiny \(the Hugging Face Hub is out of reach", found)
+    assert re.search(r"(?m)^ok +auto +takes tiny \(no CUDA GPU", found)
     assert re.search(rf"(?m)^ok +tested .*torch {re.escape(machine.versions()['torch'])}", found)
     assert re.search(r"(?m)^profile +tiny", found)
 
