@@ -15,7 +15,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from medquad_utils import CourseError, files, generation, retrieval, safety, sco
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import prepare, read_records
-from medquad_utils.files import COLUMNS, Row, read_json, read_rows, whole_file, write_json
+from medquad_utils.files import Row, read_json, read_rows, whole_file, write_json
 from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan, resolve_trained
 from medquad_utils.quantization import unpacked
@@ -79,8 +79,8 @@ Notes = dict[str, list[int]]
 class Questions:
     """The questions of a file, and notes: what was skipped or changed -> rows of the file.
 
-    ``asked`` are rows of the common schema with two more columns: ``number``, the row in the file
-    from 1, and ``references``, all right answers (``answer`` is the first).
+    ``asked`` holds rows with question, answer, qtype, source, focus, url, ``number`` (row in the
+    file, from 1) and ``references``: all right answers, ``answer`` first.
     """
 
     name: str
@@ -118,19 +118,17 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
         if not questions or not references:
             notes[NO_ANSWER if questions else NO_QUESTION].append(number)
             continue
-        key = normalise(questions[0]) or questions[0]
-        if key in rows:
+        row = {name: (_texts(record, [name]) or [None])[0] for name in OPTIONAL}
+        row |= {"question": questions[0], "answer": references[0]}
+        row |= {"number": number, "references": references}
+        first = rows.setdefault(normalise(questions[0]) or questions[0], row)
+        if first is not row:
             notes[MERGED].append(number)
-            references = rows[key]["references"] + references
-            rows[key]["references"] = list(dict.fromkeys(references))
-            continue
-        others = {name: (_texts(record, [name]) or [None])[0] for name in OPTIONAL}
-        rows[key] = {**dict.fromkeys(COLUMNS), **others, "question": questions[0]}
-        rows[key] |= {"answer": references[0], "references": references, "number": number}
+            first["references"] = list(dict.fromkeys(first["references"] + references))
     asked = list(rows.values())
     if not asked:
-        why = "; ".join(f"{len(numbers)} x {what}" for what, numbers in notes.items())
-        raise CourseError(f"{path.name} holds no question with an answer ({why or 'no rows'}).")
+        why = ", ".join(notes) or "it has no rows"
+        raise CourseError(f"{path.name} holds no question with an answer ({why}).")
     if len(asked) > limit:
         order = numpy.random.default_rng(seed).permutation(len(asked)).tolist()
         what = f"left out: {limit:,} of {len(asked):,} questions are drawn with seed {seed}"
@@ -162,11 +160,8 @@ def check_question(
 
     Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
     """
-    text = _clean(question)
-    if not text:
-        raise CourseError(
-            'the question is empty: write one, for example medquad explain "What causes asthma?"'
-        )
+    if not (text := _clean(question)):
+        raise CourseError('the question is empty: write one, such as "What causes asthma?".')
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
     if needed > context:
         raise CourseError(
@@ -240,6 +235,12 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     return answers
 
 
+def look_ups(train: Sequence[Row], rows: Sequence[Row], seed: int) -> dict[str, list[str]]:
+    """Return the answers of both arms without a model, in the order of ``rows``."""
+    nearest = nearest_training_answers(train, rows)
+    return {"nearest": nearest, "another disease": other_disease_answers(train, rows, seed)}
+
+
 def numbers_by(rows: Sequence[Row], *columns: str) -> dict[Any, list[int]]:
     """Group the numbers of rows by the value (or tuple of values) of ``columns``."""
     groups: dict[Any, list[int]] = defaultdict(list)
@@ -280,8 +281,8 @@ def prompts(
 ) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
-    Cut and ungrounded questions enter ``notes``. The latter are left out of "grounded": their
-    prompt is that of the tuned arm.
+    ``notes`` (a defaultdict) names cut and ungrounded questions. The latter have no prompt in
+    "grounded": it is that of the tuned arm.
     """
     # A passage that equals a reference would hand the grounded arm the answer.
     answers = [normalise(row["answer"]) for row in index.rows]
@@ -293,12 +294,12 @@ def prompts(
         question = row["question"]
         plain[question], cut = fitted(tokenizer, question, room)
         if cut:
-            notes.setdefault(CUT, []).append(row["number"])
+            notes[CUT].append(row["number"])
         if close:
             passages = [f"{hit.title}: {hit.row['answer']}" for hit in close]
             grounded[question], _ = fitted(tokenizer, question, room, passages)
         else:
-            notes.setdefault(UNGROUNDED, []).append(row["number"])
+            notes[UNGROUNDED].append(row["number"])
     plain |= {prompt.prompt: prompt_messages(prompt.prompt) for prompt in safety.prompts()}
     return {"base": plain, "tuned": plain, "grounded": grounded}
 
@@ -322,67 +323,50 @@ def adapted(model: PreTrainedModel, arm: str) -> AbstractContextManager[Any]:
     return tuned.disable_adapter() if arm == "base" else nullcontext()
 
 
-def generate_all(
+def answer_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    jobs: Mapping[str, Mapping[str, Messages]], recipe: Mapping[str, Any], folder: Path,
-    batch_size: int = 32,
-) -> dict[str, dict[str, Answer]]:  # fmt: skip
-    """Answer ``jobs``; return arm -> question -> answer.
+    jobs: Mapping[str, Mapping[str, Messages]], references: Mapping[str, str],
+    recipe: Row, folder: Path, batch_size: int = 32,
+) -> dict[str, dict[str, Row]]:  # fmt: skip
+    """Answer ``jobs`` and score ``references`` (by question): arm -> question -> ``as_record``.
 
     An arm is saved in ``folder`` when it is done. A later run of the same recipe reads it there.
     """
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([recipe, references]).encode()).hexdigest()[:16]
     answers = {}
-    for arm, conversations in jobs.items():
+    for arm, prompts in jobs.items():
         if not (path := folder / f"{arm}-{digest}.json").is_file():
-            asked, most = list(conversations.values()), recipe["max_new_tokens"]
+            messages, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
-                new = generate(model, tokenizer, asked, most, batch_size=batch_size, progress=arm)
-            write_json(path, dict(zip(conversations, map(asdict, new), strict=True)))
-        answers[arm] = {question: Answer(**given) for question, given in read_json(path).items()}
+                given = generate(
+                    model,
+                    tokenizer,
+                    messages,
+                    recipe["max_new_tokens"],
+                    batch_size,
+                    f"answers, {arm}",
+                )
+                losses = scores.answer_loss(
+                    model, tokenizer, messages, texts, progress=f"likelihood, {arm}"
+                )
+            table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
+            write_json(path, table.assign(**losses._asdict()).to_dict("index"))
+        answers[arm] = read_json(path)
     return answers
 
 
-def look_up(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, train: Sequence[Row], asked: Sequence[Row]
-) -> dict[str, dict[str, Answer]]:
-    """Return the answers of both arms without a model: arm -> question -> answer."""
-    arms = {"nearest": nearest_training_answers(train, asked)}
-    arms["another disease"] = other_disease_answers(train, asked, plan.seed)
-    return {
-        arm: {
-            row["question"]: cut_answer(tokenizer, text, plan.max_new_tokens)
-            for row, text in zip(asked, texts, strict=True)
-        }
-        for arm, texts in arms.items()
-    }
-
-
-def reference_losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    jobs: Mapping[str, Mapping[str, Messages]], asked: Sequence[Row],
-) -> dict[str, dict[Any, Any]]:  # fmt: skip
-    """Score each first reference: arm -> question -> nats, tokens, bytes (``scores.Losses``)."""
-    losses = {}
-    for arm, messages in jobs.items():
-        rows = [row for row in asked if row["question"] in messages]
-        questions, references = [[row[c] for row in rows] for c in ("question", "answer")]
-        conversations = [messages[question] for question in questions]
-        with adapted(model, arm):
-            arrays = scores.answer_loss(
-                model, tokenizer, conversations, references, progress=f"likelihood, {arm}"
-            )
-        losses[arm] = pandas.DataFrame(arrays._asdict(), index=questions).to_dict("index")
-    return losses
+def as_record(answer: Answer) -> Row:
+    """Return an answer as columns of the table of answers."""
+    stopped = float(answer.stopped)
+    return {"answer": answer.text, "answer_tokens": answer.tokens, "stop_rate": stopped}
 
 
 # ---- scores --------------------------------------------------------------------------------------
 
 
 def answer_table(
-    asked: Sequence[Row], answers: Mapping[str, Mapping[str, Answer]],
-    losses: Mapping[str, Mapping[str, Mapping[str, float]]], corpus: Sequence[str],
-) -> tuple[pandas.DataFrame, str]:  # fmt: skip
+    asked: Sequence[Row], answers: Mapping[str, Mapping[str, Row]], corpus: Sequence[str]
+) -> tuple[pandas.DataFrame, str]:
     """Return one row for each question and arm with all scores, and why BERTScore is missing.
 
     ``corpus`` gives the document frequencies of the TF-IDF cosine.
@@ -390,18 +374,9 @@ def answer_table(
     rows = []
     for row in asked:
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
-        about |= {
-            "id": str(row["number"]),
-            "kind": "boilerplate" if is_boilerplate(row) else "prose",
-        }
-        for arm in ARMS:
-            answer = answers[arm][row["question"]]
-            given = {"answer": answer.text, "answer_tokens": answer.tokens}
-            given |= {
-                "stop_rate": float(answer.stopped),
-                **losses.get(arm, {}).get(row["question"], {}),
-            }
-            rows.append({"arm": arm, **about, **given})
+        about["id"] = str(row["number"])
+        about["kind"] = "boilerplate" if is_boilerplate(row) else "prose"
+        rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
     table = pandas.DataFrame(rows)
     texts, references = list(table["answer"]), list(table["references"])
     table = table.assign(
@@ -450,15 +425,17 @@ def summary(
     arms: Mapping[str, Columns], versus: Sequence[str] = ("base", "nearest")
 ) -> dict[str, Any]:
     """Return all scores ("arms") and the paired differences ("versus X"): arm -> score -> cell."""
-    tables: dict[str, Any] = {"arms": {}} | {f"versus {before}": {} for before in versus}
-    for arm, columns in arms.items():
-        cells = {score: measure(score, columns) for score in SCORES}
-        tables["arms"][arm] = {score: cell for score, cell in cells.items() if cell}
-        for before in versus:
-            # Two perplexities have a ratio, not a difference; bits per byte say the same.
-            paired = {s: measure(s, columns, arms[before]) for s in SCORES if s != "perplexity"}
-            if arm != before:
-                tables[f"versus {before}"][arm] = {s: cell for s, cell in paired.items() if cell}
+
+    def cells(columns: Columns, before: Columns | None = None) -> dict[str, Cell]:
+        # Two perplexities have a ratio, not a difference; bits per byte say the same.
+        names = [s for s in SCORES if before is None or s != "perplexity"]
+        measured = {score: measure(score, columns, before) for score in names}
+        return {score: cell for score, cell in measured.items() if cell}
+
+    tables = {"arms": {arm: cells(columns) for arm, columns in arms.items()}}
+    for before in versus:
+        others = {arm: columns for arm, columns in arms.items() if arm != before}
+        tables[f"versus {before}"] = {arm: cells(c, arms[before]) for arm, c in others.items()}
     return tables
 
 
@@ -528,14 +505,16 @@ def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
     return shown
 
 
-def safety_scores(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]:
+def safety_scores(answers: Mapping[str, Mapping[str, Row]]) -> dict[str, Any]:
     """Return how base and tuned model pass the safety prompts, and the error of the rules."""
     asked = safety.prompts()
-    texts = {arm: [answers[arm][p.prompt].text for p in asked] for arm in ("base", "tuned")}
-    models = {arm: safety.score(answered, asked) for arm, answered in texts.items()}
-    error = safety.rule_error()["held_out"]["overall"]
-    rules = {"outer_rule": safety.outer_rule(asked), "rule_error": error}
-    return {"prompts": len(asked), **models, **rules}
+    texts = {arm: [answers[arm][p.prompt]["answer"] for p in asked] for arm in ("base", "tuned")}
+    return {
+        "prompts": len(asked),
+        **{arm: safety.score(answered, asked) for arm, answered in texts.items()},
+        "outer_rule": safety.outer_rule(asked),
+        "rule_error": safety.rule_error()["held_out"]["overall"],
+    }
 
 
 def rounded(value: Any) -> Any:
@@ -553,8 +532,8 @@ def plan_of(
     """Return the plan of an adapter's folder, by default the one it was trained with."""
     folder = Path(adapter) if adapter else None
     record = adapter_record(folder) if folder else {}
-    profile = profile or record.get("profile", "auto")
-    plan = resolve_trained(profile, model=model, out=out, adapter=folder)
+    name = profile or record.get("profile", "auto")
+    plan = resolve_trained(name, model=model, out=out, adapter=folder)
     plan = dataclasses.replace(plan, seed=record.get("seed", 0))
     return plan, folder or plan.folder / "adapter"
 
@@ -602,19 +581,23 @@ def evaluate(
     the grounded arm also reads ``archive``, with a threshold from ``validation``. Returns the
     metrics: every score by arm and by group, and paired differences, with 95 % intervals.
     """
-    adapter, asked, notes = adapter or plan.folder / "adapter", questions.asked, {**questions.notes}
+    adapter, asked = adapter or plan.folder / "adapter", questions.asked
+    notes: Notes = defaultdict(list, questions.notes)
     model = generation.load_tuned(plan, adapter)
     tokenizer = generation.load_tokenizer(plan)
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes)
     recipe = recipe_of(plan, adapter, jobs)
-    answers = generate_all(model, tokenizer, jobs, recipe, folder / "answers", batch_size)
-    losses = reference_losses(model, tokenizer, jobs, asked)
-    for found in (answers, losses):  # without passages, grounded has the prompt of the tuned arm
-        found["grounded"] = {**found["tuned"], **found["grounded"]}
-    answers |= look_up(plan, tokenizer, train, asked)
-    table, no_bert_score = answer_table(asked, answers, losses, [row["answer"] for row in train])
+    references = {row["question"]: row["references"][0] for row in asked}
+    saved = folder / "answers"
+    answers = answer_all(model, tokenizer, jobs, references, recipe, saved, batch_size)
+    # Without passages, a question has the prompt of the tuned arm, and so its answer.
+    answers["grounded"] = answers["tuned"] | answers["grounded"]
+    for arm, texts in look_ups(train, asked, plan.seed).items():
+        given = [as_record(cut_answer(tokenizer, text, plan.max_new_tokens)) for text in texts]
+        answers[arm] = dict(zip(references, given, strict=True))
+    table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"]
     if len(unscored):
         notes[UNSCORED] = unscored.astype(int).unique().tolist()
@@ -645,14 +628,14 @@ def evaluate(
 
 
 def write_answers(
-    path: Path, table: pandas.DataFrame, answers: Mapping[str, Mapping[str, Answer]]
+    path: Path, table: pandas.DataFrame, answers: Mapping[str, Mapping[str, Row]]
 ) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
     safe = [
-        {"arm": f"{arm}, safety", "id": prompt.id, "question": prompt.prompt,
-         "answer": answers[arm][prompt.prompt].text}
-        for arm in ("base", "tuned") for prompt in safety.prompts()
-    ]  # fmt: skip
+        {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
+        for arm in ("base", "tuned")
+        for p in safety.prompts()
+    ]
     with whole_file(path) as temporary:
         pandas.concat([table, pandas.DataFrame(safe)]).to_parquet(temporary, index=False)
 
@@ -663,9 +646,8 @@ def write_answers(
 def look_up_scores(train: Sequence[Row], test: Sequence[Row], seed: int = 0) -> dict[str, Cell]:
     """Return ROUGE-L of both look-up baselines, answers uncut: arm -> cell."""
     references = [row["answer"] for row in test]
-    answers = {"nearest": nearest_training_answers(train, test)}
-    answers["another disease"] = other_disease_answers(train, test, seed)
-    columns = {arm: {"rougeL": rouge_l(texts, references)} for arm, texts in answers.items()}
+    texts = look_ups(train, test, seed)
+    columns = {arm: {"rougeL": rouge_l(answers, references)} for arm, answers in texts.items()}
     return {arm: cells["rougeL"] for arm, cells in summary(columns, versus=())["arms"].items()}
 
 
@@ -698,21 +680,17 @@ def outcome(
 
 
 def answer_columns(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
     max_new_tokens: int,
-) -> Columns:
+) -> dict[str, numpy.ndarray]:  # fmt: skip
     """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
 
     ROUGE-L, all facts present (embedded sample only), stop rate, and the loss of the reference.
     """
     references = [row["answer"] for row in rows]
+    conversations = [prompt_messages(row["question"]) for row in rows]
     with unpacked(model):
-        answers = generation.ask(
-            model, tokenizer, [row["question"] for row in rows], max_new_tokens
-        )
-        conversations = [prompt_messages(row["question"]) for row in rows]
+        answers = generate(model, tokenizer, conversations, max_new_tokens)
         losses = scores.answer_loss(model, tokenizer, conversations, references)
     texts = [answer.text for answer in answers]
     return {

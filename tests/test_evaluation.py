@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_an_arm_is_beaten_only_by_a_whole_interval_on_the_better_side() -> None:
 
 
 def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> None:
-    rows, notes = sample.rows(), {}
+    rows, notes = sample.rows(), defaultdict(list)
     archive = [r for r in rows if r["focus"] == rows[0]["focus"]]
     numbered = {1: archive[0]["question"], 2: "zzyzx ?", 7: f"{rows[0]['focus']} " * 900}
     asked = [{"number": n, "question": q, "references": ["x"]} for n, q in numbered.items()]
@@ -240,20 +241,23 @@ def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> No
 def test_answers_of_another_recipe_are_not_taken(
     tiny_base: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    asked, jobs = [], {"tuned": {"one": [], "x": []}}
+    asked = []
 
-    def generate(*arguments: Any, **options: Any) -> list[Answer]:
-        asked.append(options["progress"])
-        return [Answer("one\n\u2028é\x85", 3, True), Answer("", len(asked), False)]
+    def generate(*arguments: Any) -> list[Answer]:
+        asked.append(arguments[-1])
+        return [Answer("one\n\u2028é\x85", len(asked), True)]
 
     monkeypatch.setattr(evaluation, "generate", generate)
+    jobs = {"tuned": {"Gout?": chat.prompt_messages("Gout?")}}
+    recipes = [{"seed": seed, "max_new_tokens": 8} for seed in (0, 1, 0, 1)]
     given = [
-        evaluation.generate_all(tiny_base, tiny_tokenizer, jobs, recipe, tmp_path)["tuned"]
-        for recipe in ({"seed": seed, "max_new_tokens": 8} for seed in (0, 1, 0, 1))
+        evaluation.answer_all(tiny_base, tiny_tokenizer, jobs, {"Gout?": "x"}, recipe, tmp_path)
+        for recipe in recipes
     ]
-    assert asked == ["tuned", "tuned"], "once for each recipe"
-    assert given[:2] == given[2:] and given[0]["one"] == Answer("one\n\u2028é\x85", 3, True)
-    assert [answers["x"].tokens for answers in given] == [1, 2, 1, 2]
+    assert asked == ["answers, tuned"] * 2, "once for each recipe"
+    records = [answers["tuned"]["Gout?"] for answers in given]
+    assert [record["answer_tokens"] for record in records] == [1, 2, 1, 2]
+    assert records[0]["answer"] == "one\n\u2028é\x85" and records[0]["bytes"] == 1
 
 
 def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
@@ -261,11 +265,11 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
 ) -> None:
     generated, generate, write = [], evaluation.generate, Path.write_text
 
-    def stopping(*arguments: Any, progress: str, **options: Any) -> Any:
-        generated.append(progress)
+    def stopping(*arguments: Any) -> Any:
+        generated.append(arguments[-1].removeprefix("answers, "))
         if len(generated) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments, progress=progress, **options)
+        return generate(*arguments)
 
     def full(path: Path, text: str, **options: Any) -> int:
         if "metrics" not in path.name:
