@@ -35,7 +35,8 @@ from medquad_utils.scores import SCORES, facts_complete, interval, rouge_l
 from medquad_utils.splits import focus_of, leakage, normalise
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel as Model
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ARMS = {
     "base": "the model before training",
@@ -71,6 +72,7 @@ Columns = Mapping[str, Any]  # score -> one value a question, NaN where there is
 Cell = dict[str, Any]  # mean, low, high, n
 Messages = list[dict[str, str]]
 Notes = dict[str, list[int]]
+Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
 
 # ---- questions -----------------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
         if not questions or not references:
             notes[NO_ANSWER if questions else NO_QUESTION].append(number)
             continue
-        row = {name: (_texts(record, [name]) or [None])[0] for name in OPTIONAL}
+        row: Row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
         row |= {"question": questions[0], "answer": references[0]}
         row |= {"number": number, "references": references}
         first = rows.setdefault(normalise(questions[0]) or questions[0], row)
@@ -153,9 +155,7 @@ def _clean(text: str) -> str:
     return CONTROL.sub("", text).strip()
 
 
-def check_question(
-    question: str, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int
-) -> str:
+def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
     """Return ``question`` without control characters.
 
     Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
@@ -172,7 +172,7 @@ def check_question(
 
 
 def fitted(
-    tokenizer: PreTrainedTokenizerBase, question: str, room: int, passages: Sequence[str] = ()
+    tokenizer: Tokenizer, question: str, room: int, passages: Sequence[str] = ()
 ) -> tuple[Messages, bool]:
     """Build a prompt of at most ``room`` tokens; return it and whether the question was cut.
 
@@ -249,7 +249,7 @@ def numbers_by(rows: Sequence[Row], *columns: str) -> dict[Any, list[int]]:
     return dict(groups)
 
 
-def cut_answer(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> Answer:
+def cut_answer(tokenizer: Tokenizer, text: str, most: int) -> Answer:
     """Cut a looked-up text at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) <= most:
@@ -276,9 +276,8 @@ def archive_index(
 
 
 def prompts(
-    tokenizer: PreTrainedTokenizerBase, asked: Sequence[Row], index: retrieval.Index,
-    room: int, notes: Notes,
-) -> dict[str, dict[str, Messages]]:  # fmt: skip
+    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Notes
+) -> dict[str, dict[str, Messages]]:
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
     ``notes`` (a defaultdict) names cut and ungrounded questions. The latter have no prompt in
@@ -317,41 +316,39 @@ def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def adapted(model: PreTrainedModel, arm: str) -> AbstractContextManager[Any]:
+def adapted(model: Model, arm: str) -> AbstractContextManager[Any]:
     """Switch the adapter off within the context for the arm "base"."""
     tuned: Any = model
     return tuned.disable_adapter() if arm == "base" else nullcontext()
 
 
 def answer_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    jobs: Mapping[str, Mapping[str, Messages]], references: Mapping[str, str],
-    recipe: Row, folder: Path, batch_size: int = 32,
+    model: Model, tokenizer: Tokenizer, jobs: Mapping[str, Mapping[str, Messages]],
+    asked: Sequence[Row], train: Sequence[Row], recipe: Row, folder: Path, batch_size: int = 32,
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
-    """Answer ``jobs`` and score ``references`` (by question): arm -> question -> ``as_record``.
+    """Answer with all five arms, and score the first reference: arm -> question -> ``as_record``.
 
-    An arm is saved in ``folder`` when it is done. A later run of the same recipe reads it there.
+    Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
     """
+    references = {row["question"]: row["references"][0] for row in asked}
     digest = hashlib.sha256(json.dumps([recipe, references]).encode()).hexdigest()[:16]
-    answers = {}
+    answers, most = {}, recipe["max_new_tokens"]
     for arm, prompts in jobs.items():
         if not (path := folder / f"{arm}-{digest}.json").is_file():
             messages, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
-                given = generate(
-                    model,
-                    tokenizer,
-                    messages,
-                    recipe["max_new_tokens"],
-                    batch_size,
-                    f"answers, {arm}",
-                )
+                given = generate(model, tokenizer, messages, most, batch_size, f"answers, {arm}")
                 losses = scores.answer_loss(
-                    model, tokenizer, messages, texts, progress=f"likelihood, {arm}"
+                    model, tokenizer, messages, texts, progress=f"bits, {arm}"
                 )
             table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
             write_json(path, table.assign(**losses._asdict()).to_dict("index"))
         answers[arm] = read_json(path)
+    # Without passages, a question has the prompt of the tuned arm, and so its answer.
+    answers["grounded"] = answers["tuned"] | answers["grounded"]
+    for arm, looked_up in look_ups(train, asked, recipe["seed"]).items():
+        records = [as_record(cut_answer(tokenizer, text, most)) for text in looked_up]
+        answers[arm] = dict(zip(references, records, strict=True))
     return answers
 
 
@@ -365,7 +362,7 @@ def as_record(answer: Answer) -> Row:
 
 
 def answer_table(
-    asked: Sequence[Row], answers: Mapping[str, Mapping[str, Row]], corpus: Sequence[str]
+    asked: Sequence[Row], answers: Answers, corpus: Sequence[str]
 ) -> tuple[pandas.DataFrame, str]:
     """Return one row for each question and arm with all scores, and why BERTScore is missing.
 
@@ -439,7 +436,7 @@ def summary(
     return tables
 
 
-def by_arm(table: pandas.DataFrame) -> dict[str, Columns]:
+def by_arm(table: pandas.DataFrame) -> dict[str, Any]:
     """Split a table of answers by arm; the questions keep their order."""
     return dict(list(table.groupby("arm", sort=False)))
 
@@ -475,9 +472,7 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def forgetting(
-    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse)."""
     texts, losses = scores.plain_texts(plan), {}
     for arm in ("base", "tuned"):
@@ -505,7 +500,7 @@ def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
     return shown
 
 
-def safety_scores(answers: Mapping[str, Mapping[str, Row]]) -> dict[str, Any]:
+def safety_scores(answers: Answers) -> dict[str, Any]:
     """Return how base and tuned model pass the safety prompts, and the error of the rules."""
     asked = safety.prompts()
     texts = {arm: [answers[arm][p.prompt]["answer"] for p in asked] for arm in ("base", "tuned")}
@@ -589,27 +584,20 @@ def evaluate(
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes)
     recipe = recipe_of(plan, adapter, jobs)
-    references = {row["question"]: row["references"][0] for row in asked}
     saved = folder / "answers"
-    answers = answer_all(model, tokenizer, jobs, references, recipe, saved, batch_size)
-    # Without passages, a question has the prompt of the tuned arm, and so its answer.
-    answers["grounded"] = answers["tuned"] | answers["grounded"]
-    for arm, texts in look_ups(train, asked, plan.seed).items():
-        given = [as_record(cut_answer(tokenizer, text, plan.max_new_tokens)) for text in texts]
-        answers[arm] = dict(zip(references, given, strict=True))
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, saved, batch_size)
     table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"]
     if len(unscored):
         notes[UNSCORED] = unscored.astype(int).unique().tolist()
     write_answers(folder / "answers.parquet", table, answers)
-    setting = {"profile": plan.profile, "training_rows": len(train)}
-    setting |= {"archive_rows": len(index.rows), "close_source": float(index.threshold)}
     shares, overall = leakage(train, asked), summary(by_arm(table), WITHOUT_TRAINING)
     metrics: dict[str, Any] = rounded({
         "file": questions.name,
         "questions": len(asked),
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
-        "recipe": setting | recipe,
+        "recipe": {"profile": plan.profile, "training_rows": len(train),
+                   "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
         "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
         "about_arms": ARMS,
         "about_scores": {name: score._asdict() for name, score in SCORES.items()},
@@ -627,9 +615,7 @@ def evaluate(
     return metrics
 
 
-def write_answers(
-    path: Path, table: pandas.DataFrame, answers: Mapping[str, Mapping[str, Row]]
-) -> None:
+def write_answers(path: Path, table: pandas.DataFrame, answers: Answers) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
     safe = [
         {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
@@ -680,9 +666,8 @@ def outcome(
 
 
 def answer_columns(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
-    max_new_tokens: int,
-) -> dict[str, numpy.ndarray]:  # fmt: skip
+    model: Model, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int
+) -> dict[str, numpy.ndarray]:
     """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
 
     ROUGE-L, all facts present (embedded sample only), stop rate, and the loss of the reference.

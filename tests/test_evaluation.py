@@ -241,21 +241,21 @@ def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> No
 def test_answers_of_another_recipe_are_not_taken(
     tiny_base: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    asked = []
+    generated = []
 
     def generate(*arguments: Any) -> list[Answer]:
-        asked.append(arguments[-1])
-        return [Answer("one\n\u2028é\x85", len(asked), True)]
+        generated.extend([arguments[-1]] * len(arguments[2]))
+        return [Answer("one\n\u2028é\x85", len(generated), True)] * len(arguments[2])
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    jobs = {"tuned": {"Gout?": chat.prompt_messages("Gout?")}}
-    recipes = [{"seed": seed, "max_new_tokens": 8} for seed in (0, 1, 0, 1)]
+    jobs = {"tuned": {"Gout?": chat.prompt_messages("Gout?")}, "grounded": {}}
+    asked, train = [row("causes", question="Gout?", references=["x"])], [row("causes")]
     given = [
-        evaluation.answer_all(tiny_base, tiny_tokenizer, jobs, {"Gout?": "x"}, recipe, tmp_path)
-        for recipe in recipes
+        evaluation.answer_all(tiny_base, tiny_tokenizer, jobs, asked, train, recipe, tmp_path)
+        for recipe in ({"seed": seed, "max_new_tokens": 8} for seed in (0, 1, 0, 1))
     ]
-    assert asked == ["answers, tuned"] * 2, "once for each recipe"
-    records = [answers["tuned"]["Gout?"] for answers in given]
+    assert generated == ["answers, tuned"] * 2, "once for each recipe"
+    records = [answers["grounded"]["Gout?"] for answers in given]
     assert [record["answer_tokens"] for record in records] == [1, 2, 1, 2]
     assert records[0]["answer"] == "one\n\u2028é\x85" and records[0]["bytes"] == 1
 
