@@ -297,7 +297,8 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     train = [r for r in rows[:120] if r["focus"] != rows[0]["focus"]]
     files.write_rows(tmp_path / "data" / "train.parquet", train)
     files.write_rows(tmp_path / "more.parquet", rows[:6])
-    asked = jsonl(tmp_path, *rows[:6], {"question": "What is this?"})
+    few = [{name: r[name] for name in ("question", "answer", "qtype")} for r in rows[:6]]
+    asked = jsonl(tmp_path, *few, {"question": "What is this?"})
     given = {"questions": asked, "adapter": tiny_adapter, "out": out, "data": tmp_path / "data"}
     given |= {"archive": tmp_path / "more.parquet", "limit": 5}
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0
