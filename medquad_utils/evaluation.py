@@ -147,12 +147,8 @@ def _texts(record: Row, names: Sequence[str]) -> list[str]:
             with suppress(ValueError):  # a text that opens with a bracket
                 value = json.loads(value)
         values += value if isinstance(value, list) else [value]
-    texts = [_clean(value) for value in values if isinstance(value, str)]
+    texts = [CONTROL.sub("", value).strip() for value in values if isinstance(value, str)]
     return [text for text in texts if text.lower() not in ("", "nan")]
-
-
-def _clean(text: str) -> str:
-    return CONTROL.sub("", text).strip()
 
 
 def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
@@ -160,7 +156,7 @@ def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_to
 
     Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
     """
-    if not (text := _clean(question)):
+    if not (text := CONTROL.sub("", question).strip()):
         raise CourseError('the question is empty: write one, such as "What causes asthma?".')
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
     if needed > context:

@@ -71,17 +71,12 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
 
 def table(metrics: Mapping[str, Any]) -> str:
     """Format the main scores, a line for each arm, and the verdicts, for a terminal."""
-    arms = metrics["overall"]["arms"]
-    rows = {
-        arm: {
-            metrics["about_scores"][key]["name"]: cell(cells[key])
-            for key in GROUPED
-            if key in cells
-        }
-        for arm, cells in arms.items()
+    arms, about = metrics["overall"]["arms"], metrics["about_scores"]
+    columns = {
+        about[key]["name"]: {arm: cell(cells.get(key)) for arm, cells in arms.items()}
+        for key in GROUPED
     }
-    scores = pandas.DataFrame.from_dict(rows, orient="index").fillna("–")
-    return "\n".join([scores.to_string(), *sentences(metrics)])
+    return "\n".join([pandas.DataFrame(columns).to_string(), *sentences(metrics)])
 
 
 def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
@@ -138,36 +133,32 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
     """Draw likeness by arm and ROUGE-L by group; name -> path and alternative text."""
     about, arms = metrics["about_scores"], metrics["overall"]["arms"]
     alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
-    series = {
-        arm: {alike[k]: c for k, c in cells.items() if k in alike} for arm, cells in arms.items()
+    likeness = {
+        arm: {name: cells[key] for key, name in alike.items() if key in cells}
+        for arm, cells in arms.items()
     }
-    drawn = {"scores": ("Likeness to the reference, by arm", series)}
+    tables = {"scores": ("Likeness to the reference, by arm", likeness)}
     for name, title in GROUP_TITLES.items():
         groups = {group: parts["arms"] for group, parts in metrics[name].items()}
-        series = {arm: {g: cells[arm]["rougeL"] for g, cells in groups.items()} for arm in arms}
+        rouge_l = {arm: {g: cells[arm]["rougeL"] for g, cells in groups.items()} for arm in arms}
         if len(groups) > 1:
-            drawn[name] = (f"ROUGE-L by {title}", series)
+            tables[name] = (f"ROUGE-L by {title}", rouge_l)
     figures = {}
-    for name, (title, series) in drawn.items():
+    for name, (title, table) in tables.items():
+        rows = {
+            arm: {
+                g: (c["mean"], c["low"], c["high"]) for g, c in row.items() if c["low"] is not None
+            }
+            for arm, row in table.items()
+        }
+        if not (first := next(iter(rows["base"]), None)):
+            continue  # too few questions for an interval
+        values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
+        alt = (
+            f"{title}: a dot for each mean, with a whisker for its interval. At {first}: {values}. "
+            "All values are in the table beside it."
+        )
         path = Path("figures", f"{name}.png")
-        if alt := _draw(series, title, folder / path):
-            figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
+        plots.intervals(rows, title, "0 to 1", alt, save=folder / path)
+        figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
     return figures
-
-
-def _draw(series: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> str:
-    """Draw the cells that have an interval; return the alternative text, "" if there is none."""
-    cells = {
-        arm: {g: (c["mean"], c["low"], c["high"]) for g, c in row.items() if c["low"] is not None}
-        for arm, row in series.items()
-    }
-    if not all(cells.values()):
-        return ""
-    first = next(iter(cells["base"]))
-    values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in cells.items())
-    alt = (
-        f"{title}: a dot for each mean, with a whisker for its interval. At {first}: {values}. "
-        "All values are in the table beside it."
-    )
-    plots.intervals(cells, title, "0 to 1", alt, save=path)
-    return alt
