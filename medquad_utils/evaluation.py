@@ -63,6 +63,7 @@ OPTIONAL = ("qtype", "source", "focus", "url")
 # Notes: what happened to questions -> their rows in the file.
 NO_QUESTION = "skipped: the question is empty or not text"
 NO_ANSWER = "skipped: no reference answer is text"
+CONTROLS = "control characters removed"
 MERGED = "repeats the question of an earlier row: its answer counts as one more reference"
 CUT = "question cut at a word: it is longer than the model's context"
 UNGROUNDED = f"grounded arm asked without passages: {retrieval.NO_SOURCE}"
@@ -120,6 +121,9 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
         if not questions or not references:
             notes[NO_ANSWER if questions else NO_QUESTION].append(number)
             continue
+        cells = [value if isinstance(value, list) else [value] for value in record.values()]
+        if any(CONTROL.search(text) for cell in cells for text in cell if isinstance(text, str)):
+            notes[CONTROLS].append(number)
         row: Row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
         row |= {"question": questions[0], "answer": references[0]}
         row |= {"number": number, "references": references}

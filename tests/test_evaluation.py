@@ -44,7 +44,7 @@ def test_questions_are_merged_skipped_with_their_rows_and_drawn(tmp_path: Path) 
     assert [(q["number"], q["references"]) for q in found.asked] == expected
     assert found.notes[evaluation.NO_QUESTION] == [2, 3, 4, 5, 6, 7]
     assert found.notes[evaluation.NO_ANSWER] == [8, 9, 10, 11, 12, 13]
-    assert found.notes[evaluation.MERGED] == [14]
+    assert found.notes[evaluation.MERGED] == found.notes[evaluation.CONTROLS] == [14]
     drawn = [[q["number"] for q in read_questions(path, 1, seed).asked] for seed in (*range(9), 0)]
     assert drawn[0] == drawn[-1] and {*map(tuple, drawn)} == {(1,), (15,), (16,)}, "by the seed"
 
@@ -170,10 +170,8 @@ def test_every_arm_answers_every_question_within_the_limit(answers: Any) -> None
     for arm in evaluation.ARMS:
         assert [a["id"] for a in answers[arm]] == [str(n) for n in range(1, 11)]
         assert answers[arm][8]["question"] == NASTY, "asked and kept as text"
-        assert all(
-            a["answer_tokens"] <= 8 and (a["stop_rate"] or a["answer_tokens"] == 8)
-            for a in answers[arm]
-        )
+        for a in answers[arm]:
+            assert a["answer_tokens"] == 8 or (a["answer_tokens"] < 8 and a["stop_rate"])
     known = {str(r["answer"]) for r in sample.rows()}
     for a in answers["nearest"] + answers["another disease"]:
         assert not a["stop_rate"] and a["answer"] not in known, "cut where a model's would be"
@@ -196,15 +194,8 @@ def test_base_answers_without_the_adapter_and_tuned_with_it(
 def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -> None:
     """Every mean and every paired difference once more, from the columns of the table."""
     overall = metrics["overall"]
-    for score in (
-        "rouge1",
-        "rougeL",
-        "bleu",
-        "chrf",
-        "tfidf_cosine",
-        "facts_complete",
-        "stop_rate",
-    ):
+    likeness = ("rouge1", "rougeL", "bleu", "chrf", "tfidf_cosine")
+    for score in (*likeness, "facts_complete", "stop_rate"):
         base = numpy.array([a[score] for a in answers["base"]], dtype=float)
         for arm in evaluation.ARMS:
             values = numpy.array([a[score] for a in answers[arm]], dtype=float)
