@@ -51,6 +51,11 @@ FEW = 5  # a group of fewer questions gets no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
 PASSAGES = 3  # in a grounded prompt, at most
 PASSAGE_WORDS = 80  # of each passage, at most
+ABOUT = {
+    "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
+    "about_arms": ARMS,
+    "about_scores": {name: score._asdict() for name, score in SCORES.items()},
+}
 MEASURED = files.MEASURED / "look_up.json"
 
 CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
@@ -117,20 +122,12 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     rows: dict[str, Row] = {}
     notes: Notes = defaultdict(list)
     for number, record in enumerate(records, start=1):
-        questions, references = _texts(record, QUESTION), _texts(record, REFERENCES)
-        if not questions or not references:
-            notes[NO_ANSWER if questions else NO_QUESTION].append(number)
-            continue
-        cells = [value if isinstance(value, list) else [value] for value in record.values()]
-        if any(CONTROL.search(text) for cell in cells for text in cell if isinstance(text, str)):
-            notes[CONTROLS].append(number)
-        row: Row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
-        row |= {"question": questions[0], "answer": references[0]}
-        row |= {"number": number, "references": references}
-        first = rows.setdefault(normalise(questions[0]) or questions[0], row)
-        if first is not row:
-            notes[MERGED].append(number)
-            first["references"] = list(dict.fromkeys(first["references"] + references))
+        if row := _question(number, record, notes):
+            first = rows.setdefault(normalise(row["question"]) or row["question"], row)
+            if first is not row:
+                notes[MERGED].append(number)
+                references = first["references"] + row["references"]
+                first["references"] = list(dict.fromkeys(references))
     asked = list(rows.values())
     if not asked:
         why = ", ".join(notes) or "it has no rows"
@@ -141,6 +138,20 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
         notes[f"{what} (--limit)"] = sorted(asked[n]["number"] for n in order[limit:])
         asked = [asked[n] for n in sorted(order[:limit])]
     return Questions(path.name, asked, dict(notes))
+
+
+def _question(number: int, record: Row, notes: Notes) -> Row | None:
+    """Turn a record of the file into a row of ``Questions``, or ``None`` if a part is missing."""
+    questions, references = _texts(record, QUESTION), _texts(record, REFERENCES)
+    if not questions or not references:
+        notes[NO_ANSWER if questions else NO_QUESTION].append(number)
+        return None
+    cells = [value if isinstance(value, list) else [value] for value in record.values()]
+    if any(CONTROL.search(text) for cell in cells for text in cell if isinstance(text, str)):
+        notes[CONTROLS].append(number)
+    row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
+    texts = {"question": questions[0], "answer": references[0]}
+    return {**row, **texts, "references": references, "number": number}
 
 
 def _texts(record: Row, names: Sequence[str]) -> list[str]:
@@ -578,7 +589,7 @@ def evaluate(
     """
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
     notes: Notes = defaultdict(list, questions.notes)
-    model = generation.load_tuned(plan, adapter)
+    model = generation.load_tuned(plan, adapter)  # first: it refuses an adapter of another base
     tokenizer = generation.load_tokenizer(plan)
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
@@ -591,28 +602,30 @@ def evaluate(
     if len(unscored):
         notes[UNSCORED] = unscored.astype(int).unique().tolist()
     write_answers(folder / "answers.parquet", table, answers)
-    shares, overall = leakage(train, asked), summary(by_arm(table), WITHOUT_TRAINING)
+    shares = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
         "file": questions.name,
         "questions": len(asked),
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
-        "about_arms": ARMS,
-        "about_scores": {name: score._asdict() for name, score in SCORES.items()},
-        "verdict": verdict(overall),
-        "overall": overall,
-        **{f"by_{column}": by_group(table, column) for column in ("qtype", "source", "kind")},
+        **ABOUT,
+        **results(table),
         "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
         "safety": safety_scores(answers),
         "leakage": shares,
         "held_out": not (shares["normalised question"] or shares["focus"]),
-        "examples": examples(table),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def results(table: pandas.DataFrame) -> dict[str, Any]:
+    """Summarise the scores overall and by group, give the verdict, and show examples."""
+    overall = summary(by_arm(table), WITHOUT_TRAINING)
+    groups = {f"by_{column}": by_group(table, column) for column in ("qtype", "source", "kind")}
+    return {"verdict": verdict(overall), "overall": overall, **groups, "examples": examples(table)}
 
 
 def write_answers(path: Path, table: pandas.DataFrame, answers: Answers) -> None:
