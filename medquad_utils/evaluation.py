@@ -346,11 +346,13 @@ def answer_all(
     answers, most = {}, recipe["max_new_tokens"]
     for arm, prompts in jobs.items():
         if not (path := folder / f"{arm}-{digest}.json").is_file():
-            messages, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
+            turns, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
-                given = generate(model, tokenizer, messages, most, batch_size, f"answers, {arm}")
+                given = generate(
+                    model, tokenizer, turns, most, batch_size=batch_size, progress=f"answers, {arm}"
+                )
                 losses = scores.answer_loss(
-                    model, tokenizer, messages, texts, progress=f"bits, {arm}"
+                    model, tokenizer, turns, texts, progress=f"likelihood, {arm}"
                 )
             table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
             write_json(path, table.assign(**losses._asdict()).to_dict("index"))

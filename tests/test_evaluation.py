@@ -234,9 +234,9 @@ def test_answers_of_another_recipe_are_not_taken(
 ) -> None:
     generated = []
 
-    def generate(*arguments: Any) -> list[Answer]:
-        generated.extend([arguments[-1]] * len(arguments[2]))
-        return [Answer("one\n\u2028é\x85", len(generated), True)] * len(arguments[2])
+    def generate(model: Any, tokenizer: Any, asked: Any, *_: Any, **options: Any) -> list[Answer]:
+        generated.extend([options["progress"]] * len(asked))
+        return [Answer("one\n\u2028é\x85", len(generated), True)] * len(asked)
 
     monkeypatch.setattr(evaluation, "generate", generate)
     jobs = {"tuned": {"Gout?": chat.prompt_messages("Gout?")}, "grounded": {}}
@@ -256,11 +256,11 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
 ) -> None:
     generated, generate, write = [], evaluation.generate, Path.write_text
 
-    def stopping(*arguments: Any) -> Any:
-        generated.append(arguments[-1].removeprefix("answers, "))
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        generated.append(options["progress"].removeprefix("answers, "))
         if len(generated) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     def full(path: Path, text: str, **options: Any) -> int:
         if "metrics" not in path.name:
