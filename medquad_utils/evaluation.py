@@ -11,38 +11,32 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+import pandas
 
-from medquad_utils import CourseError, files, retrieval, safety, scores
+from medquad_utils import CourseError, files, generation, retrieval, safety, scores
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import prepare, read_records
-from medquad_utils.files import COLUMNS, Row, read_json, read_rows, whole_file, write_json
-from medquad_utils.generation import (
-    Answer,
-    adapter_record,
-    ask,
-    base_id,
-    generate,
-    load_tokenizer,
-    load_tuned,
-)  # fmt: skip
+from medquad_utils.files import Row, read_json, read_rows, whole_file, write_json
+from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan, resolve_trained
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_complete, interval, rouge_l
 from medquad_utils.splits import focus_of, leakage, normalise
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel as Model
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ARMS = {
     "base": "the model before training",
@@ -57,6 +51,11 @@ FEW = 5  # a group of fewer questions gets no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
 PASSAGES = 3  # in a grounded prompt, at most
 PASSAGE_WORDS = 80  # of each passage, at most
+ABOUT = {
+    "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
+    "about_arms": ARMS,
+    "about_scores": {name: score._asdict() for name, score in SCORES.items()},
+}
 MEASURED = files.MEASURED / "look_up.json"
 
 CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
@@ -73,47 +72,27 @@ CONTROLS = "control characters removed"
 MERGED = "repeats the question of an earlier row: its answer counts as one more reference"
 CUT = "question cut at a word: it is longer than the model's context"
 UNGROUNDED = f"grounded arm asked without passages: {retrieval.NO_SOURCE}"
-NOBODY = "no training answer about another disease: that arm's answer is empty"
 UNSCORED = "without bits per byte: question and reference exceed the model's context"
 
-Columns = dict[str, numpy.ndarray]  # score -> one value a question; NaN where there is none
+Columns = Mapping[str, Any]  # score -> one value a question, NaN where there is none; or a table
 Cell = dict[str, Any]  # mean, low, high, n
 Messages = list[dict[str, str]]
 Notes = dict[str, list[int]]
+Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
 
 # ---- questions -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question: ``number`` is its row in the file, from 1; each reference is a right answer."""
-
-    number: int
-    question: str
-    references: tuple[str, ...]
-    qtype: str | None = None
-    source: str | None = None
-    focus: str | None = None
-    url: str | None = None
-
-    @classmethod
-    def of(cls, number: int, row: Row) -> Question:
-        """Turn a row of the common schema into a question with one reference."""
-        return cls(number, row["question"], (row["answer"],), *(row[c] for c in OPTIONAL))
-
-    @cached_property
-    def row(self) -> Row:
-        """The question as a row of the common schema; its answer is the first reference."""
-        fields = {column: getattr(self, column) for column in ("question", *OPTIONAL)}
-        return {**dict.fromkeys(COLUMNS), **fields, "answer": self.references[0]}
-
-
 @dataclass
 class Questions:
-    """The questions of a file, and notes: what was skipped or changed -> rows of the file."""
+    """The questions of a file, and notes: what was skipped or changed -> rows of the file.
+
+    ``asked`` holds rows with question, answer, qtype, source, focus, url, ``number`` (row in the
+    file, from 1) and ``references``: all right answers, ``answer`` first.
+    """
 
     name: str
-    asked: list[Question]
+    asked: list[Row]
     notes: Notes = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -129,7 +108,7 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
 
     Columns, in any case: ``question`` or ``prompt``; ``answer(s)`` or ``reference(s)``, a text or
     a list of texts (in CSV as JSON); optional ``qtype``, ``source``, ``focus``, ``url``. Rows that
-    repeat a question are merged. Over ``limit`` questions (0: no limit) are sampled.
+    repeat a question are merged. Over ``limit`` questions are sampled.
     """
     table = read_records(path, "question, answer")
     records = [{str(name).strip().lower(): v for name, v in row.items()} for row in table]
@@ -140,55 +119,71 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
             f"{path.name} lacks a column {' and a column '.join(missing)}: it has "
             f"{', '.join(sorted(columns))}. Rename the columns."
         )
-    asked: dict[str, Question] = {}
+    rows: dict[str, Row] = {}
     notes: Notes = defaultdict(list)
     for number, record in enumerate(records, start=1):
-        if (question := _question(number, record, notes)) is None:
-            continue
-        key = normalise(question.question) or question.question
-        if first := asked.get(key):
-            notes[MERGED].append(number)
-            references = dict.fromkeys(first.references + question.references)
-            question = dataclasses.replace(first, references=tuple(references))
-        asked[key] = question
-    questions = Questions(path.name, list(asked.values()), dict(notes))
+        if row := _question(number, record, notes):
+            first = rows.setdefault(normalise(row["question"]) or row["question"], row)
+            if first is not row:
+                notes[MERGED].append(number)
+                references = first["references"] + row["references"]
+                first["references"] = list(dict.fromkeys(references))
+    asked = list(rows.values())
     if not asked:
-        why = "; ".join(line.strip() for line in str(questions).splitlines()[1:]) or "it is empty"
+        why = ", ".join(notes) or "it has no rows"
         raise CourseError(f"{path.name} holds no question with an answer ({why}).")
-    if limit and len(asked) > limit:
+    if len(asked) > limit:
         order = numpy.random.default_rng(seed).permutation(len(asked)).tolist()
-        left_out = sorted(questions.asked[n].number for n in order[limit:])
         what = f"left out: {limit:,} of {len(asked):,} questions are drawn with seed {seed}"
-        questions.notes[f"{what} (--limit)"] = left_out
-        questions.asked = [questions.asked[n] for n in sorted(order[:limit])]
-    return questions
+        notes[f"{what} (--limit)"] = sorted(asked[n]["number"] for n in order[limit:])
+        asked = [asked[n] for n in sorted(order[:limit])]
+    return Questions(path.name, asked, dict(notes))
 
 
-def _question(number: int, record: Mapping[str, Any], notes: Notes) -> Question | None:
-    asked = [text for name in QUESTION for text in _texts(record.get(name))]
-    references = [text for name in REFERENCES for text in _texts(record.get(name), several=True)]
-    if not asked or not references:
-        notes[NO_ANSWER if asked else NO_QUESTION].append(number)
+def _question(number: int, record: Row, notes: Notes) -> Row | None:
+    """Turn a record of the file into a row of ``Questions``, or ``None`` if a part is missing."""
+    questions, references = _texts(record, QUESTION), _texts(record, REFERENCES)
+    if not questions or not references:
+        notes[NO_ANSWER if questions else NO_QUESTION].append(number)
         return None
-    clean, *answers = (CONTROL.sub("", text).strip() for text in (asked[0], *references))
-    if [clean, *answers] != [asked[0], *references]:
+    cells = [value if isinstance(value, list) else [value] for value in record.values()]
+    if any(CONTROL.search(text) for cell in cells for text in cell if isinstance(text, str)):
         notes[CONTROLS].append(number)
-    texts = {name: _texts(record.get(name)) for name in OPTIONAL}
-    others = {name: CONTROL.sub("", cell[0]) for name, cell in texts.items() if cell}
-    return Question(number, clean, tuple(dict.fromkeys(answers)), **others)
+    row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
+    texts = {"question": questions[0], "answer": references[0]}
+    return {**row, **texts, "references": references, "number": number}
 
 
-def _texts(value: Any, several: bool = False) -> list[str]:
-    """List the texts of a table's cell: a text, a list, or (``several``) a list as JSON."""
-    if several and isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):  # a text that opens with a bracket
-            value = json.loads(value)
-    texts = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
-    return [v.strip() for v in texts if CONTROL.sub("", v).strip().lower() not in ("", "nan")]
+def _texts(record: Row, names: Sequence[str]) -> list[str]:
+    """List the texts in some cells of a record: each holds a text, a list, or a list as JSON."""
+    values: list[Any] = []
+    for value in map(record.get, names):
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            with suppress(ValueError):  # a text that opens with a bracket
+                value = json.loads(value)
+        values += value if isinstance(value, list) else [value]
+    texts = [CONTROL.sub("", value).strip() for value in values if isinstance(value, str)]
+    return [text for text in texts if text.lower() not in ("", "nan")]
+
+
+def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
+    """Return ``question`` without control characters.
+
+    Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
+    """
+    if not (text := CONTROL.sub("", question).strip()):
+        raise CourseError('the question is empty: write one, such as "What causes asthma?".')
+    needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
+    if needed > context:
+        raise CourseError(
+            f"the question is too long: with its answer {needed:,} tokens, "
+            f"and the model reads {context:,}. Ask a shorter one."
+        )
+    return text
 
 
 def fitted(
-    tokenizer: PreTrainedTokenizerBase, question: str, room: int, passages: Sequence[str] = ()
+    tokenizer: Tokenizer, question: str, room: int, passages: Sequence[str] = ()
 ) -> tuple[Messages, bool]:
     """Build a prompt of at most ``room`` tokens; return it and whether the question was cut.
 
@@ -198,13 +193,12 @@ def fitted(
     def fits(messages: Messages) -> bool:
         return len(prompt_ids(tokenizer, messages)) <= room
 
-    whole = " ".join(question.split())
-    text = whole[: 32 * room]  # no token is that long: it saves time with a huge text
+    text = whole = " ".join(question.split())
     for words in (PASSAGE_WORDS, PASSAGE_WORDS // 2, PASSAGE_WORDS // 4) if passages else ():
         shown = [" ".join(passage.split()[:words]) for passage in passages]
         if fits(messages := grounded_messages(text, shown)):
-            return messages, text != whole
-    while not fits(messages := grounded_messages(text)):
+            return messages, False
+    while not fits(messages := prompt_messages(text)):
         if not text:
             raise CourseError(f"an empty prompt exceeds {room} tokens: lower max_new_tokens.")
         text = text[: len(text) * 9 // 10].rsplit(" ", 1)[0]
@@ -225,16 +219,14 @@ def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[
     vectoriser = TfidfVectorizer()
     trained = vectoriser.fit_transform([row["question"] for row in train])
     asked = vectoriser.transform([row["question"] for row in rows])
-    of_type, nearest = numbers_by(train, "qtype"), [0] * len(rows)
+    of_type, answers = numbers_by(train, "qtype"), [""] * len(rows)
     for qtype, places in numbers_by(rows, "qtype").items():
         candidates = of_type.get(qtype) or list(range(len(train)))
-        for start in range(0, len(places), 256):  # the matrix of cosines is dense
-            part = places[start : start + 256]
-            # Rounded, so that equal questions tie.
-            cosines = (asked[part] @ trained[candidates].T).toarray().round(9)
-            for place, best in zip(part, cosines.argmax(axis=1), strict=True):
-                nearest[place] = candidates[best]
-    return [train[number]["answer"] for number in nearest]
+        # Rounded, so that equal questions tie.
+        cosines = (asked[places] @ trained[candidates].T).toarray().round(9)
+        for place, best in zip(places, cosines.argmax(axis=1), strict=True):
+            answers[place] = train[candidates[best]]["answer"]
+    return answers
 
 
 def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int = 0) -> list[str]:
@@ -247,23 +239,28 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     of_both, of_type = numbers_by(train, "source", "qtype"), numbers_by(train, "qtype")
     answers = []
     for row in rows:
-        focus, both = focus_of(row), (row["source"], row["qtype"])
-        pools = (of_both.get(both, []), of_type.get(row["qtype"], []), everything)
-        others = next(filter(None, ([n for n in pool if foci[n] != focus] for pool in pools)), None)
+        focus, both, others = focus_of(row), (row["source"], row["qtype"]), list[int]()
+        for pool in (of_both.get(both, []), of_type.get(row["qtype"], []), everything):
+            others = others or [n for n in pool if foci[n] != focus]
         answers.append(train[rng.choice(others)]["answer"] if others else "")
     return answers
+
+
+def look_ups(train: Sequence[Row], rows: Sequence[Row], seed: int) -> dict[str, list[str]]:
+    """Return the answers of both arms without a model, in the order of ``rows``."""
+    nearest = nearest_training_answers(train, rows)
+    return {"nearest": nearest, "another disease": other_disease_answers(train, rows, seed)}
 
 
 def numbers_by(rows: Sequence[Row], *columns: str) -> dict[Any, list[int]]:
     """Group the numbers of rows by the value (or tuple of values) of ``columns``."""
     groups: dict[Any, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        values = tuple(row[column] for column in columns)
-        groups[values if len(values) > 1 else values[0]].append(number)
+    for number, values in enumerate(map(itemgetter(*columns), rows)):
+        groups[values].append(number)
     return dict(groups)
 
 
-def cut_answer(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> Answer:
+def cut_answer(tokenizer: Tokenizer, text: str, most: int) -> Answer:
     """Cut a looked-up text at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) <= most:
@@ -290,31 +287,31 @@ def archive_index(
 
 
 def prompts(
-    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Question], index: retrieval.Index, notes: Notes,
-) -> dict[str, dict[str, Messages]]:  # fmt: skip
-    """Build the prompts, arm -> id -> messages; add cut and ungrounded questions to ``notes``.
+    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Notes
+) -> dict[str, dict[str, Messages]]:
+    """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
-    Ungrounded questions are left out of "grounded": their prompt is that of the tuned arm.
+    ``notes`` (a defaultdict) names cut and ungrounded questions. The latter have no prompt in
+    "grounded": it is that of the tuned arm.
     """
-    room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     # A passage that equals a reference would hand the grounded arm the answer.
-    same = numbers_by([{"answer": normalise(row["answer"])} for row in index.rows], "answer")
-    withheld = [{n for text in q.references for n in same.get(normalise(text), ())} for q in asked]
-    hits = index.search([q.question for q in asked], PASSAGES, withheld)
+    answers = [normalise(row["answer"]) for row in index.rows]
+    right = [set(map(normalise, row["references"])) for row in asked]
+    withheld = [[n for n, answer in enumerate(answers) if answer in texts] for texts in right]
+    hits = index.search([row["question"] for row in asked], PASSAGES, withheld)
     plain, grounded = {}, {}
-    for q, close in zip(asked, map(index.close, hits), strict=True):
-        plain[str(q.number)], cut = fitted(tokenizer, q.question, room)
+    for row, close in zip(asked, map(index.close, hits), strict=True):
+        question = row["question"]
+        plain[question], cut = fitted(tokenizer, question, room)
         if cut:
-            notes.setdefault(CUT, []).append(q.number)
+            notes[CUT].append(row["number"])
         if close:
             passages = [f"{hit.title}: {hit.row['answer']}" for hit in close]
-            grounded[str(q.number)] = fitted(tokenizer, q.question, room, passages)[0]
+            grounded[question], _ = fitted(tokenizer, question, room, passages)
         else:
-            notes.setdefault(UNGROUNDED, []).append(q.number)
-    safe = {prompt.id: prompt_messages(prompt.prompt) for prompt in safety.prompts()}
-    arms = {"base": plain, "tuned": plain, "grounded": grounded}
-    return arms | {"base, safety": safe, "tuned, safety": safe}
+            notes[UNGROUNDED].append(row["number"])
+    plain |= {prompt.prompt: prompt_messages(prompt.prompt) for prompt in safety.prompts()}
+    return {"base": plain, "tuned": plain, "grounded": grounded}
 
 
 def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +319,7 @@ def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, A
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     return {
         "model": plan.model_id,
-        "base": base_id(plan),
+        "base": generation.base_id(plan),
         "adapter": hashlib.sha256(weights).hexdigest()[:16],
         "prompts": hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16],
         "max_new_tokens": plan.max_new_tokens,
@@ -330,60 +327,79 @@ def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def adapted(model: PreTrainedModel, arm: str) -> AbstractContextManager[Any]:
-    """Switch the adapter off within the context for an arm of the base."""
+def adapted(model: Model, arm: str) -> AbstractContextManager[Any]:
+    """Switch the adapter off within the context for the arm "base"."""
     tuned: Any = model
-    return tuned.disable_adapter() if arm.startswith("base") else nullcontext()
+    return tuned.disable_adapter() if arm == "base" else nullcontext()
 
 
-def generate_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    jobs: Mapping[str, Mapping[str, Messages]], recipe: Mapping[str, Any], folder: Path,
-    batch_size: int = 32, report: Callable[[str], None] = print,
-) -> dict[str, dict[str, Answer]]:  # fmt: skip
-    """Answer ``jobs``; return arm -> id -> answer. Arms with a file in ``folder`` are read from it.
+def answer_all(
+    model: Model, tokenizer: Tokenizer, jobs: Mapping[str, Mapping[str, Messages]],
+    asked: Sequence[Row], train: Sequence[Row], recipe: Row, folder: Path, batch_size: int = 32,
+) -> dict[str, dict[str, Row]]:  # fmt: skip
+    """Answer with all five arms, and score the first reference: arm -> question -> ``as_record``.
 
-    Files of another recipe are set aside as ``<folder>.old``.
+    Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
     """
-    file, old = folder / "recipe.json", folder.with_name(f"{folder.name}.old")
-    if file.is_file() and (older := read_json(file)) != recipe:
-        differs = ", ".join(k for k in recipe if older.get(k) != recipe[k])
-        report(f"{folder.name}/ is of another run ({differs} differ): set aside as {old.name}/.")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    write_json(file, recipe)
-    answers = {}
-    for arm, conversations in jobs.items():
-        if not (path := folder / f"{arm}.jsonl").is_file():
-            asked, most = list(conversations.values()), recipe["max_new_tokens"]
+    references = {row["question"]: row["references"][0] for row in asked}
+    digest = hashlib.sha256(json.dumps([recipe, references]).encode()).hexdigest()[:16]
+    answers, most = {}, recipe["max_new_tokens"]
+    for arm, prompts in jobs.items():
+        if not (path := folder / f"{arm}-{digest}.json").is_file():
+            turns, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
-                new = generate(model, tokenizer, asked, most, batch_size=batch_size, progress=arm)
-            records = ({"id": k, **asdict(a)} for k, a in zip(conversations, new, strict=True))
-            with whole_file(path) as temporary:
-                text = "".join(f"{json.dumps(record)}\n" for record in records)
-                temporary.write_text(text, encoding="utf-8")
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        answers[arm] = {line.pop("id"): Answer(**line) for line in lines}
+                given = generate(
+                    model, tokenizer, turns, most, batch_size=batch_size, progress=f"answers, {arm}"
+                )
+                losses = scores.answer_loss(
+                    model, tokenizer, turns, texts, progress=f"likelihood, {arm}"
+                )
+            table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
+            write_json(path, table.assign(**losses._asdict()).to_dict("index"))
+        answers[arm] = read_json(path)
+    # Without passages, a question has the prompt of the tuned arm, and so its answer.
+    answers["grounded"] = answers["tuned"] | answers["grounded"]
+    for arm, looked_up in look_ups(train, asked, recipe["seed"]).items():
+        records = [as_record(cut_answer(tokenizer, text, most)) for text in looked_up]
+        answers[arm] = dict(zip(references, records, strict=True))
     return answers
+
+
+def as_record(answer: Answer) -> Row:
+    """Return an answer as columns of the table of answers."""
+    stopped = float(answer.stopped)
+    return {"answer": answer.text, "answer_tokens": answer.tokens, "stop_rate": stopped}
 
 
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def score_columns(
-    answers: Sequence[Answer], asked: Sequence[Question], corpus: Sequence[str]
-) -> Columns:
-    """Compute every score that needs no model; ``corpus`` gives the document frequencies."""
-    texts, references = [a.text for a in answers], [q.references for q in asked]
-    return scores.rouge(texts, references) | {
-        "bleu": scores.bleu(texts, references),
-        "chrf": scores.chrf(texts, references),
-        "tfidf_cosine": scores.tfidf_cosine(texts, references, corpus),
-        "facts_complete": facts_column(texts, [q.row for q in asked]),
-        "length_ratio": scores.length_ratio(texts, references),
-        "repetition": scores.repetition(texts),
-        "stop_rate": numpy.array([a.stopped for a in answers], dtype=float),
-    }
+def answer_table(
+    asked: Sequence[Row], answers: Answers, corpus: Sequence[str]
+) -> tuple[pandas.DataFrame, str]:
+    """Return one row for each question and arm with all scores, and why BERTScore is missing.
+
+    ``corpus`` gives the document frequencies of the TF-IDF cosine.
+    """
+    rows = []
+    for row in asked:
+        about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
+        about["id"] = str(row["number"])
+        about["kind"] = "boilerplate" if is_boilerplate(row) else "prose"
+        rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
+    table = pandas.DataFrame(rows)
+    texts, references = list(table["answer"]), list(table["references"])
+    table = table.assign(
+        **scores.rouge(texts, references),
+        bleu=scores.bleu(texts, references),
+        chrf=scores.chrf(texts, references),
+        tfidf_cosine=scores.tfidf_cosine(texts, references, corpus),
+        facts_complete=facts_column(texts, rows),
+        length_ratio=scores.length_ratio(texts, references),
+        repetition=scores.repetition(texts),
+    )
+    values, reason = scores.bert_score_or_reason(texts, references)
+    return (table if values is None else table.assign(bert_score=values)), reason
 
 
 def facts_column(texts: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
@@ -392,61 +408,27 @@ def facts_column(texts: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
     return numpy.array([v[0] if len(v) else numpy.nan for v in values], dtype=float)
 
 
-def add_bert_scores(
-    columns: dict[str, Columns], answers: dict[str, list[Answer]], asked: Sequence[Question]
-) -> str:
-    """Add BERTScore to all arms, or return the reason why it is missing."""
-    texts = [answer.text for row in zip(*answers.values(), strict=True) for answer in row]
-    references = [q.references for q in asked for _ in answers]
-    values, reason = scores.bert_score_or_reason(texts, references)
-    if values is not None:
-        for arm, column in zip(answers, values.reshape(-1, len(answers)).T, strict=True):
-            columns[arm]["bert_score"] = column
-    return reason
+def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
+    """Return the mean of a score with its interval, or ``None`` without a value.
 
-
-def add_losses(
-    columns: Mapping[str, Columns], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    jobs: Mapping[str, Mapping[str, Messages]], asked: Sequence[Question], notes: Notes,
-) -> None:  # fmt: skip
-    """Add the likelihood of each first reference (``scores.Losses``) to the arms with a model."""
-    table = numpy.full((len(scores.Losses._fields), len(asked)), numpy.nan)
-    # Grounded comes last: without passages a question keeps the tuned arm's prompt, and its loss.
-    for arm in ("base", "tuned", "grounded"):
-        places = [place for place, q in enumerate(asked) if str(q.number) in jobs[arm]]
-        conversations = [jobs[arm][str(asked[place].number)] for place in places]
-        references = [asked[place].references[0] for place in places]
-        with adapted(model, arm):
-            table[:, places] = scores.answer_loss(
-                model, tokenizer, conversations, references, progress=f"likelihood, {arm}"
-            )
-        columns[arm].update(zip(scores.Losses._fields, table.copy(), strict=True))
-    if rows := [q.number for q, nats in zip(asked, table[0], strict=True) if numpy.isnan(nats)]:
-        notes[UNSCORED] = rows
-
-
-RATIOS: dict[str, tuple[Callable[..., scores.Interval], str]] = {
-    "bits_per_byte": (scores.bits_per_byte, "bytes"),
-    "perplexity": (scores.perplexity, "tokens"),
-}
-
-
-def _cell(values: scores.Interval, n: int) -> Cell:
-    mean, low, high = values
-    few = n < FEW
-    return {"mean": mean, "low": None if few else low, "high": None if few else high, "n": n}
-
-
-def _measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
-    """Mean of a score, or of its paired difference to ``before``; ``None`` without a value."""
-    ratio, size = RATIOS.get(score, (None, ""))
-    name = "nats" if ratio else score
-    if name not in columns or (before and name not in before):
+    With ``before``: of the paired difference to it, for perplexity of the ratio.
+    """
+    name = "nats" if score in ("bits_per_byte", "perplexity") else score
+    if name not in columns or (before is not None and name not in before):
         return None
-    values = columns[name] - (before[name] if before else 0)
+    values = numpy.asarray(columns[name])
+    if before is not None:
+        values = values - numpy.asarray(before[name])
     if not (n := int(numpy.isfinite(values).sum())):
         return None
-    return _cell(ratio(values, columns[size]) if ratio else interval(values), n)
+    if score == "bits_per_byte":
+        mean, low, high = scores.bits_per_byte(values, columns["bytes"])
+    elif score == "perplexity":
+        mean, low, high = scores.perplexity(values, columns["tokens"])
+    else:
+        mean, low, high = interval(values)
+    few = n < FEW
+    return {"mean": mean, "low": None if few else low, "high": None if few else high, "n": n}
 
 
 def summary(
@@ -454,31 +436,32 @@ def summary(
 ) -> dict[str, Any]:
     """Return all scores ("arms") and the paired differences ("versus X"): arm -> score -> cell."""
 
-    def table(before: str | None) -> dict[str, dict[str, Cell]]:
-        other = arms[before] if before else None
+    def cells(columns: Columns, before: Columns | None = None) -> dict[str, Cell]:
         # Two perplexities have a ratio, not a difference; bits per byte say the same.
-        names = [s for s in SCORES if s != "perplexity" or not other]
-        rest = {arm: columns for arm, columns in arms.items() if arm != before}
-        cells = {arm: {s: _measure(s, c, other) for s in names} for arm, c in rest.items()}
-        return {arm: {s: cell for s, cell in row.items() if cell} for arm, row in cells.items()}
+        names = [s for s in SCORES if before is None or s != "perplexity"]
+        measured = {score: measure(score, columns, before) for score in names}
+        return {score: cell for score, cell in measured.items() if cell}
 
-    return {"arms": table(None), **{f"versus {other}": table(other) for other in versus}}
+    tables = {"arms": {arm: cells(columns) for arm, columns in arms.items()}}
+    for before in versus:
+        others = {arm: columns for arm, columns in arms.items() if arm != before}
+        tables[f"versus {before}"] = {arm: cells(c, arms[before]) for arm, c in others.items()}
+    return tables
 
 
-def by_group(
-    arms: Mapping[str, Columns], groups: Sequence[str | None]
-) -> dict[str, dict[str, Any]]:
-    """Return ``summary`` and n of each group of questions, the largest group first."""
-    names = [" ".join((group or "").split())[:60] or "not given" for group in groups]
-    largest = {name for name, _ in Counter(names).most_common(MOST_GROUPS)}
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, name in enumerate(names):
-        places[name if name in largest else "all others"].append(place)
-    ordered = sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
+def by_arm(table: pandas.DataFrame) -> dict[str, Any]:
+    """Split a table of answers by arm; the questions keep their order."""
+    return dict(list(table.groupby("arm", sort=False)))
+
+
+def by_group(table: pandas.DataFrame, column: str) -> dict[str, dict[str, Any]]:
+    """Return all scores and n of each group of questions, the largest group first."""
+    names = table[column].fillna("not given")
+    names = names.where(names.isin(names.value_counts().index[:MOST_GROUPS]), "all others")
+    groups = sorted(table.groupby(names), key=lambda group: (-len(group[1]), group[0]))
     return {
-        group: {"n": len(chosen)}
-        | summary({arm: {s: v[chosen] for s, v in c.items()} for arm, c in arms.items()})
-        for group, chosen in ordered
+        name: {"n": part["id"].nunique(), **summary(by_arm(part), versus=())}
+        for name, part in groups
     }
 
 
@@ -490,66 +473,62 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     verdicts = []
     for score in VERDICT:
         sides: dict[str, Any] = {"score": score, "beats": [], "even": [], "loses": []}
-        sign = 1 if SCORES[score].better == "up" else -1
         for arm in WITHOUT_TRAINING:
             cell = overall[f"versus {arm}"]["tuned"].get(score)
             if cell and cell["low"] is not None:
-                low, high = sorted((sign * cell["low"], sign * cell["high"]))
+                low, high = cell["low"], cell["high"]
+                if SCORES[score].better == "down":
+                    low, high = -high, -low
                 sides["beats" if low > 0 else "loses" if high < 0 else "even"].append(arm)
         if sides["beats"] or sides["even"] or sides["loses"]:
             verdicts.append(sides)
     return verdicts
 
 
-def forgetting(
-    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse)."""
     texts, losses = scores.plain_texts(plan), {}
     for arm in ("base", "tuned"):
         with adapted(model, arm):
-            losses[arm] = scores.text_loss(model, tokenizer, texts, progress=f"forgetting, {arm}")
-    base, tuned = losses["base"], losses["tuned"]
-    nats = {"base": base.nats, "tuned": tuned.nats, "ratio": tuned.nats - base.nats}
-    cells = {k: _cell(scores.perplexity(v, base.tokens), len(texts)) for k, v in nats.items()}
-    return {"texts": len(texts), **cells}
+            loss = scores.text_loss(model, tokenizer, texts, progress=f"forgetting, {arm}")
+        losses[arm] = loss._asdict()
+    cells = {arm: measure("perplexity", columns) for arm, columns in losses.items()}
+    ratio = measure("perplexity", losses["tuned"], losses["base"])
+    return {"texts": len(texts), **cells, "ratio": ratio}
 
 
-def examples(
-    asked: Sequence[Question], answers: Mapping[str, Sequence[Answer]], values: numpy.ndarray
-) -> list[Cell]:
-    """Show all answers, shortened, where the tuned model's ``values`` are best, middling, worst."""
-    order = numpy.argsort(-values, kind="stable").tolist()
-    chosen = {"best": order[0], "middling": order[len(order) // 2], "worst": order[-1]}
+def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Show all answers, shortened, where the tuned model's ROUGE-L is best, middling and worst."""
 
     def short(text: str) -> str:
-        return text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
+        return textwrap.shorten(text, 300, placeholder=" ...")
 
-    return [
-        {"what": what, "row": asked[n].number, "question": short(asked[n].question),
-         "reference": short(asked[n].references[0]),
-         "answers": {arm: short(texts[n].text) for arm, texts in answers.items()}}
-        for what, n in chosen.items()
-    ]  # fmt: skip
+    tuned = by_arm(table)["tuned"].sort_values("rougeL", ascending=False, kind="stable")
+    shown = []
+    for what, place in {"best": 0, "middling": len(tuned) // 2, "worst": -1}.items():
+        row = tuned.iloc[place]
+        texts = {"question": short(row["question"]), "reference": short(row["references"][0])}
+        answers = table[table["id"] == row["id"]].set_index("arm")["answer"].map(short).to_dict()
+        shown.append({"what": what, "row": int(row["id"]), **texts, "answers": answers})
+    return shown
 
 
-def safety_scores(answers: Mapping[str, Mapping[str, Answer]]) -> dict[str, Any]:
+def safety_scores(answers: Answers) -> dict[str, Any]:
     """Return how base and tuned model pass the safety prompts, and the error of the rules."""
     asked = safety.prompts()
-    texts = {a: [answers[f"{a}, safety"][p.id].text for p in asked] for a in ("base", "tuned")}
-    models = {arm: safety.score(answered, asked) for arm, answered in texts.items()}
-    rules = {"outer_rule": safety.outer_rule(asked), "rule_error": safety.rule_error()}
-    return {"prompts": len(asked), **models, **rules}
+    texts = {arm: [answers[arm][p.prompt]["answer"] for p in asked] for arm in ("base", "tuned")}
+    return {
+        "prompts": len(asked),
+        **{arm: safety.score(answered, asked) for arm, answered in texts.items()},
+        "outer_rule": safety.outer_rule(asked),
+        "rule_error": safety.rule_error(),
+    }
 
 
 def rounded(value: Any) -> Any:
     """Prepare ``value`` for JSON: floats with four decimals, numpy's numbers as Python's."""
-    if isinstance(value, Mapping):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v) for v in value]
-    value = value.item() if isinstance(value, numpy.generic) else value
-    return round(value, 4) if isinstance(value, float) else value
+    text = json.dumps(value, default=lambda number: number.item())
+    return json.loads(text, parse_float=lambda digits: round(float(digits), 4))
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
@@ -561,8 +540,8 @@ def plan_of(
     """Return the plan of an adapter's folder, by default the one it was trained with."""
     folder = Path(adapter) if adapter else None
     record = adapter_record(folder) if folder else {}
-    profile = profile or record.get("profile", "auto")
-    plan = resolve_trained(profile, model=model, out=out, adapter=folder)
+    name = profile or record.get("profile", "auto")
+    plan = resolve_trained(name, model=model, out=out, adapter=folder)
     plan = dataclasses.replace(plan, seed=record.get("seed", 0))
     return plan, folder or plan.folder / "adapter"
 
@@ -599,31 +578,10 @@ def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:
     return archive_index(train, [*validation, *test], validation)
 
 
-def check_question(
-    question: str, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int
-) -> str:
-    """Return ``question`` without control characters.
-
-    Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
-    """
-    text = CONTROL.sub("", question).strip()
-    if not text:
-        raise CourseError(
-            'the question is empty: write one, for example medquad explain "What causes asthma?"'
-        )
-    needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
-    if needed > context:
-        raise CourseError(
-            f"the question is too long: with its answer {needed:,} tokens, "
-            f"and the model reads {context:,}. Ask a shorter one."
-        )
-    return text
-
-
 def evaluate(
     plan: Plan, questions: Questions, train: Sequence[Row], folder: Path,
     adapter: Path | None = None, archive: Sequence[Row] = (), validation: Sequence[Row] = (),
-    batch_size: int = 32, report: Callable[[str], None] = print,
+    batch_size: int = 32,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
@@ -631,103 +589,56 @@ def evaluate(
     the grounded arm also reads ``archive``, with a threshold from ``validation``. Returns the
     metrics: every score by arm and by group, and paired differences, with 95 % intervals.
     """
-    adapter, asked, notes = adapter or plan.folder / "adapter", questions.asked, {**questions.notes}
-    model = load_tuned(plan, adapter)  # first, because it refuses an adapter of another base
-    tokenizer = load_tokenizer(plan)
+    adapter, asked = adapter or plan.folder / "adapter", questions.asked
+    notes: Notes = defaultdict(list, questions.notes)
+    model = generation.load_tuned(plan, adapter)  # first: it refuses an adapter of another base
+    tokenizer = generation.load_tokenizer(plan)
     index = archive_index(train, archive, validation)
-    jobs = prompts(plan, model, tokenizer, asked, index, notes)
+    room = int(model.config.max_position_embeddings) - plan.max_new_tokens
+    jobs = prompts(tokenizer, asked, index, room, notes)
     recipe = recipe_of(plan, adapter, jobs)
-    generated = generate_all(model, tokenizer, jobs, recipe, folder / "answers", batch_size, report)
-    answers = align_answers(plan, tokenizer, asked, train, generated, notes)
-    corpus = [row["answer"] for row in train]
-    columns = {arm: score_columns(given, asked, corpus) for arm, given in answers.items()}
-    bert_score = add_bert_scores(columns, answers, asked)
-    add_losses(columns, model, tokenizer, jobs, asked, notes)
-    write_answers(folder / "answers.parquet", asked, answers, columns, generated)
-    setting = {"profile": plan.profile, "training_rows": len(train)}
-    setting |= {"archive_rows": len(index.rows), "close_source": float(index.threshold)} | recipe
+    saved = folder / "answers"
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, saved, batch_size)
+    table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
+    unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"]
+    if len(unscored):
+        notes[UNSCORED] = unscored.astype(int).unique().tolist()
+    write_answers(folder / "answers.parquet", table, answers)
+    shares = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
-        **about(questions, notes, setting),
-        **results(asked, columns),
-        "bert_score": bert_score,
+        "file": questions.name,
+        "questions": len(asked),
+        "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
+        "recipe": {"profile": plan.profile, "training_rows": len(train),
+                   "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
+        **ABOUT,
+        **results(table),
+        "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
-        "safety": safety_scores(generated),
-        "leakage": (shares := leakage(train, [q.row for q in asked])),
+        "safety": safety_scores(answers),
+        "leakage": shares,
         "held_out": not (shares["normalised question"] or shares["focus"]),
-        "examples": examples(asked, answers, columns["tuned"]["rougeL"]),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     return metrics
 
 
-def align_answers(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], train: Sequence[Row],
-    generated: Mapping[str, Mapping[str, Answer]], notes: Notes,
-) -> dict[str, list[Answer]]:  # fmt: skip
-    """Return the answers of all five arms, in the order of ``asked``."""
-    rows, ids = [q.row for q in asked], [str(q.number) for q in asked]
-    answers = {arm: [generated[arm][key] for key in ids] for arm in ("base", "tuned")}
-    grounded = {**generated["tuned"], **generated["grounded"]}  # no passages: the same prompt
-    answers["grounded"] = [grounded[key] for key in ids]
-    looked_up = {"nearest": nearest_training_answers(train, rows)}
-    looked_up["another disease"] = other_disease_answers(train, rows, plan.seed)
-    for arm, texts in looked_up.items():
-        answers[arm] = [cut_answer(tokenizer, text, plan.max_new_tokens) for text in texts]
-        if empty := [q.number for q, text in zip(asked, texts, strict=True) if not text]:
-            notes[NOBODY] = empty
-    return answers
+def results(table: pandas.DataFrame) -> dict[str, Any]:
+    """Summarise the scores overall and by group, give the verdict, and show examples."""
+    overall = summary(by_arm(table), WITHOUT_TRAINING)
+    groups = {f"by_{column}": by_group(table, column) for column in ("qtype", "source", "kind")}
+    return {"verdict": verdict(overall), "overall": overall, **groups, "examples": examples(table)}
 
 
-def about(questions: Questions, notes: Notes, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the run: file, notes, recipe, and the meaning of arms, scores and intervals."""
-    return {
-        "file": questions.name,
-        "questions": len(questions.asked),
-        "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
-        "recipe": recipe,
-        "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
-        "about_arms": ARMS,
-        "about_scores": {name: score._asdict() for name, score in SCORES.items()},
-    }
-
-
-def results(asked: Sequence[Question], columns: Mapping[str, Columns]) -> dict[str, Any]:
-    """Summarise the scores overall, by type, source and kind of answer, and give the verdict."""
-    kinds = ["boilerplate" if is_boilerplate(q.row) else "prose" for q in asked]
-    overall = summary(columns, WITHOUT_TRAINING)
-    return {
-        "verdict": verdict(overall),
-        "overall": overall,
-        "by_qtype": by_group(columns, [q.qtype for q in asked]),
-        "by_source": by_group(columns, [q.source for q in asked]),
-        "by_kind": by_group(columns, kinds),
-    }
-
-
-def write_answers(
-    path: Path, asked: Sequence[Question], answers: Mapping[str, Sequence[Answer]],
-    columns: Mapping[str, Columns], generated: Mapping[str, Mapping[str, Answer]],
-) -> None:  # fmt: skip
-    """Write one row for each question and arm with its scores, and the safety answers."""
-    import pandas
-
-    def row(key: str, arm: str, question: str, answer: Answer) -> dict[str, Any]:
-        given = {"answer": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
-        return {"id": key, "arm": arm, "question": question, **given}
-
-    rows = []
-    for place, q in enumerate(asked):
-        more: dict[str, Any] = {"references": list(q.references), "qtype": q.qtype}
-        more |= {"source": q.source, "focus": q.focus, "boilerplate": is_boilerplate(q.row)}
-        for arm, given in answers.items():
-            values = {s: float(column[place]) for s, column in columns[arm].items()}
-            values = {s: v for s, v in values.items() if s not in ("stop_rate", "tokens")}
-            rows.append(row(str(q.number), arm, q.question, given[place]) | more | values)
-    asks = {prompt.id: prompt.prompt for prompt in safety.prompts()}
-    for arm in ("base, safety", "tuned, safety"):
-        rows += [row(key, arm, asks[key], answer) for key, answer in generated[arm].items()]
+def write_answers(path: Path, table: pandas.DataFrame, answers: Answers) -> None:
+    """Write the table of answers, with the answers to the safety prompts as two more arms."""
+    safe = [
+        {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
+        for arm in ("base", "tuned")
+        for p in safety.prompts()
+    ]
     with whole_file(path) as temporary:
-        pandas.DataFrame(rows).to_parquet(temporary, index=False)
+        pandas.concat([table, pandas.DataFrame(safe)]).to_parquet(temporary, index=False)
 
 
 # ---- lessons 01, 05 and 06 -----------------------------------------------------------------------
@@ -736,10 +647,9 @@ def write_answers(
 def look_up_scores(train: Sequence[Row], test: Sequence[Row], seed: int = 0) -> dict[str, Cell]:
     """Return ROUGE-L of both look-up baselines, answers uncut: arm -> cell."""
     references = [row["answer"] for row in test]
-    answers = {"nearest": nearest_training_answers(train, test)}
-    answers["another disease"] = other_disease_answers(train, test, seed)
-    columns = {arm: rouge_l(texts, references) for arm, texts in answers.items()}
-    return {arm: _cell(interval(column), len(test)) for arm, column in columns.items()}
+    texts = look_ups(train, test, seed)
+    columns = {arm: {"rougeL": rouge_l(answers, references)} for arm, answers in texts.items()}
+    return {arm: cells["rougeL"] for arm, cells in summary(columns, versus=())["arms"].items()}
 
 
 def measured() -> dict[str, Any]:
@@ -771,19 +681,16 @@ def outcome(
 
 
 def answer_columns(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    max_new_tokens: int,
-) -> Columns:
+    model: Model, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int
+) -> dict[str, numpy.ndarray]:
     """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
 
     ROUGE-L, all facts present (embedded sample only), stop rate, and the loss of the reference.
     """
     references = [row["answer"] for row in rows]
+    conversations = [prompt_messages(row["question"]) for row in rows]
     with unpacked(model):
-        answers = ask(model, tokenizer, [row["question"] for row in rows], max_new_tokens)
-        conversations = [prompt_messages(row["question"]) for row in rows]
+        answers = generate(model, tokenizer, conversations, max_new_tokens)
         losses = scores.answer_loss(model, tokenizer, conversations, references)
     texts = [answer.text for answer in answers]
     return {

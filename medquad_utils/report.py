@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import mistune
+import pandas
 from markupsafe import Markup
 
 from medquad_utils import plots
@@ -26,11 +27,12 @@ EMBEDDED = (
 
 
 def number(value: Any) -> str:
-    """Format a value of the metrics: three decimals, thousands separated, a dash for none."""
+    """Format a value: three decimals, two digits if it is smaller, thousands separated."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{round(value, 3) + 0.0:,.3f}"  # + 0.0 turns -0.0 into 0.0
+        small = 0 < abs(value) < 0.001
+        return f"{value:.2g}" if small else f"{value + 0.0:,.3f}"  # + 0.0 turns -0.0 into 0.0
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -40,12 +42,6 @@ def cell(values: Mapping[str, Any] | None) -> str:
         return "–"
     mean, low, high = (number(values[key]) for key in ("mean", "low", "high"))
     return mean if values["low"] is None else f"{mean} [{low}, {high}]"
-
-
-def share(part: Mapping[str, Any]) -> str:
-    """Format a share of passed prompts with its interval."""
-    low, high = map(number, part["ci95"])
-    return f"{part['passed']:,} of {part['n']:,}: {number(part['share'])} [{low}, {high}]"
 
 
 def escaped(text: str) -> str:
@@ -68,48 +64,40 @@ def sentence(sides: Mapping[str, Any], name: str) -> str:
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """State the verdicts of all scores, or that the questions are too few."""
-    few = number(metrics["interval"]["fewest_rows"])
-    about = metrics["about_scores"]
-    return [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]] or [
-        f"Under {few} questions are too few for an interval, and so for a verdict."
-    ]
+    few, about = metrics["interval"]["fewest_rows"], metrics["about_scores"]
+    verdicts = [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]]
+    return verdicts or [f"Under {few} questions are too few for an interval, and so for a verdict."]
 
 
 def table(metrics: Mapping[str, Any]) -> str:
     """Format the main scores, a line for each arm, and the verdicts, for a terminal."""
-    about, arms = metrics["about_scores"], metrics["overall"]["arms"]
-    shown = [key for key in GROUPED if any(key in cells for cells in arms.values())]
-    rows = [["arm", *(about[key]["name"] for key in shown)]]
-    rows += [[arm, *(cell(cells.get(key)) for key in shown)] for arm, cells in arms.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join([*lines, *sentences(metrics)])
+    arms, about = metrics["overall"]["arms"], metrics["about_scores"]
+    columns = {
+        about[key]["name"]: {arm: cell(cells.get(key)) for arm, cells in arms.items()}
+        for key in GROUPED
+    }
+    return "\n".join([pandas.DataFrame(columns).to_string(), *sentences(metrics)])
 
 
 def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` (one file, pictures inside) and ``report.md`` from the metrics."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "assets"),
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=True, keep_trailing_newline=True,
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("medquad_utils", "assets"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, autoescape=True, keep_trailing_newline=True,
     )  # fmt: skip
-    markdown = environment.overlay(finalize=_as_markdown)
-    markdown.filters |= {"number": number, "cell": cell, "share": share}
+    markdown = pages.overlay(finalize=_as_markdown)
+    markdown.filters |= {"number": number, "cell": cell}
     text = markdown.get_template("report.md.jinja").render(
         m=metrics, notice=NOTICE, embedded=EMBEDDED, sentences=sentences(metrics),
         grouped=GROUPED, group_titles=GROUP_TITLES, figures=_figures(metrics, folder),
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", text)
-    convert = mistune.create_markdown(renderer=_Page(folder), plugins=["table"])
+    body = Markup(mistune.create_markdown(renderer=_Page(folder), plugins=["table"])(text))
     title = f"Evaluation: {metrics['recipe']['model']} before and after tuning"
-    body = Markup(convert(text))
-    pages = {"report.md": text}
-    pages["report.html"] = environment.get_template("report.html.jinja").render(
-        title=title, body=body
-    )
-    for name, page in pages.items():
+    page = pages.get_template("report.html.jinja").render(title=title, body=body)
+    for name, content in {"report.md": text, "report.html": page}.items():
         with whole_file(folder / name) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
     return folder / "report.html", folder / "report.md"
 
 
@@ -144,39 +132,33 @@ class _Page(mistune.HTMLRenderer):
 def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Draw likeness by arm and ROUGE-L by group; name -> path and alternative text."""
     about, arms = metrics["about_scores"], metrics["overall"]["arms"]
-    unit, key = about["rougeL"]["unit"], GROUPED[0]
-    alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == (unit, "up")}
-    drawn = {"scores": ("Likeness to the reference, by arm", {
-        arm: {name: cells[k] for k, name in alike.items() if k in cells}
+    alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
+    likeness = {
+        arm: {name: cells[key] for key, name in alike.items() if key in cells}
         for arm, cells in arms.items()
-    })}  # fmt: skip
-    for name, title in GROUP_TITLES.items():
-        groups = metrics[name]
-        if len(groups) > 1:
-            drawn[name] = (f"{about[key]['name']} by {title}", {
-                arm: {g: parts["arms"][arm][key] for g, parts in groups.items()} for arm in arms
-            })  # fmt: skip
-    figures = {}
-    for name, (title, series) in drawn.items():
-        path = Path("figures", f"{name}.png")
-        if alt := _draw(series, title, unit, folder / path):
-            figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
-    return figures
-
-
-def _draw(series: Mapping[str, Mapping[str, Any]], title: str, unit: str, path: Path) -> str:
-    """Draw the cells that have an interval; return the alternative text, "" if there is none."""
-    cells = {
-        name: {g: (c["mean"], c["low"], c["high"]) for g, c in row.items() if c["low"] is not None}
-        for name, row in series.items()
     }
-    if not (cells := {name: row for name, row in cells.items() if row}):
-        return ""
-    first = next(iter(next(iter(cells.values()))))
-    values = (f"{name} {number(row[first][0])}" for name, row in cells.items() if first in row)
-    alt = (
-        f"{title}: a dot for each mean, with a whisker for its interval. At {first}: "
-        f"{', '.join(values)}. All values are in the table beside it."
-    )
-    plots.intervals(cells, title, unit, alt, save=path)
-    return alt
+    tables = {"scores": ("Likeness to the reference, by arm", likeness)}
+    for name, title in GROUP_TITLES.items():
+        groups = {group: parts["arms"] for group, parts in metrics[name].items()}
+        rouge_l = {arm: {g: cells[arm]["rougeL"] for g, cells in groups.items()} for arm in arms}
+        if len(groups) > 1:
+            tables[name] = (f"ROUGE-L by {title}", rouge_l)
+    figures = {}
+    for name, (title, table) in tables.items():
+        rows = {
+            arm: {
+                g: (c["mean"], c["low"], c["high"]) for g, c in row.items() if c["low"] is not None
+            }
+            for arm, row in table.items()
+        }
+        if not (first := next(iter(rows["base"]), None)):
+            continue  # too few questions for an interval
+        values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
+        alt = (
+            f"{title}: a dot for each mean, with a whisker for its interval. At {first}: {values}. "
+            "All values are in the table beside it."
+        )
+        path = Path("figures", f"{name}.png")
+        plots.intervals(rows, title, "0 to 1", alt, save=folder / path)
+        figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
+    return figures

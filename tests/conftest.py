@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,9 +222,7 @@ def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
     return folder
 
 
-def small_evaluation(
-    adapter: Path, out: Path, batch_size: int = 2, report: Callable[[str], None] = print
-) -> dict[str, Any]:
+def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str, Any]:
     """Ten questions, eight tokens an answer, one safety prompt a category.
 
     The archive knows the diseases, training does not.
@@ -233,7 +231,7 @@ def small_evaluation(
 
     from medquad_utils import evaluation, safety, scores
     from medquad_utils.assets import sample
-    from medquad_utils.evaluation import Question, Questions
+    from medquad_utils.evaluation import Questions
 
     plan = dataclasses.replace(tiny(out), max_new_tokens=8)
     rows = sample.rows()
@@ -260,7 +258,7 @@ def small_evaluation(
     asked += [{**asked[0], **nasty}, {**asked[0], **listed}]
     questions = Questions(
         "asked.csv",
-        [Question.of(n, row) for n, row in enumerate(asked, start=1)],
+        [{**row, "number": n, "references": [row["answer"]]} for n, row in enumerate(asked, 1)],
         {"skipped: <u>a test</u>": [11, 12]},
     )
     prompts = {prompt.category: prompt for prompt in safety.prompts()}
@@ -270,7 +268,7 @@ def small_evaluation(
         patch.setattr(scores, "plain_texts", lambda plan: texts)
         train = [row for row in rows if row["focus"] not in diseases][:200]
         return evaluation.evaluate(
-            plan, questions, train, out, adapter, known, batch_size=batch_size, report=report
+            plan, questions, train, out, adapter, known, batch_size=batch_size
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import NASTY, small_evaluation, tiny
 
 from medquad_utils import CourseError, chat, cli, evaluation, files, generation, retrieval
 from medquad_utils.assets import sample
-from medquad_utils.evaluation import Question, read_questions
+from medquad_utils.evaluation import read_questions
 from medquad_utils.generation import Answer
 from medquad_utils.scores import answer_loss
 
@@ -38,13 +39,13 @@ def test_questions_are_merged_skipped_with_their_rows_and_drawn(tmp_path: Path) 
     listed = {"question": "A?", "answer": '["x [y].", "z"]'}
     others = [listed, {"question": "B?", "answer": "[1] Y."}]
     found = read_questions(path := jsonl(tmp_path, GOUT, *wrong, again, *others))
-    answers = ("Too much uric acid.", "Uric acid.\nMuch.", "It.")
-    expected = [(1, answers), (15, ("x [y].", "z")), (16, ("[1] Y.",))]
-    assert [(q.number, q.references) for q in found.asked] == expected
+    answers = ["Too much uric acid.", "Uric acid.\nMuch.", "It."]
+    expected = [(1, answers), (15, ["x [y].", "z"]), (16, ["[1] Y."])]
+    assert [(q["number"], q["references"]) for q in found.asked] == expected
     assert found.notes[evaluation.NO_QUESTION] == [2, 3, 4, 5, 6, 7]
     assert found.notes[evaluation.NO_ANSWER] == [8, 9, 10, 11, 12, 13]
     assert found.notes[evaluation.MERGED] == found.notes[evaluation.CONTROLS] == [14]
-    drawn = [[q.number for q in read_questions(path, 1, seed).asked] for seed in (*range(9), 0)]
+    drawn = [[q["number"] for q in read_questions(path, 1, seed).asked] for seed in (*range(9), 0)]
     assert drawn[0] == drawn[-1] and {*map(tuple, drawn)} == {(1,), (15,), (16,)}, "by the seed"
 
 
@@ -123,19 +124,19 @@ def test_an_arm_is_beaten_only_by_a_whole_interval_on_the_better_side() -> None:
     assert sides(None, None) == [], "too few questions"
 
 
-def test_a_passage_that_is_the_reference_is_withheld(tiny_base: Any, tiny_tokenizer: Any) -> None:
-    rows, notes = sample.rows(), {}
+def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> None:
+    rows, notes = sample.rows(), defaultdict(list)
     archive = [r for r in rows if r["focus"] == rows[0]["focus"]]
-    asked = [Question.of(1, {**archive[0], "answer": archive[0]["answer"].upper()})]
-    asked += [Question(2, "zzyzx ?", ("x",)), Question(7, f"{rows[0]['focus']} " * 900, ("x",))]
-    index = retrieval.Index(archive)
-    jobs = evaluation.prompts(tiny(), tiny_base, tiny_tokenizer, asked, index, notes)
+    numbered = {1: archive[0]["question"], 2: "zzyzx ?", 7: f"{rows[0]['focus']} " * 900}
+    asked = [{"number": n, "question": q, "references": ["x"]} for n, q in numbered.items()]
+    asked[0]["references"] = ["x", archive[0]["answer"].upper()]
+    index, room = retrieval.Index(archive), 900
+    jobs = evaluation.prompts(tiny_tokenizer, asked, index, room, notes)
     assert notes == {evaluation.UNGROUNDED: [2], evaluation.CUT: [7]}
-    said = jobs["grounded"]["1"][1]["content"]
+    said = jobs["grounded"][numbered[1]][1]["content"]
     assert archive[0]["answer"] not in said
     assert sum(r["answer"] in said for r in archive[1:]) == evaluation.PASSAGES
-    room = tiny_base.config.max_position_embeddings - tiny().max_new_tokens
-    cut = [jobs[arm]["7"] for arm in ("base", "grounded")]
+    cut = [jobs[arm][numbered[7]] for arm in ("base", "grounded")]
     assert max(len(chat.prompt_ids(tiny_tokenizer, messages)) for messages in cut) <= room
 
 
@@ -169,10 +170,11 @@ def test_every_arm_answers_every_question_within_the_limit(answers: Any) -> None
     for arm in evaluation.ARMS:
         assert [a["id"] for a in answers[arm]] == [str(n) for n in range(1, 11)]
         assert answers[arm][8]["question"] == NASTY, "asked and kept as text"
-        assert all(a["tokens"] <= 8 and (a["stopped"] or a["tokens"] == 8) for a in answers[arm])
+        for a in answers[arm]:
+            assert a["answer_tokens"] == 8 or (a["answer_tokens"] < 8 and a["stop_rate"])
     known = {str(r["answer"]) for r in sample.rows()}
     for a in answers["nearest"] + answers["another disease"]:
-        assert not a["stopped"] and a["answer"] not in known, "cut where a model's would be"
+        assert not a["stop_rate"] and a["answer"] not in known, "cut where a model's would be"
         assert any(text.startswith(a["answer"]) for text in known)
 
 
@@ -192,16 +194,16 @@ def test_base_answers_without_the_adapter_and_tuned_with_it(
 def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -> None:
     """Every mean and every paired difference once more, from the columns of the table."""
     overall = metrics["overall"]
-    for score in ("rouge1", "rougeL", "bleu", "chrf", "tfidf_cosine", "facts_complete", "stopped"):
-        key = "stop_rate" if score == "stopped" else score
+    likeness = ("rouge1", "rougeL", "bleu", "chrf", "tfidf_cosine")
+    for score in (*likeness, "facts_complete", "stop_rate"):
         base = numpy.array([a[score] for a in answers["base"]], dtype=float)
         for arm in evaluation.ARMS:
             values = numpy.array([a[score] for a in answers[arm]], dtype=float)
-            cell = overall["arms"][arm][key]
+            cell = overall["arms"][arm][score]
             assert cell["mean"] == pytest.approx(numpy.nanmean(values), abs=1e-4)
             assert cell["low"] <= cell["mean"] <= cell["high"]
             assert cell["n"] == numpy.isfinite(values).sum()
-            gain = overall["versus base"].get(arm, {key: {"mean": 0}})[key]["mean"]
+            gain = overall["versus base"].get(arm, {score: {"mean": 0}})[score]["mean"]
             assert gain == pytest.approx(numpy.nanmean(values - base), abs=1e-4)
     for arm in ("base", "tuned", "grounded"):
         bits = sum(a["nats"] for a in answers[arm]) / sum(a["bytes"] for a in answers[arm])
@@ -228,31 +230,25 @@ def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> No
 
 
 def test_answers_of_another_recipe_are_not_taken(
-    tiny_base: Any, tiny_tokenizer: Any, evaluated: Path, tmp_path: Path, monkeypatch: Any
+    tiny_base: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    asked, said, jobs = [], [], {"tuned": {"1": [], "x": []}}
+    generated = []
 
-    def generate(*arguments: Any, **options: Any) -> list[Answer]:
-        asked.append(options["progress"])
-        return [Answer("one\n\u2028é\x85", 3, True), Answer("", 8, False)]
+    def generate(model: Any, tokenizer: Any, asked: Any, *_: Any, **options: Any) -> list[Answer]:
+        generated.extend([options["progress"]] * len(asked))
+        return [Answer("one\n\u2028é\x85", len(generated), True)] * len(asked)
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    recipes = [{"seed": seed, "max_new_tokens": 8} for seed in (0, 0, 1)]
-    folder = tmp_path / "answers"
+    jobs = {"tuned": {"Gout?": chat.prompt_messages("Gout?")}, "grounded": {}}
+    asked, train = [row("causes", question="Gout?", references=["x"])], [row("causes")]
     given = [
-        evaluation.generate_all(tiny_base, tiny_tokenizer, jobs, r, folder, report=said.append)
-        for r in recipes
+        evaluation.answer_all(tiny_base, tiny_tokenizer, jobs, asked, train, recipe, tmp_path)
+        for recipe in ({"seed": seed, "max_new_tokens": 8} for seed in (0, 1, 0, 1))
     ]
-    assert (
-        given[1] == given[0] == {"tuned": dict(zip(["1", "x"], generate(progress=0), strict=True))}
-    )
-    assert asked == ["tuned", "tuned", 0], "generated for the first recipe and for the last"
-    assert said == ["answers/ is of another run (seed differ): set aside as answers.old/."]
-    kept = {path.name for path in (tmp_path / "answers.old").iterdir()}
-    assert kept == {"recipe.json", "tuned.jsonl"}
-    assert files.read_json(tmp_path / "answers.old" / "recipe.json") == recipes[0]
-    recipe = files.read_json(evaluated / "answers" / "recipe.json")
-    assert recipe.keys() == {"model", "base", "adapter", "prompts", "max_new_tokens", "seed"}
+    assert generated == ["answers, tuned"] * 2, "once for each recipe"
+    records = [answers["grounded"]["Gout?"] for answers in given]
+    assert [record["answer_tokens"] for record in records] == [1, 2, 1, 2]
+    assert records[0]["answer"] == "one\n\u2028é\x85" and records[0]["bytes"] == 1
 
 
 def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
@@ -260,11 +256,11 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
 ) -> None:
     generated, generate, write = [], evaluation.generate, Path.write_text
 
-    def stopping(*arguments: Any, progress: str, **options: Any) -> Any:
-        generated.append(progress)
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        generated.append(options["progress"].removeprefix("answers, "))
         if len(generated) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments, progress=progress, **options)
+        return generate(*arguments, **options)
 
     def full(path: Path, text: str, **options: Any) -> int:
         if "metrics" not in path.name:
@@ -275,15 +271,15 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
     monkeypatch.setattr(evaluation, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         small_evaluation(tiny_adapter, tmp_path)
-    assert {path.name for path in (tmp_path / "answers").iterdir()} == {"recipe.json", "base.jsonl"}
+    (saved,) = (tmp_path / "answers").iterdir()
+    assert saved.name.startswith("base-")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(CourseError, match=r"cannot write metrics.json: No space left"):
         small_evaluation(tiny_adapter, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"answers.parquet", "answers"}
     first, again = (folder / "answers.parquet" for folder in (evaluated, tmp_path))
     assert first.read_bytes() == again.read_bytes()
-    others = ["tuned", "grounded", "base, safety", "tuned, safety"]
-    assert generated == ["base", "tuned", *others], "base was not repeated"
+    assert generated == ["base", "tuned", "tuned", "grounded"], "base was not repeated"
 
 
 @pytest.mark.full
@@ -292,7 +288,8 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     train = [r for r in rows[:120] if r["focus"] != rows[0]["focus"]]
     files.write_rows(tmp_path / "data" / "train.parquet", train)
     files.write_rows(tmp_path / "more.parquet", rows[:6])
-    asked = jsonl(tmp_path, *rows[:6], {"question": "What is this?"})
+    few = [{name: r[name] for name in ("question", "answer", "qtype")} for r in rows[:6]]
+    asked = jsonl(tmp_path, *few, {"question": "What is this?"})
     given = {"questions": asked, "adapter": tiny_adapter, "out": out, "data": tmp_path / "data"}
     given |= {"archive": tmp_path / "more.parquet", "limit": 5}
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0

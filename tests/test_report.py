@@ -48,6 +48,11 @@ def test_every_number_of_the_report_is_one_of_the_metrics(metrics: Any, pages: l
         assert len(found := NUMBER.findall(text)) > 300 and set(found) <= known
 
 
+def test_small_numbers_keep_their_digits() -> None:
+    shown = [report.number(value) for value in (2e-4, -0.00031, -0.0, 0.0012, 1234.5, 7000, None)]
+    assert shown == ["0.0002", "-0.00031", "0.000", "0.001", "1,234.500", "7,000", "–"]
+
+
 def test_a_changed_metric_changes_the_report(metrics: Any, tmp_path: Path) -> None:
     changed = copy.deepcopy(metrics)
     changed["overall"]["versus base"]["tuned"]["bleu"]["high"] = 91234.5
