@@ -30,6 +30,9 @@ KINDS: dict[type, dict[str, Any]] = {
 # Command -> (its help, its options). An option is (flag, metavar, default, help).
 COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = {
     "doctor": ("check this machine: hardware, Hub, packages, lessons, memory, disk, ports", ()),
+    "fetch": ("fetch the weights of profile small, or MedQuAD, into the user's cache", (
+        ("what", None, "", "small: SmolLM2-135M-Instruct; medquad: the XML of MedQuAD"),
+    )),
     "run": ("run the lessons with papermill", (
         *SHARED,
         ("--only", "02,04", "", "numbers of the lessons to run (default: all)"),
@@ -45,7 +48,11 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
     "train": ("train the adapter without a notebook", ()),  # options: see _Parser
-    "ask": ("ask the tuned model one question", (QUESTION, *SHARED)),
+    "ask": ("ask the tuned model one question", (
+        QUESTION,
+        *SHARED,
+        ("--base", None, False, "ask the base instead, without an adapter"),
+    )),
     "evaluate": ("score the tuned model on a file of questions, beside baselines", (
         *SHARED,
         ("--questions", "FILE", None, "CSV, JSONL or parquet with columns question and answer"),
@@ -55,6 +62,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--out", "DIR", "", "where the report goes (default: <runs>/<profile>/evaluation)"),
         ("--limit", "N", 1000, "questions at most, drawn if there are more (default: 1000)"),
         ("--batch", "N", 32, "questions answered at a time (default: 32)"),
+        ("--safety", None, False, "ask the safety prompts as well"),
     )),
     "explain": ("answer one question with sources and attributions, as one HTML page", (
         QUESTION,
@@ -173,7 +181,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from medquad_utils import course
     from medquad_utils.machine import PROBLEM, WARNING
 
-    findings = machine.doctor({"model": _answers, "auto": _auto})
+    findings = machine.doctor({"model": _answers, "fetched": _fetched, "auto": _auto})
     with suppress(CourseError):  # no lessons: the doctor has said so
         if changed := course.changed():
             text = f"changed since their outputs were made: {', '.join(changed)}"
@@ -198,9 +206,28 @@ def _answers() -> str:
     return "the embedded model loads in 4 bits and answers"
 
 
+def _fetched() -> str:
+    small = PROFILES["small"]
+    here = {
+        "small": machine.is_here(small.model_id, small.revision),
+        "medquad": bool(machine.fetched("MedQuAD")),
+    }
+    texts = {True: "{0} is here", False: "{0} is not here (to get it: medquad fetch {0})"}
+    return ", ".join(texts[there].format(what) for what, there in here.items())
+
+
 def _auto() -> str:
     plan = profiles.resolve("auto")
     return f"takes {plan.profile} ({plan.why.removeprefix('auto: ')})"
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from medquad_utils import fetch
+
+    fetchers = {"small": fetch.small, "medquad": fetch.medquad}
+    if options.what not in fetchers:
+        raise CourseError(f"cannot fetch {options.what!r}: expected small or medquad.")
+    print(fetchers[options.what]())
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -237,13 +264,13 @@ def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
     from medquad_utils import generation
     from medquad_utils.chat import NOTICE
-    from medquad_utils.report import EMBEDDED
 
     plan = _plan(options)
-    model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
+    load = generation.load_base if options.base else generation.load_tuned
+    model, tokenizer = load(plan), generation.load_tokenizer(plan)
     for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
         print(piece, end="", flush=True)
-    print(f"\n\n{NOTICE}" + (f"\n{EMBEDDED}" if plan.model_id == "embedded" else ""))
+    print(f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else ""))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -264,7 +291,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     archive = data.load_table(Path(options.archive)).rows if options.archive else []
     folder = Path(options.out or plan.folder / "evaluation")
     metrics = evaluation.evaluate(
-        plan, questions, train, folder, adapter, archive, validation, options.batch
+        plan, questions, train, folder, adapter, archive, validation, options.batch, options.safety
     )
     page, text = report.write(metrics, folder)
     print(f"{report.table(metrics)}\n")

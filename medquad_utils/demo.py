@@ -36,7 +36,6 @@ from medquad_utils.evaluation import adapted, check_question, whole_archive
 from medquad_utils.files import whole_file
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import check_name, licence_of
-from medquad_utils.report import EMBEDDED
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite
 from medquad_utils.safety import Flag, red_flag
 from medquad_utils.splits import template_of
@@ -219,7 +218,8 @@ def unfinished(turns: list[Turn]) -> bool:
 def page(bot: Bot) -> gradio.Blocks:
     """Build the chat as a Gradio app; it is not started yet."""
     limit, model = bot.plan.max_new_tokens, bot.plan.model_id
-    about = escape(EMBEDDED if model == "embedded" else f"{model}, tuned on MedQuAD.")
+    name = "" if model == "embedded" else f"{model}, tuned on MedQuAD. "
+    about = escape(f"{name}{bot.plan.origin}".strip())
     notice = escape(f"{NOTICE} {licence_of(model).built}".strip())
     with gradio.Blocks(title="Ask the tuned model") as app:
         head = f"<h1>Ask the tuned model</h1><p>{about} It does not see earlier questions.</p>"

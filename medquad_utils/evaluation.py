@@ -287,8 +287,9 @@ def archive_index(
 
 
 def prompts(
-    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Notes
-) -> dict[str, dict[str, Messages]]:
+    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Notes,
+    safe: Sequence[safety.SafetyPrompt] = (),
+) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
     ``notes`` (a defaultdict) names cut and ungrounded questions. The latter have no prompt in
@@ -310,7 +311,7 @@ def prompts(
             grounded[question], _ = fitted(tokenizer, question, room, passages)
         else:
             notes[UNGROUNDED].append(row["number"])
-    plain |= {prompt.prompt: prompt_messages(prompt.prompt) for prompt in safety.prompts()}
+    plain |= {prompt.prompt: prompt_messages(prompt.prompt) for prompt in safe}
     return {"base": plain, "tuned": plain, "grounded": grounded}
 
 
@@ -319,6 +320,7 @@ def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, A
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     return {
         "model": plan.model_id,
+        "origin": plan.origin,
         "base": generation.base_id(plan),
         "adapter": hashlib.sha256(weights).hexdigest()[:16],
         "prompts": hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16],
@@ -581,21 +583,23 @@ def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:
 def evaluate(
     plan: Plan, questions: Questions, train: Sequence[Row], folder: Path,
     adapter: Path | None = None, archive: Sequence[Row] = (), validation: Sequence[Row] = (),
-    batch_size: int = 32,
+    batch_size: int = 32, with_safety: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
     ``train`` are the rows that the adapter was trained on. Baselines and grounded arm read them;
-    the grounded arm also reads ``archive``, with a threshold from ``validation``. Returns the
-    metrics: every score by arm and by group, and paired differences, with 95 % intervals.
+    the grounded arm also reads ``archive``, with a threshold from ``validation``. ``with_safety``
+    asks base and tuned model the safety prompts too. Returns the metrics: every score by arm and by
+    group, and paired differences, with 95 % intervals.
     """
+    safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
     notes: Notes = defaultdict(list, questions.notes)
     model = generation.load_tuned(plan, adapter)  # first: it refuses an adapter of another base
     tokenizer = generation.load_tokenizer(plan)
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
-    jobs = prompts(tokenizer, asked, index, room, notes)
+    jobs = prompts(tokenizer, asked, index, room, notes, safe)
     recipe = recipe_of(plan, adapter, jobs)
     saved = folder / "answers"
     answers = answer_all(model, tokenizer, jobs, asked, train, recipe, saved, batch_size)
@@ -603,7 +607,7 @@ def evaluate(
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"]
     if len(unscored):
         notes[UNSCORED] = unscored.astype(int).unique().tolist()
-    write_answers(folder / "answers.parquet", table, answers)
+    write_answers(folder / "answers.parquet", table, answers, safe)
     shares = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
         "file": questions.name,
@@ -615,7 +619,7 @@ def evaluate(
         **results(table),
         "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
-        "safety": safety_scores(answers),
+        **({"safety": safety_scores(answers)} if safe else {}),
         "leakage": shares,
         "held_out": not (shares["normalised question"] or shares["focus"]),
     })  # fmt: skip
@@ -630,15 +634,17 @@ def results(table: pandas.DataFrame) -> dict[str, Any]:
     return {"verdict": verdict(overall), "overall": overall, **groups, "examples": examples(table)}
 
 
-def write_answers(path: Path, table: pandas.DataFrame, answers: Answers) -> None:
+def write_answers(
+    path: Path, table: pandas.DataFrame, answers: Answers, safe: Sequence[safety.SafetyPrompt]
+) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
-    safe = [
+    more = [
         {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
         for arm in ("base", "tuned")
-        for p in safety.prompts()
+        for p in safe
     ]
     with whole_file(path) as temporary:
-        pandas.concat([table, pandas.DataFrame(safe)]).to_parquet(temporary, index=False)
+        pandas.concat([table, pandas.DataFrame(more)]).to_parquet(temporary, index=False)
 
 
 # ---- lessons 01, 05 and 06 -----------------------------------------------------------------------

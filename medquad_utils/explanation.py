@@ -24,7 +24,6 @@ from medquad_utils.files import whole_file
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
-from medquad_utils.report import EMBEDDED
 from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite
 from medquad_utils.safety import red_flag
 from medquad_utils.scores import Interval
@@ -370,13 +369,13 @@ class Explanation:
     supports: list[Support]
     values: Values
     pulls: Values
-    embedded: bool
+    origin: str  # of the base's weights, see Plan.origin
 
     @property
     def notices(self) -> list[str]:
         """What has to be read with the answer; an emergency comes first."""
         flag = red_flag(self.prompt.text)
-        notices = (flag and flag.message, chat.NOTICE, self.embedded and EMBEDDED)
+        notices = (flag and flag.message, chat.NOTICE, self.origin)
         return [notice for notice in notices if notice]
 
     def __str__(self) -> str:
@@ -404,8 +403,7 @@ def explain(plan: Plan, question: str) -> Explanation:
         grounded = Prompt(question, [f"{hit.title}: {hit.row['answer']}" for hit in hits])
         with suppress(CourseError):  # too long for the context: the page shows no pulls
             pulls = leave_one_out(model, tokenizer, grounded, answer.text)[len(prompt.words) :]
-    embedded = plan.model_id == "embedded"
-    return Explanation(prompt, answer, hits, supports, values, pulls, embedded)
+    return Explanation(prompt, answer, hits, supports, values, pulls, plan.origin)
 
 
 def write_page(explanation: Explanation, path: Path) -> Path:

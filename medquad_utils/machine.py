@@ -289,7 +289,7 @@ def doctor(checks: Mapping[str, Callable[[], str]] | None = None) -> list[Findin
     """Check what a class on ``tiny`` needs, then ``checks``, which return a text or raise."""
     table: list[tuple[str, str, Callable[[], str | Answer]]] = [  # what, state if not well, check
         ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
-        ("tested", WARNING, _tested), ("Hub", WARNING, _hub), ("notebooks", PROBLEM, _notebooks),
+        ("tested", WARNING, _tested), ("Hub", WARNING, _hub),("notebooks", PROBLEM, _notebooks),
         ("memory", PROBLEM, _memory), ("disk", PROBLEM, _disk),
         *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS),
         *((name, PROBLEM, check) for name, check in (checks or {}).items()),

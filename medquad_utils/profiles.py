@@ -199,7 +199,7 @@ class Plan:
 
     @property
     def origin(self) -> str:
-        """What ``medquad fetch`` says about the weights of a fetched base; "" of any other."""
+        """What the reader of an answer must know about the base's weights; mostly ""."""
         note = Path(self.model_source) / "origin.json"
         return str(read_json(note)["note"]) if note.is_file() else ""
 
@@ -219,7 +219,6 @@ class Plan:
         """Return the plan in plain words: what -> value."""
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
         commit = f" @ {self.hub_revision[:8]}" if self.hub_revision else ""
-        commit += f" (fetched. {self.origin})" if self.origin else ""
         files = f" ({Path(self.data_path).name})" if self.data_path else ""
         steps = f"{self.epochs} epoch" + ("s" if self.epochs > 1 else "")
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
@@ -234,6 +233,7 @@ class Plan:
         rows = {
             "profile": f"{self.profile} ({self.why})",
             "base model": model + commit,
+            "weights": self.origin,
             "data": self.source + files,
             "runs on": self.hardware,
             "other GPUs": others if self.launch else "",

@@ -26,7 +26,7 @@ from medquad_utils.files import read_json, whole_folder, write_json
 from medquad_utils.generation import check_adapter, load_tokenizer
 from medquad_utils.machine import hub_token
 from medquad_utils.profiles import Plan
-from medquad_utils.report import EMBEDDED, escaped, number, sentence
+from medquad_utils.report import escaped, number, sentence
 from medquad_utils.scores import SCORES
 
 ASSETS = Path(__file__).with_name("assets")
@@ -200,7 +200,7 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
         data=metrics.data, evaluation=metrics.evaluation,
         columns=COLUMNS, scores=SCORES,
         hub_metrics={score: HUB_METRICS[score] for score in tuned if score in HUB_METRICS},
-        tag=TAG, dataset=HUB_DATASET, notice=NOTICE, embedded_notice=EMBEDDED,
+        tag=TAG, dataset=HUB_DATASET, notice=NOTICE,
         system_prompt=SYSTEM_PROMPT, question=THREE_QUESTIONS[0], sentence=sentence,
     )  # fmt: skip
 

@@ -20,10 +20,6 @@ from medquad_utils.files import whole_file
 
 GROUPED = ("rougeL", "tfidf_cosine", "facts_complete", "bits_per_byte")  # shown by group
 GROUP_TITLES = {"by_qtype": "question type", "by_source": "source", "by_kind": "kind of answer"}
-EMBEDDED = (
-    "This is the embedded tiny model: its answers demonstrate the method and hold no medical "
-    "knowledge to rely on."
-)
 
 
 def number(value: Any) -> str:
@@ -88,7 +84,7 @@ def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     markdown = pages.overlay(finalize=_as_markdown)
     markdown.filters |= {"number": number, "cell": cell}
     text = markdown.get_template("report.md.jinja").render(
-        m=metrics, notice=NOTICE, embedded=EMBEDDED, sentences=sentences(metrics),
+        m=metrics, notice=NOTICE, sentences=sentences(metrics),
         grouped=GROUPED, group_titles=GROUP_TITLES, figures=_figures(metrics, folder),
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", text)

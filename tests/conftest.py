@@ -268,7 +268,7 @@ def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str,
         patch.setattr(scores, "plain_texts", lambda plan: texts)
         train = [row for row in rows if row["focus"] not in diseases][:200]
         return evaluation.evaluate(
-            plan, questions, train, out, adapter, known, batch_size=batch_size
+            plan, questions, train, out, adapter, known, batch_size=batch_size, with_safety=True
         )
 
 

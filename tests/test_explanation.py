@@ -192,11 +192,11 @@ def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
     supports = [retrieval.Support(NASTY, 0.7, hits[0], NASTY)]
     values, pulls = numpy.linspace(-1, 1, len(prompt.words)), numpy.array([0.25])
-    about = (prompt, Answer(NASTY, 9, True), hits, supports, values, pulls, True)
+    about = (prompt, Answer(NASTY, 9, True), hits, supports, values, pulls, NASTY)
     path = explanation.write_page(explanation.Explanation(*about), tmp_path / "new" / "page.html")
     page = Markup(path.read_text(encoding="utf-8"))
-    assert not page.tags & {"script", "img", "b", "a"} and page.text.count(NASTY) >= 7
-    for said in (NOTICE, "embedded tiny model", "score 0.90", "pull +0.25", "-1.00", "not meaning"):
+    assert not page.tags & {"script", "img", "b", "a"} and page.text.count(NASTY) >= 8
+    for said in (NOTICE, "score 0.90", "pull +0.25", "-1.00", "not meaning"):
         assert said in page.text
     empty = (prompt, Answer("", 0, True), [], [], values, numpy.zeros(0), False)
     explanation.write_page(explanation.Explanation(*empty), path)

