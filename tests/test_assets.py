@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import build_tiny as build
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from medquad_utils.assets import build, sample
+from medquad_utils.assets import sample
 from medquad_utils.chat import end_ids
 from medquad_utils.cleaning import clean
 from medquad_utils.evaluation import facts_complete

@@ -276,7 +276,7 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 ORDER = """
 medquad_utils files memory machine profiles assets assets.sample chat cleaning splits data
 fetch safety
-retrieval scores assets.build estimate quantization lora plots checks generation merging training
+retrieval scores estimate quantization lora plots checks generation merging training
 evaluation report explanation publishing serving demo course
 cli"""
 

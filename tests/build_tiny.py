@@ -1,4 +1,4 @@
-"""Remake the embedded base model: ``python -m medquad_utils.assets.build``.
+"""Remake the embedded base model: ``python tests/build_tiny.py``.
 
 Everything is seeded: a byte-level BPE tokenizer trained on the statements; a small Llama with the
 parts of Llama-3; pretraining on short articles, new ones at every step; a folder in the layout of
@@ -27,8 +27,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from medquad_utils.assets import sample
 from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
 from medquad_utils.files import write_json
+from medquad_utils.profiles import TINY_MODEL as FOLDER
 
-FOLDER = Path(__file__).with_name("tiny")
 MANIFEST = "manifest.json"
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
