@@ -160,10 +160,12 @@ def _silence() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
     """Resolve the plan of a command that uses an adapter."""
     _silence()
-    return profiles.resolve_trained(options.profile, model=options.model, out=options.runs)
+    return profiles.resolve_trained(
+        options.profile, model=options.model, out=options.runs, adapter=adapter
+    )
 
 
 def _check_question(options: argparse.Namespace) -> None:
@@ -281,10 +283,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
     questions = evaluation.read_questions(Path(options.questions), options.limit)
     print(questions)
-    _silence()
-    # With --adapter, auto is the profile that the adapter was trained with.
-    profile = "" if options.profile == "auto" else options.profile
-    plan, adapter = evaluation.plan_of(profile, options.adapter, options.model, options.runs)
+    plan = _plan(options, Path(options.adapter) if options.adapter else None)
+    adapter = Path(options.adapter or plan.folder / "adapter")
     given = Path(options.data) if options.data else None
     train = evaluation.training_rows(plan, adapter, given, "train")
     validation = evaluation.training_rows(plan, adapter, given, "validation")

@@ -7,7 +7,6 @@ answers are saved when the arm is done, so a stopped run repeats one arm at most
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -29,7 +28,7 @@ from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import prepare, read_records
 from medquad_utils.files import Row, read_json, read_rows, whole_file, write_json
 from medquad_utils.generation import Answer, adapter_record, generate
-from medquad_utils.profiles import Plan, resolve_trained
+from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_complete, interval, rouge_l
 from medquad_utils.splits import focus_of, leakage, normalise
@@ -534,18 +533,6 @@ def rounded(value: Any) -> Any:
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
-
-
-def plan_of(
-    profile: str = "", adapter: str = "", model: str = "", out: str = ""
-) -> tuple[Plan, Path]:
-    """Return the plan of an adapter's folder, by default the one it was trained with."""
-    folder = Path(adapter) if adapter else None
-    record = adapter_record(folder) if folder else {}
-    name = profile or record.get("profile", "auto")
-    plan = resolve_trained(name, model=model, out=out, adapter=folder)
-    plan = dataclasses.replace(plan, seed=record.get("seed", 0))
-    return plan, folder or plan.folder / "adapter"
 
 
 def training_rows(

@@ -324,15 +324,24 @@ def resolve(
 def resolve_trained(
     profile: str = "auto", *, model: str = "", out: str = "", adapter: Path | None = None
 ) -> Plan:
-    """Resolve for an adapter: without ``model``, take the base that it was trained on.
+    """Resolve for an adapter: ``auto`` is the profile that it was trained with.
 
-    ``plan.json`` of ``adapter`` (default: the plan's own) names it; a folder is relative to it.
+    Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
+    ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
     """
+    out = out or machine.default_out()
+    if profile == "auto":
+        records = [adapter / "plan.json"] if adapter else Path(out).glob("*/adapter/plan.json")
+        trained = sorted((r for r in records if r.is_file()), key=lambda r: r.stat().st_mtime)
+        profile = read_json(trained[-1]).get("profile", profile) if trained else profile
     plan = resolve(profile, model=model, out=out)
     adapter = adapter or plan.folder / "adapter"
-    if model or not (adapter / "plan.json").is_file():
+    if not (adapter / "plan.json").is_file():
         return plan
     base = plan.as_dict() | read_json(adapter / "plan.json")
+    plan = dataclasses.replace(plan, seed=base["seed"])
+    if model:
+        return plan
     folder = adapter / base["model_path"] if base["model_path"] else None
     if folder and not (folder / "config.json").is_file():
         raise CourseError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,19 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
     (tmp_path / "config.json").unlink()
     with pytest.raises(CourseError, match=r"trained on the model in \.\./\.\., which holds no"):
         profiles.resolve_trained("tiny", adapter=adapter)
+
+
+def test_auto_is_the_profile_of_the_newest_adapter_with_its_seed(tmp_path: Path) -> None:
+    for age, name in enumerate(("tiny", "llama-1b", "small")):
+        plan = resolve(name, hardware=T4, out=str(tmp_path), seed=age)
+        files.write_json(record := plan.folder / "adapter" / "plan.json", plan.as_dict())
+        os.utime(record, (1000 - age, 1000 - age))
+    newest = profiles.resolve_trained(out=str(tmp_path))
+    assert (newest.profile, newest.seed) == ("tiny", 0)
+    named = profiles.resolve_trained("small", out=str(tmp_path))
+    assert (named.profile, named.seed) == ("small", 2)
+    elsewhere = profiles.resolve_trained(adapter=tmp_path / "llama-1b" / "adapter")
+    assert (elsewhere.profile, elsewhere.seed) == ("llama-1b", 1)
 
 
 def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
