@@ -50,6 +50,8 @@ class Profile:
     learning_rate: float
     epochs: int
     max_new_tokens: int
+    gpu_gb: int = 0  # of a card that ``auto`` takes it for
+    gated: bool = False  # the Hub asks for a token
     lora_r: int = 16
     lora_dropout: float = 0.05
 
@@ -62,13 +64,14 @@ PROFILES = {p.name: p for p in (
     Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct", None,
             Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
-            learning_rate=5e-4, epochs=1, max_new_tokens=200),
+            learning_rate=5e-4, epochs=1, max_new_tokens=200, gpu_gb=2),
     Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct", None,
             Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub",
-            **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256),
+            **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, gpu_gb=4, gated=True),
     Profile("llama-8b", "meta-llama/Meta-Llama-3-8B-Instruct",
             "5f0b02c75b57c5855da9ae460ce51323ea669d8a", Shape(4096, 32, 14336, 32, 8, 128256),
-            "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256),
+            "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256,
+            gpu_gb=14, gated=True),
 )}  # fmt: skip
 BASES = {profile.model_id: profile for profile in PROFILES.values()}
 
@@ -370,12 +373,12 @@ def choose(
     gb, card, obstacle = hardware.memory_gb, f"a GPU with {hardware.memory_gb:.0f} GB", ""
     hub = "the Hugging Face Hub is out of reach"
     accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept the Llama 3 licence on the Hub first"
-    for name, need in (("llama-8b", 14), ("llama-1b", 4), ("small", 2)):
-        gated = name.startswith("llama")
-        if gb >= need and (name in here or (reachable and (token or not gated))):
+    for name, profile in reversed(PROFILES.items()):  # the largest first
+        loads = name in here or (reachable and (token or not profile.gated))
+        if gb >= profile.gpu_gb and loads:
             return name, f"auto: {card}{obstacle}"
-        why = f"needs {need} GB" if gb < need else f"needs more: {accept if reachable else hub}"
-        obstacle = obstacle or f"; '{name}' {why}"
+        lacks = f"{profile.gpu_gb} GB" if gb < profile.gpu_gb else accept if reachable else hub
+        obstacle = obstacle or f"; '{name}' needs more: {lacks}"
     return "tiny", f"auto: {card}{obstacle}"
 
 

@@ -14,7 +14,7 @@ from medquad_utils.cli import main
 MISTAKES = {
     "--source web": "unknown source 'web': expected one of sample, hub, xml, csv, jsonl, parquet",
     "--source xml": "source 'xml' needs data_path: the folder to read. Add -p data_path=...",
-    "--without spelling": "no cleaning rule 'spelling': there are link list, phenotype list",
+    "--without spelling": f"no cleaning rule 'spelling': there are {', '.join(NAMES)}",
     "--specialty magic": "no specialty 'magic': there are cardiology, oncology",
     "--out {}/data.json/data": "cannot write train.parquet: Not a directory. Free some space or",
 }

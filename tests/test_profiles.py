@@ -149,7 +149,7 @@ def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
 @pytest.mark.parametrize(
     ("profile", "options", "message"),
     [
-        ("llama", {}, "'llama': expected auto, tiny, small, llama-1b, llama-8b"),
+        ("llama", {}, f"'llama': expected auto, {', '.join(PROFILES)}"),
         ("tiny", {"source": "web"}, "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
         ("tiny", {"source": "csv"}, "needs data_path"),
         ("tiny", {"model": "nowhere"}, "'nowhere': expected OWNER/NAME"),
@@ -221,8 +221,8 @@ def test_results_go_where_the_environment_or_the_checkout_says(
         (T4, True, False, "", "small", "HF_TOKEN"),
         (T4, True, False, "llama-8b", "llama-8b", "a GPU with 15 GB"),
         (T4, True, True, "", "llama-8b", "a GPU with 15 GB"),
-        (RTX, True, True, "", "llama-1b", "'llama-8b' needs 14 GB"),
-        (GTX, True, True, "", "small", "'llama-8b' needs 14 GB"),
+        (RTX, True, True, "", "llama-1b", "'llama-8b' needs more: 14 GB"),
+        (GTX, True, True, "", "small", "'llama-8b' needs more: 14 GB"),
     ],
 )
 def test_auto_says_why_and_what_leads_to_a_larger_profile(
