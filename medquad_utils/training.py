@@ -246,11 +246,10 @@ def preflight(
     padded, in_loss = int((labels[ids == pad] != IGNORED).sum()), int((labels != IGNORED).sum())
     share = in_loss / int((ids != pad).sum())
     stops = Counter(sum(int((y == end).sum()) for end in ends) for _, y in examples)
-    trained = encode(tokenizer, rows[0])
-    prompt = prompt_ids(tokenizer, prompt_messages(rows[0]["question"]))
-    same = trained.ids[: trained.in_loss.index(True)] == prompt
+    asked = {tuple(prompt_ids(tokenizer, prompt_messages(row["question"]))) for row in rows}
+    fed = {tuple(x[: int((y != IGNORED).int().argmax())].tolist()) for x, y in examples}
     # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
-    turns = max(1, trained.ids.count(bos))
+    turns = max(1, encode(tokenizer, rows[0]).ids.count(bos))
     begins = Counter(1.0 if bos is None else int((x == bos).sum()) / turns for x, _ in examples)
     dtypes = list(lora.dtype_census(trainer.model)["trained"])
     count = lora.trainable_parameters(trainer.model)
@@ -262,7 +261,7 @@ def preflight(
         ("pad tokens in the loss", str(padded), not padded),
         ("pad token differs from the end tokens", str(tokenizer.pad_token), pad not in ends),
         ("share of tokens in the loss", f"{share:.0%}", in_loss > 0),
-        ("prompt in training = prompt in use", f"{len(prompt)} tokens", same),
+        ("prompts in training = prompts in use", f"{len(fed):,} prompts", fed <= asked),
         ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
         ("predicted memory", memory, plan.memory_gb <= plan.card_gb),

@@ -44,6 +44,7 @@ T4 = Hardware("cuda", "Tesla T4", 15.6, (7, 5), gpus=1)
 A100 = Hardware("cuda", "NVIDIA A100", 42.4, (8, 0), gpus=1)
 WEIGHTS = Path("adapter", "adapter_model.safetensors")
 BEGINS, ENDS = "BOS tokens per example", "end tokens in the loss per answer"
+PROMPTS = "prompts in training = prompts in use"
 
 
 def small_plan(out: Path, **changes: Any) -> Plan:
@@ -135,6 +136,7 @@ def test_preflight_passes_on_the_sample(run: Any) -> None:
         (lambda x, y: (x[:-1], y[:-1]), ENDS, "0 in 1, 1 in 11"),
         (lambda x, y: ([*x, x[-1]], [*y, y[-1]]), ENDS, "1 in 11, 2 in 1"),
         (lambda x, y: ([*x, 5], [*y, 5]), "pad tokens in the loss", "1"),
+        (lambda x, y: ([*x[:9], *x[10:]], [*y[:9], *y[10:]]), PROMPTS, "12 prompts"),
     ],
 )
 def test_preflight_finds_one_bad_example(run: Any, spoil: Any, what: str, text: str) -> None:
@@ -145,7 +147,9 @@ def test_preflight_finds_one_bad_example(run: Any, spoil: Any, what: str, text: 
     spoiled = {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
     trainer = SimpleNamespace(**vars(run.trainer) | {"train_dataset": [spoiled, *others]})
     checks = training.preflight(run.plan, run.tokenizer, run.rows, trainer)
-    assert [(w, t) for w, t, right in checks if not right] == [(what, text)]
+    failed = {w: t for w, t, right in checks if not right}
+    assert failed.pop(what) == text
+    assert not failed or (what, set(failed)) == (BEGINS, {PROMPTS}), "a second BOS is another prompt"
 
 
 def test_rows_that_are_too_long_are_left_out_and_not_cut(run: Any) -> None:
