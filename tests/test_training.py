@@ -149,7 +149,9 @@ def test_preflight_finds_one_bad_example(run: Any, spoil: Any, what: str, text: 
     checks = training.preflight(run.plan, run.tokenizer, run.rows, trainer)
     failed = {w: t for w, t, right in checks if not right}
     assert failed.pop(what) == text
-    assert not failed or (what, set(failed)) == (BEGINS, {PROMPTS}), "a second BOS is another prompt"
+    assert not failed or (what, set(failed)) == (BEGINS, {PROMPTS}), (
+        "a second BOS is another prompt"
+    )
 
 
 def test_rows_that_are_too_long_are_left_out_and_not_cut(run: Any) -> None:
