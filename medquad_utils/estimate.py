@@ -12,7 +12,7 @@ from medquad_utils import CourseError, memory
 from medquad_utils.files import MEASURED, read_json
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape
-from medquad_utils.profiles import BYTES, resolve
+from medquad_utils.profiles import micro_of, resolve
 
 # MedQuAD's training part (13,335 rows kept of 16,407, split by disease group): how many rows fit
 # into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
@@ -129,11 +129,7 @@ def read_runs(folder: Path = MEASURED) -> list[Run]:
             plan, ours = run["plan"], run["arms"].get("c", {})
             if not ours.get("figures"):
                 continue
-            sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
-            micro = Micro(
-                plan["pack_length"], plan["lora_r"], *sizes, int(plan["checkpointing"]),
-                plan["lora_dropout"] > 0, plan["device"] == "cuda",
-            )  # fmt: skip
+            micro = micro_of(plan, plan["pack_length"], int(plan["checkpointing"]))
             runs.append(Run(
                 name, run["machine"]["device"], run["date"], Shape(**run["shape"]), micro,
                 plan["max_length"], ours["peak_gb"], ours["figures"]["tokens_per_s"],

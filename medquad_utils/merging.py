@@ -7,7 +7,6 @@ which W the adapter is added to.
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 import warnings
@@ -22,6 +21,7 @@ from medquad_utils import CourseError
 from medquad_utils.chat import encode, end_ids
 from medquad_utils.files import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
+from medquad_utils.machine import free_memory
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory
@@ -215,8 +215,7 @@ def drift(
             tokens_per_second=sum(a.tokens + a.stopped for a in answers) / seconds,
         )
         del model, logits
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without a GPU
+        free_memory()
     return results
 
 
