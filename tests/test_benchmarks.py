@@ -13,6 +13,7 @@ from medquad_utils import estimate, evaluation, generation, machine, profiles
 
 CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
+published = benchmark("published")
 load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
 LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
 SPEEDS = {name: common.read_results(name) for name in ("train_speed", "generate_speed")}
@@ -24,6 +25,15 @@ KNOWN = {"all rows": (0.32, 0.29), "without boilerplate": (0.23, 0.19)}  # count
 def test_readme_of_the_benchmarks_says_what_the_json_says(script: str) -> None:
     page = between(common.README.read_text(encoding="utf-8"), common.marks(script))
     assert page == benchmark(script).page(SPEEDS.get(script, MEMORY))
+
+
+def test_the_estimate_is_near_every_published_run() -> None:
+    text = common.README.read_text(encoding="utf-8")
+    assert between(text, common.marks("published")) == published.page()
+    speeds = [run.estimated() / run.tokens_per_s for run in published.RUNS if run.tokens_per_s]
+    peaks = [run.bill().memory_gb / run.gb for run in published.RUNS if run.gb]
+    assert (len(speeds), len(peaks)) == (8, 2)
+    assert all(0.7 < ratio < 1.4 for ratio in speeds + peaks)
 
 
 def test_random_llama_loads_in_4_bits_with_its_exact_shape(tmp_path: Any) -> None:
