@@ -155,7 +155,7 @@ def triton_needs() -> tuple[str, bool]:
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
-    found = {"a C compiler": bool(compiler), "Python.h": header.is_file()}
+    found = {"C compiler": bool(compiler), "Python.h": header.is_file()}
     lacking = [name for name, here in found.items() if not here]
     todo = f"no {' and no '.join(lacking)}: apt-get install gcc python3-dev"
     return todo if lacking else ", ".join(found), not lacking

@@ -55,7 +55,9 @@ class Exercise:
     same, or for which ``covers(result)`` is true. A result may also be a function that returns it.
     """
 
-    kind: tuple[str, Callable[[Any], Any]]  # name; reads a plain value, None if it is not one
+    kind: tuple[
+        str, Callable[[Any], Any]
+    ]  # name; reads a plain value, None if it is not one
     about: str  # what an answer looks like
     cases: Sequence[tuple[Any, Any, Sequence[tuple[Any, ...]]]]
     praise: str

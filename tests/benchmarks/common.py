@@ -74,7 +74,7 @@ def first_line(error: BaseException) -> str:
 
 
 class PlayedKernel(torch.autograd.Function):
-    """torch's variable-length kernel on a CPU: example by example, keeping what the kernel keeps."""
+    """torch's variable-length kernel on a CPU, which keeps what the kernel keeps for backward."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, starts: Any, scale: float) -> Any:
