@@ -81,6 +81,28 @@ def test_training_benchmark_runs_and_estimate_reads_it(tmp_path: Any, monkeypatc
     assert [r.tokens_per_second for r in estimate.read_runs(tmp_path)] == [min(run["ours"])]
 
 
+@pytest.mark.full  # trains eleven times
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Any, monkeypatch: Any) -> None:
+    on_gpu = benchmark("on_gpu")
+    for module in (on_gpu, train_speed):
+        monkeypatch.setattr(module, "resolve", partial(profiles.resolve, hardware=CPU))
+    arguments = ["--profile", "tiny", "--out", str(tmp_path), "--budget"]
+    assert all("skipped" in line for line in on_gpu.main([*arguments, "0"]))
+    lines = {line["check"]: line for line in on_gpu.main([*arguments, "120"])}
+    written = (tmp_path / "on_gpu.jsonl").read_text().splitlines()
+    assert [json.loads(line)["check"] for line in written] == list(lines)
+    assert [line for line in lines.values() if "error" in line or "skipped" in line] == []
+    assert lines["resume"]["largest_difference"] == 0
+    assert lines["resume"]["whole"] == lines["resume"]["resumed"] == ["float32"]
+    assert lines["attention"]["largest_difference"] < 1e-5
+    assert lines["generate"]["equal_twice"] and lines["generate"]["card_equal_of_4"] == 4
+    plan, varlen = (lines[name] for name in ("plan", f"attention: {profiles.VARLEN}"))
+    assert plan["loss"] == pytest.approx(varlen["loss"], rel=2e-3), "the same rows"
+    (run,) = estimate.read_runs(tmp_path)
+    assert run.tokens_per_second == plan["figures"]["tokens_per_s"]
+    assert "attention: sdpa" in train_speed.page(common.read_results("train_speed", tmp_path))
+
+
 @pytest.mark.full  # answers fifteen times
 def test_every_way_of_answering_gives_the_same_answers(monkeypatch: Any) -> None:
     monkeypatch.setattr(generate_speed, "resolve", partial(generate_speed.resolve, hardware=CPU))
