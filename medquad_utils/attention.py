@@ -46,7 +46,7 @@ def attend(
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     starts, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2  # of queries and of keys
     causal = (-1, 0)  # a window: all tokens to the left, none to the right
-    output = varlen.varlen_attn(
+    alone: Any = varlen.varlen_attn(
         q, k, v, *starts, *longest, scale=scaling, window_size=causal, enable_gqa=True
     )
-    return output[None], None
+    return alone[None], None

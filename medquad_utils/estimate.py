@@ -258,7 +258,7 @@ class Estimate:
             f"micro-batch  {times} ms  [estimate]",
             f"speed        {self.tokens_per_second:,.0f} real tokens/s  {basis}",
             None if self.run else
-            f"             products at {card.efficiency:.0%} of {card.tflops:g} TFLOP/s; {card.basis}",
+            f"             {card.efficiency:.0%} of {card.tflops:g} TFLOP/s; {card.basis}",
             f"one epoch    {self.minutes:,.0f} min for {self.tokens:,} tokens of MedQuAD  {basis}",
             f"price        {self.minutes / 60 * self.price:,.2f} an epoch "
             f"at {self.price:.2f} an hour  {basis}" if self.price else None,

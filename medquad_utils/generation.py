@@ -88,8 +88,8 @@ def load_adapters(
 ) -> PreTrainedModel:
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
-    The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to be trained further
-    are in fp32. Others are in the compute dtype, in which training multiplied by them, too.
+    The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
+    in fp32. Others are in the compute dtype, in which training multiplied by them, too.
 
     Raises:
         CourseError: an adapter is missing, damaged, or was trained on another base.

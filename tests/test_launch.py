@@ -74,7 +74,8 @@ def test_fsdp2_in_bf16_reports_losses_in_fp32(runs: Any) -> None:
     """accelerate casts what a model returns, TRL's log-probabilities, to three digits."""
     (mine, _), (theirs, _) = outcome(runs, "one"), outcome(runs, "sharded16")
     losses = [loss for _, loss in theirs]
-    assert losses != torch.tensor(losses).bfloat16().tolist()
+    # Two to four in bf16, which has steps of 1/64 there; validation's mean is over four rows.
+    assert not any((256 * loss).is_integer() for loss in losses[launched.STEPS :])
     assert losses == pytest.approx([loss for _, loss in mine], rel=2e-3), "bf16 computes them"
 
 

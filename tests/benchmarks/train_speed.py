@@ -228,10 +228,8 @@ def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row], model: 
     model, tokenizer, config = model or load_base(plan), load_tokenizer(plan), HARNESS | config
     # What TrainingArguments does when it is made with torch_compile.
     compiled = {"ACCELERATE_DYNAMO_BACKEND": "inductor"} if config.get("torch_compile") else {}
-    with (
-        patch.dict(os.environ, compiled),
-        patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part))),
-    ):
+    as_they_are = patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part)))
+    with patch.dict(os.environ, compiled), as_they_are:
         return training.build_trainer(plan, model, tokenizer, both, Path(plan.out), **config)
 
 
