@@ -230,6 +230,7 @@ class Plan:
             step += f"packed with rows of up to {self.max_length}{each}"
             memory = f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
             again = ", activation checkpointing" if self.checkpointing else ""
+            again += ", FlashAttention on packed rows" if self.attention == VARLEN else ""
         except CourseError as error:  # a machine too small to train may still ask and serve
             step, memory, again = "none: this machine cannot train it", str(error), ""
         rows = {

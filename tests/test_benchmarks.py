@@ -69,6 +69,23 @@ def test_pads_are_computed_and_not_real_and_figures_follow_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_no_arm_runs_for_five_minutes_and_a_budget_leaves_levers_out(monkeypatch: Any) -> None:
+    limits: list[float] = []
+    step = {"seconds": 1.0, "real": 60, "computed": 80, "rows": 5}
+    made = {"steps": [step] * 3, "rows": 8, "row_tokens": 80, "peak_gb": 1.0}
+
+    def work(job: dict[str, Any], limit: float) -> dict[str, Any]:
+        limits.append(limit)
+        return {"flops": 1e9, "dtype": "float32"} if job["arm"] == "rate" else dict(made)
+
+    monkeypatch.setattr(train_speed, "apart", work)
+    for name in ("save", "write_readme"):
+        monkeypatch.setattr(common, name, lambda *_: None)
+    run = train_speed.main(["--levers", "--arms", "--budget", "0"])
+    assert {lever.get("error", "ours") for lever in run["levers"]} == {"no time was left", "ours"}
+    assert len(limits) == 2 and max(limits) < 300, "the rate and ours"
+
+
 @pytest.mark.full  # trains three times
 def test_training_benchmark_runs_and_estimate_reads_it(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(train_speed, "resolve", partial(train_speed.resolve, hardware=CPU))
