@@ -44,8 +44,9 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
         raise CourseError(f"{plan.model_id}: {error}") from error
     # The template of Llama 3.2 writes today's date into the prompt: training must not see another
     # prompt than next week's questions. This date is the template's own default.
-    template = re.sub(r"strftime_now\([^)]*\)", '"26 Jul 2024"', str(tokenizer.chat_template))
-    tokenizer.chat_template = template
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", '"26 Jul 2024"', template)
     tokenizer.padding_side = "right"  # for training; generation pads its batches itself
     return tokenizer
 

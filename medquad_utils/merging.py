@@ -21,7 +21,6 @@ from medquad_utils import CourseError
 from medquad_utils.chat import encode, end_ids
 from medquad_utils.files import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
-from medquad_utils.machine import free_memory
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory
@@ -214,8 +213,7 @@ def drift(
             megabytes=saved_bytes(model) / 1e6,
             tokens_per_second=sum(a.tokens + a.stopped for a in answers) / seconds,
         )
-        del model, logits
-        free_memory()
+        del model, logits  # before the next one is loaded
     return results
 
 
