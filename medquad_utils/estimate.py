@@ -12,7 +12,7 @@ from medquad_utils import CourseError, memory
 from medquad_utils.files import MEASURED, read_json
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape
-from medquad_utils.profiles import BYTES, resolve
+from medquad_utils.profiles import micro_of, resolve
 
 # MedQuAD's training part (13,335 rows kept of 16,407, split by disease group): how many rows fit
 # into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
@@ -21,7 +21,12 @@ TRAINING_PART = {
     128: (1662, 164_279), 256: (4657, 749_335), 512: (8636, 2_160_526), 1024: (10_098, 3_162_374),
     2048: (10_497, 3_718_894), 4096: (10_618, 4_063_026), 1 << 62: (10_655, 4_250_819),
 }  # fmt: skip
-LAUNCH_SECONDS = 0.003  # of a block's passes in Python and kernel launches, at least; an assumption
+# Keys that a token of MedQuAD's rows of up to 1,024 tokens meets in its own example, on average
+# (lengths.json). They decide the cost of attention where packed examples are computed alone.
+CONTEXT = 215
+LAUNCH_SECONDS = 0.004  # of one pass of a block in Python and kernel launches, at least; _AMPERE
+BANDWIDTH = 0.9  # share of the data sheet's that element-wise kernels reach; an assumption
+ATTENTION = 0.25  # share of tflops that attention is taken to reach, of short examples or masked
 LIBRARIES_GB = 3.0  # of RAM that Python, torch and the CUDA libraries take; an assumption
 SHARD_GB = 5.0  # the files that the Hub's repository of Llama-3-8B is cut into
 
@@ -46,30 +51,28 @@ class Card:
 
 
 _LOW_POWER = "assumed: 70 W hold its clock far below the data sheet's"
-_AMPERE = "assumed: between what is taken for an H100 and for a 4090"
-_HOPPER = ("assumed, from a reported 12,473 tokens/s (38 to 41 % at 4N) of 16-bit LoRA at 8 B in "
-           "NeMo AutoModel")  # fmt: skip
-_ADA = ("assumed, from a reported 2,413 tokens/s (44 % at 4N, everything included) of 8 B QLoRA in "
-        "torchtune")  # fmt: skip
+_A10G = "from 22.2 minutes of 8 B QLoRA on Alpaca 2k that litgpt reports"
+_AMPERE = "from 375 to 1,450 ms a row of Qwen-7B's Q-LoRA on an A100, as its README reports"
+_HOPPER = "assumed: square products alone reach 80 % on such a card, LoRA's thin ones far less"
+_ADA = ("from 2,413 tokens/s of 8 B QLoRA with activation checkpointing and torch.compile that "
+        "torchtune reports")  # fmt: skip
 _CPU = ("assumed: two AVX2 cores whose products reach 75 GFLOP/s in fp32; a 20 M Llama reached "
         "about 40 % of its core's")  # fmt: skip
 CARDS = {card.name: card for card in (
-    Card("T4", 15.0, (7, 5), 65, 320, 0.35, _LOW_POWER),
-    Card("L4", 23.0, (8, 9), 121, 300, 0.40, _LOW_POWER),
-    Card("A10G", 23.0, (8, 6), 70, 600, 0.50, _AMPERE),
-    Card("A100-40", 42.0, (8, 0), 312, 1555, 0.50, _AMPERE),
-    Card("A100-80", 85.0, (8, 0), 312, 2039, 0.50, _AMPERE),
-    Card("H100", 85.0, (9, 0), 989, 3350, 0.45, _HOPPER),
-    Card("H200", 150.0, (9, 0), 989, 4800, 0.45, _HOPPER),
-    Card("RTX 4090", 25.0, (8, 9), 165, 1008, 0.55, _ADA),
+    Card("T4", 15.0, (7, 5), 65, 320, 0.40, _LOW_POWER),
+    Card("L4", 23.0, (8, 9), 121, 300, 0.50, _LOW_POWER),
+    Card("A10G", 23.0, (8, 6), 70, 600, 0.45, _A10G),
+    Card("A100-40", 42.0, (8, 0), 312, 1555, 0.65, _AMPERE),
+    Card("A100-80", 85.0, (8, 0), 312, 2039, 0.65, _AMPERE),
+    Card("H100", 85.0, (9, 0), 989, 3350, 0.60, _HOPPER),
+    Card("H200", 150.0, (9, 0), 989, 4800, 0.60, _HOPPER),
+    Card("RTX 4090", 25.0, (8, 9), 165, 1008, 0.80, _ADA),
     Card("CPU", 16.0, None, 0.075, 20, 0.40, _CPU),
 )}  # fmt: skip
 
 
-def flops_per_token(
-    shape: Shape, recomputed: float = 0.0, context: float = 0.0, rank: int = 0
-) -> float:
-    """Return the FLOP of training one token with a frozen base: 4N, plus what is asked for.
+def flops_per_token(shape: Shape, recomputed: float = 0.0, rank: int = 0) -> float:
+    """Return the FLOP of training one token with a frozen base, 4N, and adapters; no attention.
 
     N counts the weights that multiply: all linear layers and the head, not the embedding. The
     forward pass is 2N (a multiply and an add). The backward pass of a linear layer has two products
@@ -79,15 +82,34 @@ def flops_per_token(
     Args:
         shape: of the model. Llama-3-8B: 30.0 GF.
         recomputed: share of the blocks with activation checkpointing: +2N of them (44.0 GF: all).
-        context: keys that a query meets, on average. Both of attention's products need both
-            gradients: 4 x width x context forward, twice that backward. SDPA with a mask computes
-            the whole row.
         rank: of the adapters on all linear layers: 6 FLOP a trained number, 8 if computed twice.
     """
     blocks = shape.block_parameters
     frozen = 4 * (blocks + shape.vocab * shape.hidden) + 2 * recomputed * blocks
-    attention = shape.layers * shape.linears()["o_proj"][0] * context * (12 + 4 * recomputed)
-    return frozen + attention + memory.adapter_parameters(shape, rank) * (6 + 2 * recomputed)
+    return frozen + memory.adapter_parameters(shape, rank) * (6 + 2 * recomputed)
+
+
+def attention_flops(shape: Shape, context: float, recomputed: float = 0.0) -> float:
+    """Return attention's FLOP a token, of which each meets ``context`` keys on average.
+
+    Two products need both gradients: 4 x width x context forward, twice that backward. SDPA with a
+    mask computes the whole row.
+    """
+    return shape.layers * shape.linears()["o_proj"][0] * context * (12 + 4 * recomputed)
+
+
+def elementwise_bytes(shape: Shape, micro: Micro, recomputed: float = 0.0) -> float:
+    """Return the bytes a token that all kernels but products and attention read and write.
+
+    Norms, rotations, SiLU, residuals, casts, LoRA's sums: memory-bound, 2.9 MB a block at 8 B.
+    Counted on transformers 5.23 and peft 0.21; tests/test_estimate.py counts again. The norms work
+    in 32 bits. The forward pass takes 42 %.
+    """
+    h, i, c = shape.hidden, shape.intermediate, micro.compute_bytes
+    q, kv = shape.linears()["o_proj"][0], shape.linears()["k_proj"][1]
+    moved = 280 * h + c * (42 * h + 35 * i + 39 * q + 46 * kv)
+    moved += 10 * c * (5 * h + q + i) if micro.dropout else 0
+    return shape.layers * moved * (1 + 0.42 * recomputed)
 
 
 def dequantisation_seconds(shape: Shape, card: Card, recomputed: float = 0.0) -> float:
@@ -129,11 +151,7 @@ def read_runs(folder: Path = MEASURED) -> list[Run]:
             plan, ours = run["plan"], run["arms"].get("c", {})
             if not ours.get("figures"):
                 continue
-            sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
-            micro = Micro(
-                plan["pack_length"], plan["lora_r"], *sizes, int(plan["checkpointing"]),
-                plan["lora_dropout"] > 0, plan["device"] == "cuda",
-            )  # fmt: skip
+            micro = micro_of(plan, plan["pack_length"], int(plan["checkpointing"]))
             runs.append(Run(
                 name, run["machine"]["device"], run["date"], Shape(**run["shape"]), micro,
                 plan["max_length"], ours["peak_gb"], ours["figures"]["tokens_per_s"],
@@ -152,6 +170,7 @@ class Estimate:
     packed: bool
     tokens: int  # real tokens of an epoch
     row: float  # tokens of the mean micro-batch; ``micro`` is the longest, for memory
+    context: float  # keys that a token meets in attention, on average
     price: float  # of an hour, in any currency; 0 = not asked for
     run: Run | None  # the same run, if it was measured
 
@@ -178,13 +197,24 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens a second: measured, else products at the card's speed, then unpacking."""
-        if self.run:
-            return self.run.tokens_per_second
-        flops = flops_per_token(self.shape, self.recomputed, self.row, self.micro.rank) * self.row
-        seconds = flops / (self.card.tflops * 1e12 * self.card.efficiency)
-        seconds += dequantisation_seconds(self.shape, self.card, self.recomputed)
-        return self.row / max(seconds, LAUNCH_SECONDS * self.shape.layers)
+        """Real tokens a second: measured, else from ``seconds`` of a micro-batch."""
+        return self.run.tokens_per_second if self.run else self.row / sum(self.seconds.values())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Part -> seconds of the mean micro-batch, each at its own rate."""
+        card, again, shape = self.card, self.recomputed, self.shape
+        products = flops_per_token(shape, again, self.micro.rank) / card.efficiency
+        attention = attention_flops(shape, self.context, again) / ATTENTION
+        moved = elementwise_bytes(shape, self.micro, again)
+        parts = {
+            "products": self.row * products / card.tflops / 1e12,
+            "attention": self.row * attention / card.tflops / 1e12,
+            "other kernels": self.row * moved / (BANDWIDTH * card.bandwidth) / 1e9,
+            "unpacking": dequantisation_seconds(shape, card, again),
+        }
+        launches = LAUNCH_SECONDS * shape.layers * (2 + again)
+        return parts | {"waiting for launches": max(0.0, launches - sum(parts.values()))}
 
     @property
     def minutes(self) -> float:
@@ -207,7 +237,7 @@ class Estimate:
     def __str__(self) -> str:
         card, micro, total, basis = self.card, self.micro, self.memory_gb, f"[{self.basis}]"
         plain, again = (flops_per_token(self.shape, part) / 1e9 for part in (0, self.recomputed))
-        unpack = 1000 * dequantisation_seconds(self.shape, card, self.recomputed)
+        times = ", ".join(f"{name} {1000 * part:.0f}" for name, part in self.seconds.items())
         does_not = "does not fit: try --length, --rank or --checkpointing full, or another card"
         verdict = "fits" if total <= card.memory_gb else does_not
         digits = 2 if total > 5 else 3
@@ -224,8 +254,8 @@ class Estimate:
             f"{row('all', total)} of {card.memory_gb:g}: {verdict}  [estimate]",
             f"{row('peak', self.run.peak_gb)}  {basis}" if self.run else None,
             "",
-            f"compute      {plain:.3g} GF a token at 4N, {again:.3g} with what is recomputed; "
-            f"unpacking weights {unpack:.0f} ms a micro-batch",
+            f"compute      {plain:.3g} GF a token at 4N, {again:.3g} with what is recomputed",
+            f"micro-batch  {times} ms  [estimate]",
             f"speed        {self.tokens_per_second:,.0f} real tokens/s  {basis}",
             None if self.run else
             f"             {card.efficiency:.0%} of {card.tflops:g} TFLOP/s; {card.basis}",
@@ -286,8 +316,9 @@ def estimate(
     longest = longest if packing else length
     rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
+    context = min(CONTEXT, mean / 2) if micro.varlen else mean
     this = plan.profile, shape, micro
     same = [run for run in (read_runs() if runs is None else runs)
             if run.on(card) and (run.profile, run.shape, run.micro) == this]  # fmt: skip
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
-    return Estimate(name, shape, card, micro, packing, tokens or known, mean, price, run)
+    return Estimate(name, shape, card, micro, packing, tokens or known, mean, context, price, run)

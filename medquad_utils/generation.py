@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medquad_utils import CourseError
+from medquad_utils import CourseError, attention, lora
 from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
 from medquad_utils.files import read_json
-from medquad_utils.machine import local_rank
+from medquad_utils.machine import free_memory, local_rank
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import nf4_config, unpacked
 
@@ -42,14 +42,24 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
         set_pad_token(tokenizer)
     except ValueError as error:
         raise CourseError(f"{plan.model_id}: {error}") from error
+    # The template of Llama 3.2 writes today's date into the prompt: training must not see another
+    # prompt than next week's questions. This date is the template's own default.
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", '"26 Jul 2024"', template)
     tokenizer.padding_side = "right"  # for training; generation pads its batches itself
     return tokenizer
 
 
 def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
-    """Load the base model in NF4, or in the compute dtype with ``quantized=False``."""
+    """Load the base model in NF4, or in the compute dtype with ``quantized=False``.
+
+    A model that nothing refers to any more is gone from the card before this one comes.
+    """
     from transformers import AutoModelForCausalLM
 
+    free_memory()
+    attention.register()
     device = {"": local_rank() if plan.device == "cuda" else "cpu"}
     with _explained(plan):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -57,7 +67,7 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
             revision=plan.hub_revision,
             dtype=getattr(torch, plan.compute_dtype),
             quantization_config=nf4_config(plan) if quantized else None,
-            attn_implementation="sdpa",
+            attn_implementation=plan.attention,
             # Unquantised, an 8 B model is larger than a T4: "auto" keeps the rest in RAM.
             device_map="auto" if plan.device == "cuda" and not quantized else device,
         )
@@ -79,7 +89,8 @@ def load_adapters(
 ) -> PreTrainedModel:
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
-    The first adapter is active; ``model.set_adapter(name)`` switches.
+    The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
+    in fp32. Others are in the compute dtype, in which training multiplied by them, too.
 
     Raises:
         CourseError: an adapter is missing, damaged, or was trained on another base.
@@ -102,6 +113,8 @@ def load_adapters(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
                 f"({_first_line(error)}). Delete the folder and run lesson 04 again."
             ) from error
+    if not trainable:
+        lora.cast_adapters(model, getattr(torch, plan.compute_dtype))
     return model.eval()
 
 

@@ -58,12 +58,12 @@ def lora_b_norms(model: torch.nn.Module) -> dict[str, float]:
 
 
 def cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the trainable parameters to ``dtype`` in place, *after* ``SFTTrainer`` is built.
+    """Cast the adapters to ``dtype`` in place, for training *after* ``SFTTrainer`` is built.
 
     The trainer casts the adapters of a 4-bit model to bf16, whatever the config says. Then a CPU
     without AVX512-BF16 trains 15 to 20 times slower, and fp16 training on a GPU before Ampere
     fails in the gradient scaler. fp32 adapters avoid both.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)

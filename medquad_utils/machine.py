@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ import re
 import shutil
 import socket
 import sys
+import sysconfig
 import tempfile
 import timeit
 import warnings
@@ -90,6 +92,13 @@ def detect() -> Hardware:
         )
     # is_bf16_supported() would count emulation, in which a T4 crawls: keep the capability.
     capability = card.major, card.minor
+    oldest = (7, 5) if int((torch.version.cuda or "0").partition(".")[0]) >= 13 else (7, 0)
+    if capability < oldest:  # torch and bitsandbytes hold no kernels for it
+        raise CourseError(
+            f"{card.name} has CUDA capability {card.major}.{card.minor}, and the installed "
+            f"libraries need {oldest[0]}.{oldest[1]}. Choose a newer GPU (a T4, for example), or "
+            "set CUDA_VISIBLE_DEVICES= to run on the CPU."
+        )
     return Hardware("cuda", card.name, card.total_memory / 1e9, capability, False, cores, gpus)
 
 
@@ -125,6 +134,31 @@ def take_one_gpu() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["MEDQUAD_GPUS"].split(",")[0]
     listed = os.environ.get("MEDQUAD_GPUS", "")
     return len(listed.split(",")) if count and listed else count
+
+
+def free_memory() -> None:
+    """Free models that nothing refers to, and give their GPU memory back to the driver.
+
+    A model that TRL trained refers to itself, so that only the garbage collector frees it. What
+    torch has freed stays reserved, and no other process can use it.
+    """
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def triton_needs() -> tuple[str, bool]:
+    """Say whether Triton can compile a kernel here, as TRL's loss does on a GPU; and why not.
+
+    Triton builds a small C extension at its first use.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    found = {"C compiler": bool(compiler), "Python.h": header.is_file()}
+    lacking = [name for name, here in found.items() if not here]
+    todo = f"no {' and no '.join(lacking)}: apt-get install gcc python3-dev"
+    return todo if lacking else ", ".join(found), not lacking
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

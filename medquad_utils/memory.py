@@ -28,7 +28,11 @@ class Shape:
     kv_heads: int
     vocab: int
     tied: bool = False
-    head_dim: int = 0
+    head_dim: int = 0  # 0 = hidden / heads
+
+    def __post_init__(self) -> None:
+        # A config names the size where the profile leaves it out: one Llama must be one shape.
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden // self.heads)
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -41,8 +45,7 @@ class Shape:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return name -> (inputs, outputs) of the seven linear layers of one block."""
-        head = self.head_dim or self.hidden // self.heads
-        queries, keys = self.heads * head, self.kv_heads * head
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         h, up = self.hidden, (self.hidden, self.intermediate)
         sizes = (h, queries), (h, keys), (h, keys), (queries, h), up, up, (self.intermediate, h)
         return dict(zip(ALL_LINEAR, sizes, strict=True))
@@ -75,6 +78,8 @@ class Micro:
     checkpoint: int = 0  # recompute every n-th block from its input; 0 = none, 1 = every block
     dropout: bool = False  # on the adapters' inputs
     cuda: bool = True
+    varlen: bool = False  # attention within each example, by torch's kernel; else SDPA with a mask
+    adam_bytes: int = 4  # of each of Adam's two averages
 
 
 def bits_per_parameter(
@@ -95,13 +100,15 @@ def block_bytes(shape: Shape, micro: Micro) -> float:
 
     Read off ``saved_tensors_hooks`` for transformers 5.23 and peft 0.21; tests/test_estimate.py
     counts again. In the compute dtype: the inputs of the adapters of q, k, v (one, shared), of o,
-    of gate, up (shared) and of down; gate, up and SiLU's output; q and, since a row's mask forbids
-    native grouped attention, k and v repeated for every head; the seven narrow outputs of
-    ``lora_A``; a row of the mask. In 32 bits: both norms' inputs, a log-sum-exp a head. Dropout
-    gives each adapter its own copy and a mask: one byte a value on CUDA, a full value on a CPU.
+    of gate, up (shared) and of down; gate, up and SiLU's output; q, k and v; the seven narrow
+    outputs of ``lora_A``. A row's mask forbids native grouped attention, so that k and v are
+    repeated for every head, and a row of the mask is kept too. In 32 bits: both norms' inputs, a
+    log-sum-exp a head. Dropout gives each adapter its own copy and a mask: one byte a value on
+    CUDA, a full value on a CPU.
     """
     c, h, i, q = micro.compute_bytes, shape.hidden, shape.intermediate, shape.linears()["o_proj"][0]
-    kept = 4 * i + 2 * h + 4 * q + 7 * micro.rank + micro.length
+    kv = shape.linears()["k_proj"][1] if micro.varlen else q
+    kept = 4 * i + 2 * h + 2 * (q + kv) + 7 * micro.rank + (0 if micro.varlen else micro.length)
     inputs = 5 * h + q + i
     # Dropout frees the shared inputs, but attention still keeps what it gave to o.
     dropped = (inputs - 2 * h - i) * c + inputs * (1 if micro.cuda else c) if micro.dropout else 0
@@ -127,10 +134,9 @@ def activation_bytes(shape: Shape, micro: Micro) -> float:
 def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     """Predict the peak of QLoRA training by part, in GB (1e9 bytes), rather too high than too low.
 
-    Adam keeps two averages a trained number: 8 bits each on CUDA, with a 32-bit scale for 256
-    (arXiv 2110.02861), the adapter's dtype on a CPU. The loss (trl's chunked one: a tile of logits
-    and the gradient of the last hidden states) and a block's backward pass come one after the
-    other: only the larger counts.
+    Adam keeps two averages a trained number, and those in 8 bits a 32-bit scale for 256 (arXiv
+    2110.02861). The loss (trl's chunked one: a tile of logits and the gradient of the last hidden
+    states) and a block's backward pass come one after the other: only the larger counts.
     """
     c, adapters = micro.compute_bytes, adapter_parameters(shape, micro.rank)
     norms = shape.parameters - shape.block_parameters - shape.embedding_parameters
@@ -148,7 +154,7 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
         "embeddings and head": (shape.embedding_parameters + norms) * c,
         "adapters": adapters * micro.adapter_bytes,
         "gradients": adapters * micro.adapter_bytes,
-        "optimizer": adapters * 2 * (1 + 4 / 256 if micro.cuda else micro.adapter_bytes),
+        "optimizer": adapters * 2 * (micro.adam_bytes + (4 / 256 if micro.adam_bytes == 1 else 0)),
         "activations": activation_bytes(shape, micro),
         "loss or backward pass": max(loss, backward),
         "unpacked weights": max(i * o for i, o in shape.linears().values()) * c,

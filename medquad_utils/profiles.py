@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +29,11 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tokens of a packed row at most. Attention compares every token with the whole row and masks the
-# rest: at 4,096 tokens that is a seventh of an 8 B model's forward pass. A CPU's caches hold short
-# rows only: tiny trains 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
-MAX_PACK = {"cuda": 4096, "cpu": 512}
+VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
+# Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
+# token with the whole row and masks the rest. A CPU's caches hold short rows only: tiny trains
+# 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
+MAX_PACK = {VARLEN: 8192, "sdpa": 2048, "cpu": 512}
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,18 @@ class Profile:
     gpu_gb: int = 0  # of a card that ``auto`` takes it for
     gated: bool = False  # the Hub asks for a token
     lora_r: int = 16
-    lora_dropout: float = 0.05
+    lora_dropout: float = 0.0  # at 8 B, any would cost 5 to 8 % of a step and several GB
 
 
 LLAMA = {"rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 8192}
 PROFILES = {p.name: p for p in (
     Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
-            learning_rate=2e-3, epochs=3, max_new_tokens=64, lora_dropout=0.0),
+            learning_rate=2e-3, epochs=3, max_new_tokens=64),
     Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct", None,
             Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
-            learning_rate=5e-4, epochs=1, max_new_tokens=200, gpu_gb=2),
+            learning_rate=5e-4, epochs=1, max_new_tokens=200, lora_dropout=0.05, gpu_gb=2),
     Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct", None,
             Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub",
             **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, gpu_gb=4, gated=True),
@@ -119,6 +121,7 @@ class Plan:
     adapter_dtype: str = "float32"
     processes: int = 1  # that share every step, each on its own GPU
     sharded: bool = False  # FSDP: a process holds a part of the weights. DDP: each holds all
+    attention: str = "sdpa"  # transformers' name of it
     gpus: int = 0  # of the machine
     fixed_fit: Fit | None = None  # sizes of a step set by hand; None = computed on first use
 
@@ -171,9 +174,7 @@ class Plan:
 
     def micro(self, tokens: int, checkpoint: int = 0) -> Micro:
         """Return a micro-batch of one packed row; every ``checkpoint``-th block is recomputed."""
-        sizes = BYTES[self.compute_dtype], BYTES[self.adapter_dtype]
-        dropout, cuda = self.lora_dropout > 0, self.device == "cuda"
-        return Micro(tokens, self.lora_r, *sizes, checkpoint, dropout, cuda)
+        return micro_of(vars(self), tokens, checkpoint)
 
     @property
     def folder(self) -> Path:
@@ -231,6 +232,7 @@ class Plan:
             step += f"packed with rows of up to {self.max_length}{each}"
             memory = f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
             again = ", activation checkpointing" if self.checkpointing else ""
+            again += ", FlashAttention on packed rows" if self.attention == VARLEN else ""
         except CourseError as error:  # a machine too small to train may still ask and serve
             step, memory, again = "none: this machine cannot train it", str(error), ""
         rows = {
@@ -307,14 +309,12 @@ def resolve(
         source, data_path = "xml", str(medquad)  # the XML names diseases, the Hub's table does not
     recipe = sized(PROFILES[profile], source)
     check_source(recipe.source, data_path)
-    # accelerate launch sets this. FSDP2 cuts the tensors, and bitsandbytes 0.50's optimizer refuses
-    # such ("mixed torch.Tensor and DTensor").
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    paged, rank = hardware.device == "cuda" and not sharded, lora_r or recipe.lora_r
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
+    rank = lora_r or recipe.lora_r
     return Plan(
         profile=profile, **find_base(recipe, model), source=recipe.source, data_path=data_path,
         device=hardware.device, hardware=str(hardware), compute_dtype=compute_dtype(hardware),
-        optimizer="paged_adamw_8bit" if paged else "adamw_torch",
+        optimizer=optimizer(hardware, sharded), attention=attention(hardware),
         lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
         learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
         rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
@@ -389,6 +389,33 @@ def compute_dtype(hardware: Hardware) -> str:
     return "bfloat16" if hardware.bf16_cpu else "float32"
 
 
+def attention(hardware: Hardware) -> str:
+    """Choose torch's variable-length kernel where it runs (CUDA 8.0, torch 2.12), else SDPA."""
+    major, minor, *_ = importlib.metadata.version("torch").split(".")
+    new = (int(major), int(minor)) >= (2, 12) and (hardware.capability or (0, 0)) >= (8, 0)
+    return VARLEN if new else "sdpa"
+
+
+def optimizer(hardware: Hardware, sharded: bool) -> str:
+    """Choose AdamW: fused on a GPU, in 8 bits on one too small to spare 0.25 GB, plain elsewhere.
+
+    FSDP2 cuts the tensors, which the 8-bit one of bitsandbytes 0.50 refuses.
+    """
+    if hardware.device != "cuda" or sharded:
+        return "adamw_torch"
+    return "adamw_torch_fused" if hardware.memory_gb > 20 else "paged_adamw_8bit"
+
+
+def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: int) -> Micro:
+    """Return a packed row of ``tokens`` under the fields of a plan, as recorded with a run."""
+    sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
+    return Micro(
+        tokens, plan["lora_r"], *sizes, checkpoint, dropout=plan["lora_dropout"] > 0,
+        cuda=plan["device"] == "cuda", varlen=plan.get("attention") == VARLEN,
+        adam_bytes=1 if "8bit" in plan["optimizer"] else sizes[1],
+    )  # fmt: skip
+
+
 def sized(profile: Profile, source: str) -> Profile:
     """Return the profile for ``source``: ``tiny`` takes fewer and longer rows of MedQuAD."""
     if profile.name != "tiny" or source == "sample":
@@ -441,7 +468,8 @@ def fit_step(plan: Plan) -> Fit:
 
     share = recipe.tokens_per_step // plan.processes
     for length in (recipe.max_length >> n for n in range(3)):  # all sizes are powers of two
-        most = max(length, min(share, MAX_PACK[plan.device]))
+        most = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
+        most = max(length, min(share, most))
         packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
         for checkpoint, tokens in itertools.product((0, 1), packs):
             if (memory := need(tokens, checkpoint)) <= 0.92 * plan.card_gb:

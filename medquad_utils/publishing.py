@@ -24,7 +24,7 @@ from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.files import read_json, whole_folder, write_json
 from medquad_utils.generation import check_adapter, load_tokenizer
-from medquad_utils.machine import hub_token
+from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import Plan
 from medquad_utils.report import escaped, number, sentence
 from medquad_utils.scores import SCORES
@@ -440,6 +440,7 @@ def run_snippet(folder: Path, repo: str) -> str:
     ``repo`` resolves to ``folder`` there, as if it came from the Hub.
     """
     command = [sys.executable, "-c", snippet_of(folder)]
+    free_memory()  # the code loads the model in a process of its own
     with tempfile.TemporaryDirectory() as empty:
         link = Path(empty) / repo
         link.parent.mkdir(parents=True)

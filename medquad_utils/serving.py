@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from medquad_utils import CourseError
 from medquad_utils.chat import SYSTEM_PROMPT, end_ids
 from medquad_utils.files import whole_file
+from medquad_utils.machine import free_memory
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -77,6 +78,7 @@ def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
             raise CourseError(f"port {port} is in use: choose another port (0 finds a free one).")
     _, *arguments = shlex.split(command(folder.name, port))
     line = [sys.executable, "-m", "transformers.cli.transformers", *arguments]
+    free_memory()  # the server is another process
     log, began = folder.with_name("serve.log"), time.perf_counter()
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:

@@ -79,7 +79,12 @@ def run(job: str, folder: str) -> int:
     if job.startswith("fsdp"):
         os.environ |= dict(line.split("=") for line in os.environ["TEST_FSDP"].split())
         pretend_gpus()
-    training.resolve = lambda *args, **kwargs: small(Path(folder), machine.processes())
+    plan = small(Path(folder), machine.processes())
+    if job.startswith("fsdp"):  # as resolve says under accelerate launch
+        plan = dataclasses.replace(plan, sharded=True)
+    if job == "fsdp-bf16":
+        plan = dataclasses.replace(plan, compute_dtype="bfloat16")
+    training.resolve = lambda *args, **kwargs: plan
     watch, prepare = training.watch, data.prepare
 
     def broken(plan: Plan) -> Any:

@@ -13,6 +13,7 @@ from medquad_utils import estimate, evaluation, generation, machine, profiles
 
 CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
+published = benchmark("published")
 load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
 LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
 SPEEDS = {name: common.read_results(name) for name in ("train_speed", "generate_speed")}
@@ -24,6 +25,15 @@ KNOWN = {"all rows": (0.32, 0.29), "without boilerplate": (0.23, 0.19)}  # count
 def test_readme_of_the_benchmarks_says_what_the_json_says(script: str) -> None:
     page = between(common.README.read_text(encoding="utf-8"), common.marks(script))
     assert page == benchmark(script).page(SPEEDS.get(script, MEMORY))
+
+
+def test_the_estimate_is_near_every_published_run() -> None:
+    text = common.README.read_text(encoding="utf-8")
+    assert between(text, common.marks("published")) == published.page()
+    speeds = [run.estimated() / run.tokens_per_s for run in published.RUNS if run.tokens_per_s]
+    peaks = [run.bill().memory_gb / run.gb for run in published.RUNS if run.gb]
+    assert (len(speeds), len(peaks)) == (8, 2)
+    assert all(0.7 < ratio < 1.4 for ratio in speeds + peaks)
 
 
 def test_random_llama_loads_in_4_bits_with_its_exact_shape(tmp_path: Any) -> None:
@@ -59,6 +69,23 @@ def test_pads_are_computed_and_not_real_and_figures_follow_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_no_arm_runs_for_five_minutes_and_a_budget_leaves_levers_out(monkeypatch: Any) -> None:
+    limits: list[float] = []
+    step = {"seconds": 1.0, "real": 60, "computed": 80, "rows": 5}
+    made = {"steps": [step] * 3, "rows": 8, "row_tokens": 80, "peak_gb": 1.0}
+
+    def work(job: dict[str, Any], limit: float) -> dict[str, Any]:
+        limits.append(limit)
+        return {"flops": 1e9, "dtype": "float32"} if job["arm"] == "rate" else dict(made)
+
+    monkeypatch.setattr(train_speed, "apart", work)
+    for name in ("save", "write_readme"):
+        monkeypatch.setattr(common, name, lambda *_: None)
+    run = train_speed.main(["--levers", "--arms", "--budget", "0"])
+    assert {lever.get("error", "ours") for lever in run["levers"]} == {"no time was left", "ours"}
+    assert len(limits) == 2 and max(limits) < 300, "the rate and ours"
+
+
 @pytest.mark.full  # trains three times
 def test_training_benchmark_runs_and_estimate_reads_it(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(train_speed, "resolve", partial(train_speed.resolve, hardware=CPU))
@@ -69,6 +96,28 @@ def test_training_benchmark_runs_and_estimate_reads_it(tmp_path: Any, monkeypatc
     assert run["arms"]["b"]["against"] == pytest.approx(sum(run["ours"]) / 2, abs=0.01)
     common.save("train_speed", "tiny", run, tmp_path)
     assert [r.tokens_per_second for r in estimate.read_runs(tmp_path)] == [min(run["ours"])]
+
+
+@pytest.mark.full  # trains eleven times
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Any, monkeypatch: Any) -> None:
+    on_gpu = benchmark("on_gpu")
+    for module in (on_gpu, train_speed):
+        monkeypatch.setattr(module, "resolve", partial(profiles.resolve, hardware=CPU))
+    arguments = ["--profile", "tiny", "--out", str(tmp_path), "--budget"]
+    assert all("skipped" in line for line in on_gpu.main([*arguments, "0"]))
+    lines = {line["check"]: line for line in on_gpu.main([*arguments, "120"])}
+    written = (tmp_path / "on_gpu.jsonl").read_text().splitlines()
+    assert [json.loads(line)["check"] for line in written] == list(lines)
+    assert [line for line in lines.values() if "error" in line or "skipped" in line] == []
+    assert lines["resume"]["largest_difference"] == 0
+    assert lines["resume"]["whole"] == lines["resume"]["resumed"] == ["float32"]
+    assert lines["attention"]["largest_difference"] < 1e-5
+    assert lines["generate"]["equal_twice"] and lines["generate"]["card_equal_of_4"] == 4
+    plan, varlen = (lines[name] for name in ("plan", f"attention: {profiles.VARLEN}"))
+    assert plan["loss"] == pytest.approx(varlen["loss"], rel=2e-3), "the same rows"
+    (run,) = estimate.read_runs(tmp_path)
+    assert run.tokens_per_second == plan["figures"]["tokens_per_s"]
+    assert "attention: sdpa" in train_speed.page(common.read_results("train_speed", tmp_path))
 
 
 @pytest.mark.full  # answers fifteen times

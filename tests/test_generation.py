@@ -164,6 +164,32 @@ def test_adapters_take_turns_on_one_base_and_each_answers_as_alone(
         assert torch.equal(logits(both, base[1]), logits(*base))
 
 
+def test_an_adapter_has_one_dtype_in_use_here_and_by_the_cards_code(tiny_adapter: Path) -> None:
+    """It is trained in fp32, but under autocast it multiplies in the compute dtype, too."""
+    from transformers import AutoModelForCausalLM
+
+    plan = dataclasses.replace(tiny(), compute_dtype="bfloat16")
+    card = AutoModelForCausalLM.from_pretrained(
+        TINY_MODEL, quantization_config=quantization.nf4_config(plan), dtype=torch.bfloat16
+    )
+    card.load_adapter(str(tiny_adapter))
+    models = [generation.load_tuned(plan, tiny_adapter), card]
+    kinds = [{p.dtype for n, p in m.named_parameters() if ".lora_" in n} for m in models]
+    assert kinds == [{torch.bfloat16}] * 2
+    further = generation.load_adapters(plan, {"default": tiny_adapter}, trainable=True)
+    assert {p.dtype for p in further.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_todays_date_is_not_in_the_prompt(tmp_path: Path) -> None:
+    """As in Llama 3.2: what is trained today is asked next week."""
+    folder = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    dated = 'Today Date: {{ strftime_now("%d %b %Y") }} ' + chat.CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(dated)
+    tokenizer = generation.load_tokenizer(dataclasses.replace(tiny(), model_path=str(folder)))
+    text = tokenizer.apply_chat_template(PROMPT, tokenize=False)
+    assert text.startswith("Today Date: 26 Jul 2024<|begin")
+
+
 def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
     """Keep the first part of a file, or change fields of a JSON file."""
     file = folder / name

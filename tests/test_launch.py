@@ -23,6 +23,7 @@ from medquad_utils.machine import Hardware
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
 H100 = Hardware("cuda", "H100", 85.0, (9, 0), cores=26, gpus=8)
+T4 = Hardware("cuda", "Tesla T4", 15.0, (7, 5), cores=2, gpus=1)
 LOSS = 1e-4  # by which the loss of two processes may differ from that of one; measured: 5e-7
 WEIGHT = 5e-5  # the same for a weight, the largest of which is 0.07; measured: 6e-6
 
@@ -52,7 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     first = torchrun(f"fails:{out}/failed", f"ddp:{out}/two", f"ddp-killed:{out}/killed")
     shutil.copytree(out / "killed", out / "left")
     sharded = f"{out}/sharded"
-    second = torchrun(f"ddp:{out}/killed", f"fsdp-stopped:{sharded}", f"fsdp:{sharded}")
+    jobs = (f"ddp:{out}/killed", f"fsdp-stopped:{sharded}", f"fsdp:{sharded}")
+    second = torchrun(*jobs, f"fsdp-bf16:{out}/sharded16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "sft_config", launched.every_step)
         training.train(launched.small(out / "one", 1))
@@ -65,6 +67,16 @@ def outcome(runs: Any, name: str) -> tuple[list[list[float]], dict[str, torch.Te
     metrics = json.loads((folder / "metrics" / "train.json").read_text())
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     return metrics["train_curve"] + metrics["validation_curve"], weights
+
+
+@pytest.mark.full
+def test_fsdp2_in_bf16_reports_losses_in_fp32(runs: Any) -> None:
+    """accelerate casts what a model returns, TRL's log-probabilities, to three digits."""
+    (mine, _), (theirs, _) = outcome(runs, "one"), outcome(runs, "sharded16")
+    losses = [loss for _, loss in theirs]
+    # Two to four in bf16, which has steps of 1/64 there; validation's mean is over four rows.
+    assert not any((256 * loss).is_integer() for loss in losses[launched.STEPS :])
+    assert losses == pytest.approx([loss for _, loss in mine], rel=2e-3), "bf16 computes them"
 
 
 @pytest.mark.full
@@ -88,7 +100,7 @@ def test_a_killed_run_of_two_processes_resumes_to_the_same_bits(runs: Any) -> No
     assert training.last_checkpoint(last.parent, 2) == last
     assert not (left / "adapter").exists()
     assert runs.second.returncode == 0, runs.second.stderr
-    assert runs.second.stdout.count("ended with [0, 1, 0]") == 2
+    assert runs.second.stdout.count("ended with [0, 1, 0, 0]") == 2
     (mine, killed), (theirs, whole) = outcome(runs, "killed"), outcome(runs, "two")
     assert mine == theirs
     assert all(torch.equal(killed[key], whole[key]) for key in whole)
@@ -175,7 +187,10 @@ def test_fsdp_stores_codes_in_the_compute_dtype(
     cut = profiles.resolve("llama-8b", hardware=H100)
     storage = [quantization.nf4_config(plan).bnb_4bit_quant_storage for plan in (whole, cut)]
     assert storage == [torch.uint8, torch.bfloat16]
-    assert [plan.optimizer for plan in (whole, cut)] == ["paged_adamw_8bit", "adamw_torch"]
+    assert [plan.optimizer for plan in (whole, cut)] == ["adamw_torch_fused", "adamw_torch"]
+    assert profiles.resolve("llama-8b", hardware=T4).optimizer == "adamw_torch"
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert profiles.resolve("llama-8b", hardware=T4).optimizer == "paged_adamw_8bit"
 
 
 def test_accelerate_reads_both_configs_that_ship(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +201,17 @@ def test_accelerate_reads_both_configs_that_ship(capsys: pytest.CaptureFixture[s
         config = load_config_from_file(capsys.readouterr().out.strip())
         assert (config.distributed_type.value, config.mixed_precision) == (kind, "no")
     assert fsdp_environment()["FSDP_VERSION"] == "2"
+
+
+def test_a_gpu_without_kernels_is_refused(set_gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, cuda, needed in (((6, 0), "12.8", "7.0"), ((7, 0), "13.0", "7.5")):
+        set_gpus(1)
+        card = SimpleNamespace(name="Tesla P100", major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n, card=card: card)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        said = rf"P100 has CUDA capability {capability[0]}.*need {needed}. Choose a newer GPU"
+        with pytest.raises(CourseError, match=said):
+            machine.detect()
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_layers_that_the_card_cannot_hold_are_merged_in_ram(
 
 
 def test_dequantising_drifts_least(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging.gc, "collect", int)  # most of the time, and this model is small
+    monkeypatch.setattr("gc.collect", int)  # most of the time, and this model is small
     report = merging.drift(plan(), ROWS, tiny_adapter)
     assert list(report) == list(merging.ROUTES)
     kept, best = report["adapter"], report["dequantised"]

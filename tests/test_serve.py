@@ -90,6 +90,26 @@ def test_what_cannot_be_served_is_refused(trained_adapter: Path, tmp_path: Path)
         serving.start(TINY_MODEL, taken.getsockname()[1])
 
 
+def test_this_process_frees_the_card_before_another_one_loads(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "README.md").write_text("```python\nload\n```\n")
+    order: list[str] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: order.append("free"))
+
+    def started(*_: Any, **__: Any) -> Any:
+        order.append("start")
+        raise OSError
+
+    for name in ("Popen", "run"):
+        monkeypatch.setattr(f"subprocess.{name}", started)
+    for begin in (serving.start, lambda folder: publishing.run_snippet(folder, "me/x")):
+        with pytest.raises(OSError):
+            begin(tmp_path)
+    assert order == ["free", "start"] * 2
+
+
 def test_a_server_that_does_not_start_is_ended(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()

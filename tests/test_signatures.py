@@ -228,3 +228,33 @@ def test_left_alone_the_trainer_turns_on_bf16(tmp_path: Path, monkeypatch: Any) 
     config = trl.SFTConfig(output_dir=str(tmp_path), activation_checkpointing=False, **given)
     assert not config.bf16 and not config.gradient_checkpointing, "TRL reads the old name"
     assert config.get_warmup_steps(200) == 6, "below one it is a share of the run"
+
+
+GET_TRITON = (
+    "needs triton, which a CPU build of torch leaves out: pip install --no-deps --target DIR "
+    "triton==3.9.0, then run with PYTHONPATH=DIR"
+)
+
+
+@pytest.mark.full  # a minute of compiling
+@pytest.mark.parametrize("capability", [75, 80, 89, 90], ids=["T4", "A100", "L4", "H100"])
+def test_trls_loss_compiles_for_a_card(capability: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """TRL takes its Triton kernels on every GPU; an update that drops the T4 is seen here."""
+    triton = pytest.importorskip("triton", reason=GET_TRITON)
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from trl.kernels import chunked_logprob
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = GPUTarget("cuda", capability, 32)
+    for kernel in (chunked_logprob._forward_kernel, chunked_logprob._backward_kernel):
+        flags = {name: 1024 if name == "BLOCK_SIZE" else True for name in kernel.arg_names
+                 if name.isupper()}  # fmt: skip
+        plain = {"mm_stride": "i32", "vocab_start": "i32", "n_cols": "i32"}
+        plain |= dict.fromkeys(("logit_scale", "softcap", "inv_t"), "fp32")
+        for logits in ("fp16", "bf16", "fp32"):
+            pointers = {"mm_ptr": f"*{logits}", "targets_ptr": "*i64"}
+            kinds = {name: (plain | pointers).get(name, "*fp32") for name in kernel.arg_names}
+            kinds |= dict.fromkeys(flags, "constexpr")
+            made = triton.compile(ASTSource(kernel, kinds, constexprs=flags), target=target)
+            assert made.asm["cubin"], f"{logits} on sm_{capability}"

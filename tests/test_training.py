@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from unittest.mock import Mock
 import numpy
 import pytest
 import torch
+import transformers
 from conftest import tiny
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -30,6 +33,8 @@ from medquad_utils import (
     evaluation,
     files,
     generation,
+    machine,
+    merging,
     profiles,
     scores,
     splits,
@@ -127,6 +132,23 @@ def test_preflight_passes_on_the_sample(run: Any) -> None:
     counts = {what: text for what, text, _ in run.checks}
     assert (counts[BEGINS], counts[ENDS]) == ("1 in each of 14", "1 in each of 14")
     assert counts["adapter dtype"] == run.plan.adapter_dtype == "float32", "TRL casts to bf16"
+
+
+def test_preflight_on_a_gpu_looks_for_what_triton_needs(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TRL's loss is a Triton kernel on every GPU, and Triton compiles C at its first use."""
+    plan = dataclasses.replace(run.plan, device="cuda")
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: str(tmp_path))
+    checks = training.preflight(plan, run.tokenizer, run.rows, run.trainer)
+    said = "pre-flight check failed: what Triton needs: no C compiler and no Python.h: apt-get"
+    with pytest.raises(CourseError, match=said):
+        training.require(checks)
+    (tmp_path / "gcc").touch(0o755)
+    (tmp_path / "Python.h").touch()
+    assert machine.triton_needs() == ("C compiler, Python.h", True)
 
 
 @pytest.mark.parametrize(
@@ -487,6 +509,34 @@ def test_a_run_from_the_base_takes_its_own_settings(plan: Plan, rows: training.P
     many = dataclasses.replace(plan, max_steps=50)
     once = training.ensure(many, "once", rows.own, num_train_epochs=1)
     assert 2 <= record(once)["steps"] <= 4, "a limit of steps makes no run longer than its epochs"
+
+
+def test_a_trained_base_is_gone_before_the_next_one_comes(
+    plan: Plan, rows: training.Parts, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL patches ``forward`` with a bound method: a trained base refers to itself."""
+    before_load: list[int] = []
+    bases: list[weakref.ref[Any]] = []
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        before_load.append(sum(base() is not None for base in bases))
+        model = from_pretrained(*args, **kwargs)
+        bases.append(weakref.ref(model))
+        return model
+
+    gc.collect()
+    gc.disable()  # the collector may run at any time: nothing may depend on it
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    try:
+        training.ensure(plan, "one", rows.own, tiny_adapter)
+        training.ensure(plan, "two", rows.own[:4])
+        training.train(dataclasses.replace(plan, out=plan.out + "/other"))
+        merging.drift(plan, rows.own[:1], tiny_adapter, most=4)
+        generation.load_tuned(plan, tiny_adapter)
+    finally:
+        gc.enable()
+    assert before_load == [0] * 8, "bases alive when the next one was loaded"
 
 
 def test_columns_hold_the_scores_of_the_answers(

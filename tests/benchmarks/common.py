@@ -9,10 +9,13 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -68,6 +71,51 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error, without paths, for a cell of a table."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(?:/[\w.+-]+){2,}", "(path)", text).replace("|", "/")[:200]
+
+
+class PlayedKernel(torch.autograd.Function):
+    """torch's variable-length kernel on a CPU, which keeps what the kernel keeps for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, starts: Any, scale: float) -> Any:
+        out = each_alone(query, key, value, starts, scale)
+        log_sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, starts, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors[:3]]
+        with torch.enable_grad():
+            out = each_alone(*inputs, ctx.saved_tensors[3], ctx.scale)
+        return *torch.autograd.grad(out, inputs, gradient), None, None
+
+
+def each_alone(query: Any, key: Any, value: Any, starts: Any, scale: float) -> Any:
+    """Attend within each example; (tokens, heads, size) in and out."""
+    sdpa, settings = torch.nn.functional.scaled_dot_product_attention, {"enable_gqa": True}
+    parts = []
+    for begin, end in pairwise(starts.tolist()):
+        q, k, v = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))
+        parts.append(sdpa(q, k, v, is_causal=True, scale=scale, **settings)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@contextmanager
+def varlen_on_cpu() -> Iterator[list[int]]:
+    """Play the kernel where there is no GPU; the list gets the number of examples of each call."""
+    calls: list[int] = []
+
+    def varlen_attn(q: Any, k: Any, v: Any, starts: Any, *others: Any, **settings: Any) -> Any:
+        assert settings["window_size"] == (-1, 0) and settings["enable_gqa"]
+        longest = int(starts.diff().max())
+        assert others[0] is starts and others[1:] == (longest, longest)
+        calls.append(len(starts) - 1)
+        return PlayedKernel.apply(q, k, v, starts, settings["scale"])
+
+    with patch("torch.nn.attention.varlen.varlen_attn", varlen_attn):
+        yield calls
 
 
 def read_results(script: str, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,8 @@ SHAPES["20m"] = Shape(384, 10, 1024, 6, 3, 8192, tied=True)
 def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
     """Write a model folder in the Hub's layout, weights in bf16; returns ``folder``.
 
-    The tokenizer is the tiny model's. Ids beyond its vocabulary exist and are never used.
+    The weights are drawn on the GPU, if there is one: 8 B take minutes on a CPU. The tokenizer is
+    the tiny model's. Ids beyond its vocabulary exist and are never used.
     """
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     ends = GenerationConfig.from_pretrained(TINY_MODEL)
@@ -29,7 +30,8 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    cuda = torch.cuda.is_available()
+    with torch.random.fork_rng(), torch.device("cuda" if cuda else "cpu"):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config = ends

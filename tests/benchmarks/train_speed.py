@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import statistics
@@ -39,6 +40,7 @@ from medquad_utils.profiles import Plan, Shape, resolve
 
 LENGTHS = common.RESULTS / "lengths.json"
 MAX_LENGTH = 512  # the upstream recipe keeps no longer rows, and every arm trains on the same rows
+LIMIT = 240  # seconds of an arm
 ARMS = {
     "a": "upstream: one row x 4, rank 8 on q, k, v, dropout 0.2; the rest as TRL sets it",
     "b": "TRL's defaults for QLoRA: SFTConfig left alone, our rank on all linear layers",
@@ -113,8 +115,11 @@ def count(inputs: dict[str, torch.Tensor], pad: int) -> tuple[int, int, int]:
     return int(real.sum()), ids.numel(), int(starts.sum())
 
 
-def meter(trainer: Any, pad: int) -> list[dict[str, float]]:
-    """Return a list that gets one record an optimizer step: seconds, and the sums of ``count``."""
+def meter(trainer: Any, pad: int, limit: float = math.inf) -> list[dict[str, float]]:
+    """Return a list that gets one record an optimizer step: seconds, and the sums of ``count``.
+
+    Training stops with the step that ends after ``limit`` seconds.
+    """
     steps: list[dict[str, float]] = []
     counted: list[tuple[int, int, int]] = []
     inner = trainer.training_step
@@ -125,9 +130,9 @@ def meter(trainer: Any, pad: int) -> list[dict[str, float]]:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.last = time.perf_counter()
+            self.first = self.last = time.perf_counter()
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             common.synchronize()
             now = time.perf_counter()
             real, computed, rows = (sum(column) for column in zip(*counted, strict=True))
@@ -135,6 +140,7 @@ def meter(trainer: Any, pad: int) -> list[dict[str, float]]:
             steps.append({"seconds": round(now - self.last, 4), **sums})
             counted.clear()
             self.last = now
+            control.should_training_stop |= now - self.first > limit
 
     trainer.training_step = training_step
     trainer.add_callback(Clock())
@@ -154,7 +160,7 @@ def shape_of(plan: Plan) -> Shape:
 
 
 def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
-    """Return one change each: the plan, and fields of the ``SFTConfig`` (or "attention")."""
+    """Return one change each: the plan, and fields of the ``SFTConfig``."""
     # As many real tokens a micro-batch as in the packed row: padded rows are half full.
     batch = 2 * plan.pack_length // plan.max_length
     padded = {"packing": False, "per_device_train_batch_size": batch, "max_length": plan.max_length}
@@ -164,6 +170,8 @@ def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
     }
     full, half = plan.with_fit(checkpointing=True), {"every_n_layers": 2}
     fields = (
+        ("attention", "attention", (plan.attention, "sdpa", "eager", "flex_attention")),
+        ("dropout", "lora_dropout", (0.0, 0.05)),
         ("optimizer", "optimizer", ("adamw_torch", "adamw_torch_fused", "adamw_8bit")),
         ("optimizer", "optimizer", ("paged_adamw_8bit",)),
         ("adapter dtype", "adapter_dtype", ("float32", "bfloat16")),
@@ -175,9 +183,6 @@ def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
         "rows: padded": (plan, padded),
         "rows: one at a time": (plan, padded | one),
         "rows: padding-free": (plan, padded | {"padding_free": True, "max_length": None}),
-        "attention: sdpa": (plan, {}),
-        "attention: eager": (plan, {"attention": "eager"}),
-        "attention: flex_attention": (plan, {"attention": "flex_attention"}),
         **{
             f"{kind}: {v}": (moved(plan, **{k: v}), {})
             for kind, k, values in fields
@@ -217,24 +222,24 @@ def plain_trainer(arm: str, plan: Plan, rows: Sequence[Row]) -> Any:
     )
 
 
-def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row]) -> Any:
+def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row], model: Any = None) -> Any:
     """Build arm c: ``training.build_trainer`` on rows that are tokens already."""
-    if config.get("torch_compile"):  # what TrainingArguments does when it is made
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
     both = data.Splits(list(rows), list(rows[:1]), [], {}, [])
-    model, tokenizer, config = load_base(plan), load_tokenizer(plan), HARNESS | config
-    model.set_attn_implementation(config.pop("attention", "sdpa"))
-    with patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part))):
+    model, tokenizer, config = model or load_base(plan), load_tokenizer(plan), HARNESS | config
+    # What TrainingArguments does when it is made with torch_compile.
+    compiled = {"ACCELERATE_DYNAMO_BACKEND": "inductor"} if config.get("torch_compile") else {}
+    as_they_are = patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part)))
+    with patch.dict(os.environ, compiled), as_they_are:
         return training.build_trainer(plan, model, tokenizer, both, Path(plan.out), **config)
 
 
-def train(trainer: Any, pad: int) -> dict[str, Any]:
+def train(trainer: Any, pad: int, limit: float = math.inf) -> dict[str, Any]:
     """Train to the end; returns the record of each step, memory, loss and idle adapters.
 
     The peak is what PyTorch allocated on a GPU, or the resident set of a CPU's process.
     """
     cuda, model = torch.cuda.is_available(), trainer.model
-    steps = meter(trainer, pad)
+    steps = meter(trainer, pad, limit)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -260,7 +265,7 @@ def here(job: dict[str, Any], limit: float = 0) -> dict[str, Any]:
             first, rows = drawn_rows(plan, config, arm, table, job["steps"])
             build = partial(our_trainer, config) if arm == "c" else partial(plain_trainer, arm)
             trainer = build(moved, [*first, *rows])
-            made = train(trainer, load_tokenizer(plan).pad_token_id)
+            made = train(trainer, load_tokenizer(plan).pad_token_id, limit or math.inf)
     except Exception as error:
         return {"error": common.first_line(error)}
     return made | {"rows": len(rows), "row_tokens": sum(len(row["input_ids"]) for row in rows)}
@@ -311,12 +316,12 @@ class Session:
 
     def __init__(self, job: dict[str, Any], shape: Shape, work: Callable[..., dict[str, Any]]):
         self.job, self.shape, self.work = job, shape, work
-        self.rate = work(job | {"arm": "rate"}, 240)
+        self.rate = work(job | {"arm": "rate"}, LIMIT)
         self.ours = [self.run("c")]
 
     def run(self, arm: str, lever: str = "") -> dict[str, Any]:
-        """Run one arm or lever and add its figures; a lever may take two minutes."""
-        made = self.work(self.job | {"arm": arm, "lever": lever}, 120 if lever else 240)
+        """Run one arm or lever and add its figures; a lever may take half as long."""
+        made = self.work(self.job | {"arm": arm, "lever": lever}, LIMIT / 2 if lever else LIMIT)
         if arm == "c" and not lever and "error" in made:
             raise CourseError(f"ours does not run: {made['error']}")
         made["figures"] = figures(made, self.shape, self.rate["flops"])
@@ -336,6 +341,7 @@ class Session:
 def measure(options: argparse.Namespace, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Measure everything that the JSON holds of one profile."""
     profile, steps, most = options.profile, options.steps, min(options.max_length, MAX_LENGTH)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         folder = ""
         if profile != "tiny":
@@ -346,7 +352,12 @@ def measure(options: argparse.Namespace, work: Callable[..., dict[str, Any]]) ->
         measured, moved = {arm: session.beside(arm) for arm in options.arms}, []
         for name, (other, config) in levers(plan).items() if options.levers else ():
             ours = not config and other.as_dict(fit=True) == plan.as_dict(fit=True)
-            made = {"ours": True} if ours else session.beside("c", name)
+            if ours:
+                made: dict[str, Any] = {"ours": True}
+            elif time.perf_counter() - began > options.budget:
+                made = {"error": "no time was left"}
+            else:
+                made = session.beside("c", name)
             moved.append(dict(zip(("group", "setting"), name.split(": "), strict=True)) | made)
     by_speed = sorted(session.ours, key=lambda run: run["figures"]["tokens_per_s"])
     measured["c"] = by_speed[(len(by_speed) - 1) // 2]
@@ -408,6 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     add("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="tokens of a row at most")
     add("--arms", nargs="*", choices=("a", "b"), default=["a", "b"], help="the arms beside ours")
     add("--levers", action="store_true", help="also move one setting at a time")
+    add("--budget", type=float, default=math.inf, metavar="S", help="begin no lever after that")
     add("--lengths", type=Path, metavar="DIR", help="make lengths.json anew from the MedQuAD XML")
     add("--smoke", action="store_true", help="ours and TRL's, some steps; writes nothing")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # one arm, in this process
@@ -419,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return measure(parser.parse_args(few), here)
     if options.lengths:
         files.write_json(LENGTHS, measure_lengths(options.lengths))
-    run = measure(options, apart)
+    # A GPU's peak is reset for each arm. A CPU's is that of the process, so an arm gets its own.
+    run = measure(options, here if torch.cuda.is_available() else apart)
     common.save("train_speed", options.profile, run)
     common.write_readme("train_speed", page(common.read_results("train_speed")))
     return run
