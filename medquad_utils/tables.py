@@ -45,8 +45,8 @@ ROLES = {"user": "question", "human": "question", "assistant": "answer", "gpt": 
 CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-# Bytes that cp1252 would misread: a UTF-8 letter, and the apostrophe of old Macs.
-NOT_CP1252 = re.compile(rb"[\xc2-\xf4][\x80-\xbf]|[a-z]\xd5[a-z]")
+# Bytes that cp1252 would misread: a letter in UTF-8, and the apostrophe of old Macs.
+NOT_CP1252 = re.compile(rb"[\xc2-\xde][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[a-z]\xd5[a-z]")
 FOREIGN = {  # how files begin that are not the table which their ending promises
     b"version https://git-lfs": "it is a Git LFS pointer, not the data: run git lfs pull",
     b"<": "it is a web page or XML: download the table itself",
@@ -133,18 +133,20 @@ def _csv(text: str) -> list[Row]:
     first, header, records, line = list[str](), list[str](), list[Row](), 1
     try:
         for cells in reader:
-            if not first and any(cells):
+            start, line = line, reader.line_num + 1
+            if not any(cells):
+                continue
+            if not first:
                 first, header = cells, _keys(cells)
-            elif any(cells) and len(cells) != len(first):
+            elif len(cells) != len(first):
                 raise ValueError(
-                    f"the row in line {line} has {len(cells)} cells, and the header {len(first)} "
+                    f"the row in line {start} has {len(cells)} cells, and the header {len(first)} "
                     f"({', '.join(header)}). Put text that holds {mark!r} into double quotes"
                 )
             elif cells == first:
-                raise ValueError(f"line {line} repeats the header: delete it")
-            elif any(cells):
+                raise ValueError(f"line {start} repeats the header: delete it")
+            else:
                 records.append(dict(zip(header, cells, strict=True)))
-            line = reader.line_num + 1
     except csv.Error as error:
         advice = "A quote is not closed, or one inside a cell is not written twice"
         raise ValueError(f"the row in line {line}: {error}. {advice}") from error
