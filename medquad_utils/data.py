@@ -11,9 +11,10 @@ import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +113,23 @@ def load(plan: Plan) -> Loaded:
 
 def load_xml(path: Path) -> Loaded:
     """Load the answered questions of a clone of MedQuAD. Broken files are skipped and named."""
-    if not (documents := list_files(path, [".xml"])):
+    if not (paths := list_files(path, [".xml"])):
         raise CourseError(
             f"no XML files under {str(path)!r}: expected a clone of MedQuAD. "
             f"Get it with: {GIT_CLONE}"
         )
+    return _parse((f"{path.parent.name}/{path.name}", path) for path in paths)
+
+
+def _parse(documents: Iterable[tuple[str, Path | BytesIO]]) -> Loaded:
+    """Parse XML documents in MedQuAD's layouts, each with the name that a note gives it."""
     loaded = Loaded([])
-    for file in documents:
+    for name, document in documents:
         try:
-            _add_document(ElementTree.parse(file).getroot(), loaded)
+            _add_document(ElementTree.parse(document).getroot(), loaded)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             # Expat raises LookupError and ValueError for encodings that it cannot read.
-            loaded.skipped["broken XML"].append(f"{file.parent.name}/{file.name}: {error}")
+            loaded.skipped["broken XML"].append(f"{name} ({error})")
     return loaded
 
 
@@ -223,6 +229,8 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
         loaded.notes[f"question type {how}"].append(place)
     if any(clean[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
         loaded.notes[CLEANED].append(place)
+    if len(texts["answer"]) > 1:
+        loaded.notes["several right answers, of which training reads the first"].append(place)
     loaded.rows.append(row)
     loaded.origins.append((place, texts["answer"]))
 

@@ -14,9 +14,10 @@ from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape
 from medquad_utils.profiles import BYTES, resolve
 
-# MedQuAD's training part (13,335 rows kept of 16,407, split by disease group): how many rows fit
-# into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
-# 3,072); Llama-3's (128,256) gives fewer tokens for the same text, so minutes err on the high side.
+# The training part of MedQuAD's common layout (13,335 rows kept of 16,407, split by disease): how
+# many rows fit into so many tokens, and their tokens. Measured with the tiny model's tokenizer
+# (vocabulary 3,072); Llama-3's (128,256) gives fewer tokens for the same text, so minutes err on
+# the high side.
 TRAINING_PART = {
     128: (1662, 164_279), 256: (4657, 749_335), 512: (8636, 2_160_526), 1024: (10_098, 3_162_374),
     2048: (10_497, 3_718_894), 4096: (10_618, 4_063_026), 1 << 62: (10_655, 4_250_819),

@@ -233,10 +233,11 @@ def _unfolded(record: Row, shared: bool) -> Row | None:
         record = {k: v for k, v in record.items() if k != "input"} | {"instruction": joined}
     chats = [record[name] for name in CHATS if name in record]
     if isinstance(prompt := record.get("prompt"), list):  # the way of TRL
-        chats = [prompt + (record.get("completion") or [])]
+        chats = [[*prompt, *(record.get("completion") or ())]]
     if not chats:
         return record
-    turns = [turn for turn in chats[0] or () if isinstance(turn, dict)]
+    turns = chats[0] if isinstance(chats[0], list) else []
+    turns = [turn for turn in turns if isinstance(turn, dict)]
     roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
     texts = [turn.get("content", turn.get("value")) for turn in turns]
     said = [
@@ -256,18 +257,20 @@ def clean_text(text: str) -> str:
 
 def texts(value: Any) -> list[str] | None:
     """List the texts in a cell: a text, a list, or a list written as text. Else return ``None``."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        value = _written_list(value)
     values = value if isinstance(value, list) else [value]
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        values = _written_list(value)
     values = [v for v in values if v is not None and v == v]  # NaN differs from itself
     return values if all(isinstance(v, str) for v in values) else None
 
 
-def _written_list(text: str) -> Any:
-    """Read a list that JSON or pandas wrote; return any other text as it is."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        # repr, because numpy writes ['a' 'b'], which Python would read as ['ab'].
-        return values if repr(values := ast.literal_eval(text)) == text else text
-    return text
+def _written_list(text: str) -> list[Any]:
+    """Read a list of texts that JSON or pandas wrote; any other text is the only one."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            values = read(text)
+            # Python takes numpy's ['a' 'b'] for ['ab']; repr tells the two apart.
+            good = read is json.loads or repr(values) == text
+            if good and all(isinstance(v, str | None) for v in values):
+                return list(values)
+    return [text]

