@@ -96,17 +96,17 @@ def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
     path = Path(plan.data_path)
     if plan.source == "sample":
-        loaded = Loaded(sample.rows())
-    elif plan.source == "hub":
-        loaded = load_hub(plan.data_path or HUB_DATASET)
-    elif plan.source == "xml":
-        loaded = load_xml(path)
-    else:
-        loaded = load_table(path)
+        return Loaded(sample.rows())
+    if plan.source == "hub":
+        return load_hub(plan.data_path or HUB_DATASET)
+    return load_xml(path) if plan.source == "xml" else load_table(path)
+
+
+def _with_rows(loaded: Loaded, name: str) -> Loaded:
     if not loaded.rows:
         raise CourseError(
-            f"source {plan.source!r} ({path.name}) holds no question with an answer: {loaded}. "
-            "Expected one question and its answer in a record."
+            f"{name} holds no question with an answer: {loaded}. Expected a question and its "
+            "answer in each record."
         )
     return loaded
 
@@ -118,7 +118,8 @@ def load_xml(path: Path) -> Loaded:
             f"no XML files under {str(path)!r}: expected a clone of MedQuAD. "
             f"Get it with: {GIT_CLONE}"
         )
-    return _parse((f"{path.parent.name}/{path.name}", path) for path in paths)
+    documents = ((f"{file.parent.name}/{file.name}", file) for file in paths)
+    return _with_rows(_parse(documents), path.name)
 
 
 def _parse(documents: Iterable[tuple[str, Path | BytesIO]]) -> Loaded:
@@ -185,7 +186,8 @@ def load_table(path: Path) -> Loaded:
     """Load a table, or all tables below a folder: files of ``ENDINGS`` with columns of ``NAMES``.
 
     Raises:
-        CourseError: a file cannot be read without a guess. It names the line or the record.
+        CourseError: a file cannot be read without a guess (it names the line or the record), or
+            no record holds a question and an answer.
     """
     if not (found := list_files(path, ENDINGS)):
         raise CourseError(
@@ -194,16 +196,15 @@ def load_table(path: Path) -> Loaded:
         )
     loaded, number = Loaded([]), 0
     for file in found:
-        (records, encoding), start = tables.read(file), number + 1
-        if encoding:
-            loaded.notes[f"{file.name} is not in UTF-8: read as {encoding}"].append(start)
-        for number, record in enumerate(records, start):
+        (records, notes), first = tables.read(file), number + 1
+        loaded.notes.update({note: [first] for note in notes})
+        for number, record in enumerate(records, first):
             if record is None:
                 loaded.skipped["a chat that is not one question and its answer"].append(number)
             else:
                 _add(record, number, loaded)
     assert loaded.records == number, f"{number} records, but {loaded.records} are accounted for"
-    return loaded
+    return _with_rows(loaded, path.name)
 
 
 def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:

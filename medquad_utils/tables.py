@@ -66,29 +66,34 @@ def _ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read(file: Path) -> tuple[list[Row | None], str]:
-    """Read the records of a file by the columns ``NAMES``, and its encoding where that is unusual.
+def read(file: Path) -> tuple[list[Row | None], list[str]]:
+    """Read the records of a file by the columns ``NAMES``, and notes on what is unusual about it.
 
     A chat of more than one question and its answer is ``None``.
 
     Raises:
         CourseError: the file cannot be read without a guess.
     """
-    encoding, ending = "", _ending(file)
+    notes, ending = list[str](), _ending(file)
     try:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
-        told = [what for head, what in FOREIGN.items() if raw[:99].lstrip().startswith(head)]
-        if told and ending != ".xlsx":
-            raise ValueError(told[0])
         if ending == ".xlsx":
             records = _excel(raw)
+        elif told := [FOREIGN[head] for head in FOREIGN if raw[:99].lstrip().startswith(head)]:
+            raise ValueError(told[0])
         elif ending == ".parquet":
             records = _parquet(raw)
         else:
             text, encoding = _decoded(raw)
+            if not encoding.startswith("utf-8"):
+                notes.append(f"{file.name} is not in UTF-8: read as {encoding}")
             records = _csv(text) if ending in (".csv", ".tsv") else _json(text)
-        return _named(records), encoding
+        # "Answer as a doctor" before every input is no part of a question.
+        shared = len({str(r.get("instruction")) for r in records}) == 1 < len(records)
+        if shared := shared and all(record.get("input") for record in records):
+            notes.append(f"{file.name} repeats one instruction: the questions are the inputs")
+        return _named([_unfolded(record, shared) for record in records]), notes
     except Error as error:
         raise CourseError(
             f"cannot read {file.name}: {' '.join(str(error).split())}. "
@@ -100,7 +105,7 @@ def _decoded(raw: bytes) -> tuple[str, str]:
     """Decode a text: Unicode as its first bytes say, UTF-8 without them, else cp1252 (Windows)."""
     encoding = json.detect_encoding(raw)
     with suppress(UnicodeDecodeError):
-        return raw.decode(encoding), "" if encoding.startswith("utf-8") else encoding
+        return raw.decode(encoding), encoding
     if encoding == "utf-8" and not NOT_CP1252.search(raw):
         with suppress(UnicodeDecodeError):
             return raw.decode("cp1252"), "cp1252"
@@ -121,6 +126,12 @@ def _keys(names: Iterable[Any], where: str = "the header") -> list[str]:
     return keys
 
 
+def _dicts(rows: Sequence[Sequence[Any]]) -> list[Row]:
+    """Make records of rows, the first of which is the header."""
+    keys = _keys(rows[0]) if rows else []
+    return [dict(zip(keys, row, strict=True)) for row in rows[1:]]
+
+
 def _csv(text: str) -> list[Row]:
     """Read a table with commas, semicolons, tabs or bars, strictly."""
     csv.field_size_limit(1 << 30)  # answers can be longer than the default of 128 KiB
@@ -129,44 +140,36 @@ def _csv(text: str) -> list[Row]:
     head, known = re.match(r"\s*([^\r\n]*)", text), {*CHATS, *chain(*NAMES.values())}
     names = {mark: map(_plain, head[1].split(mark)) if head else () for mark in ",;\t|"}
     mark = hint[1] if hint else max(names, key=lambda mark: len(known.intersection(names[mark])))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    first, header, records, line = list[str](), list[str](), list[Row](), 1
+    rows, line = list[list[str]](), 1
     try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         for cells in reader:
-            start, line = line, reader.line_num + 1
-            if not any(cells):
-                continue
-            if not first:
-                first, header = cells, _keys(cells)
-            elif len(cells) != len(first):
+            if rows and cells and len(cells) != len(rows[0]):
                 raise ValueError(
-                    f"the row in line {start} has {len(cells)} cells, and the header {len(first)} "
-                    f"({', '.join(header)}). Put text that holds {mark!r} into double quotes"
+                    f"the row in line {line} has {len(cells)} cells, and the header {len(rows[0])} "
+                    f"({', '.join(rows[0])}). Put text that holds {mark!r} into double quotes"
                 )
-            elif cells == first:
-                raise ValueError(f"line {start} repeats the header: delete it")
-            else:
-                records.append(dict(zip(header, cells, strict=True)))
+            if rows and cells == rows[0]:
+                raise ValueError(f"line {line} repeats the header: delete it")
+            if any(cells):
+                rows.append(cells)
+            line = reader.line_num + 1
     except csv.Error as error:
         advice = "A quote is not closed, or one inside a cell is not written twice"
         raise ValueError(f"the row in line {line}: {error}. {advice}") from error
-    return records
+    return _dicts(rows)
 
 
 def _json(text: str) -> list[Row]:
     """Read objects: in a list, one on each line, or one after the other."""
-    values, decoder, end = list[Any](), json.JSONDecoder(), 0
-    space = re.compile(r"[ \t\r\n]*")
+    values, decoder, end, space = list[Any](), json.JSONDecoder(), 0, re.compile(r"\s*")
     while (start := space.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         value, end = decoder.raw_decode(text, start)
         values += value if isinstance(value, list) else [value]
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise ValueError(f"record {number} is not an object: {str(value)[:60]}")
-        values[number - 1] = dict(
-            zip(_keys(value, f"record {number}"), value.values(), strict=True)
-        )
-    return values
+    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict)]:
+        raise ValueError(f"record {wrong[0] + 1} is not an object: {str(values[wrong[0]])[:60]}")
+    keys = [_keys(value, f"record {n}") for n, value in enumerate(values, start=1)]
+    return [dict(zip(k, v.values(), strict=True)) for k, v in zip(keys, values, strict=True)]
 
 
 def _parquet(raw: bytes) -> list[Row]:
@@ -174,8 +177,9 @@ def _parquet(raw: bytes) -> list[Row]:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-    keys = _keys(table.schema_arrow.names)  # first, because pyarrow reads no name that stands twice
-    return [dict(zip(keys, row.values(), strict=True)) for row in table.read().to_pylist()]
+    names = table.schema_arrow.names
+    _keys(names)  # first, because pyarrow drops a column whose name stands twice
+    return _dicts([names, *(list(row.values()) for row in table.read().to_pylist())])
 
 
 def _excel(raw: bytes) -> list[Row]:
@@ -187,33 +191,24 @@ def _excel(raw: bytes) -> list[Row]:
     except ImportError as error:
         raise ValueError("it takes openpyxl: pip install 'medquad-qlora[excel]'") from error
     sheets = {str(name): frame.values.tolist() for name, frame in read.items() if len(frame)}
-    if len(sheets) != 1:
-        raise ValueError(
-            f"expected one sheet with a table, found {len(sheets)}: {', '.join(sheets)}"
-        )
-    header, *rows = next(iter(sheets.values()))
-    keys = _keys(header)
-    return [dict(zip(keys, row, strict=True)) for row in rows]
+    if len(sheets) > 1:
+        raise ValueError(f"it has {len(sheets)} sheets ({', '.join(sheets)}): keep one of them")
+    return _dicts(next(iter(sheets.values()), []))
 
 
-def _named(records: Sequence[Row]) -> list[Row | None]:
-    """Name the values of records by the columns of a row. A longer chat becomes ``None``."""
-    # "Answer as a doctor" before every input is no part of a question.
-    shared = len(records) > 1 and len({str(r.get("instruction")) for r in records}) == 1
-    shared = shared and all(record.get("input") for record in records)
-    rows = [_unfolded(record, shared) for record in records]
-    present = {name for row in rows for name in row or ()}
+def _named(records: Sequence[Row | None]) -> list[Row | None]:
+    """Name the values of records by the columns of a row."""
+    present = {name for record in records for name in record or ()}
     for column in ("question", "answer"):
-        if any(row is not None for row in rows) and not present.intersection(NAMES[column]):
+        if any(r is not None for r in records) and not present.intersection(NAMES[column]):
             raise ValueError(
                 f"no column for the {column}: expected {', '.join(NAMES[column])}; found "
                 f"{', '.join(sorted(present)[:12])}. Rename one"
             )
-    return [row and _picked(row, number) for number, row in enumerate(rows, start=1)]
+    return [record and _picked(record, number) for number, record in enumerate(records, start=1)]
 
 
 def _picked(record: Row, number: int) -> Row:
-    """Return the values of a record by the columns of a row."""
     found = {c: [name for name in names if name in record] for c, names in NAMES.items()}
     for column, names in found.items():
         if len(names) > 1:
