@@ -297,6 +297,7 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0
     said = capsys.readouterr().out
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
+    assert "archive: 6 rows of 6 records" in said
     assert all(f"\n{arm}  " in said for arm in evaluation.ARMS)
     names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers", "figures"}
     assert {path.name for path in out.iterdir()} == names
