@@ -288,7 +288,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     given = Path(options.data) if options.data else None
     train = evaluation.training_rows(plan, adapter, given, "train")
     validation = evaluation.training_rows(plan, adapter, given, "validation")
-    archive = data.load_table(Path(options.archive)).rows if options.archive else []
+    archive = []
+    if options.archive:
+        print(f"archive: {(loaded := data.load_table(Path(options.archive)))}")
+        archive = loaded.rows
     folder = Path(options.out or plan.folder / "evaluation")
     metrics = evaluation.evaluate(
         plan, questions, train, folder, adapter, archive, validation, options.batch, options.safety

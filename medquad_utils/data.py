@@ -6,189 +6,234 @@ BMC Bioinformatics 2019, 20:511; CC BY 4.0.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, files
+from medquad_utils import CourseError, files, tables
 from medquad_utils.assets import sample
 from medquad_utils.cleaning import clean, damage
-from medquad_utils.files import COLUMNS, LISTS, REQUIRED, Row
+from medquad_utils.files import COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
-from medquad_utils.splits import PARTS, Splits, focus_of, focus_recovery, leakage_report, split
+from medquad_utils.splits import (
+    PARTS,
+    TYPES,
+    Splits,
+    focus_of,
+    focus_recovery,
+    leakage_report,
+    split,
+    template_of,
+)
+from medquad_utils.tables import ENDINGS, clean_text, list_files
 
 HUB_DATASET = "keivalya/MedQuad-MedicalQnADataset"
-HUB_FILE = "medDataset_processed.csv"
-HUB_REVISION = "5b0961fbaa6d7f9c344c5d59c29943fb900c2eca"
+HUB = {  # data set on the Hub -> its table, and the commit to read; data.json records the commit
+    HUB_DATASET: ("medDataset_processed.csv", "5b0961fbaa6d7f9c344c5d59c29943fb900c2eca"),
+    "lavita/MedQuAD": ("*.parquet", "main"),
+}
 GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
+
+MISSING = {"", "nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
+
+Place = int | str  # the number of a record in a table, from 1; or the name of a document
+Places = dict[str, list[Place]]  # what happened to records -> which
+
+NO_ANSWER = "no answer"
+CLEANED = "control characters removed, or letters composed (NFC)"
+
+
+def _places() -> Places:
+    return defaultdict(list)
 
 
 @dataclass
 class Loaded:
-    """The rows of a source. ``skipped`` names each file or row that could not be used."""
+    """The rows of a source, and what happened to its records.
+
+    A record became a row or is in ``skipped``, by reason. ``notes`` lists changes. ``origins``
+    holds the place and all right answers of each row.
+    """
 
     rows: list[Row]
-    skipped: list[str] = field(default_factory=list)
-    unanswered: int = 0
+    skipped: Places = field(default_factory=_places)
+    notes: Places = field(default_factory=_places)
+    origins: list[tuple[Place, list[str]]] = field(default_factory=list, compare=False)
+    commit: str = ""  # of a data set on the Hub
+
+    @property
+    def unanswered(self) -> int:
+        """Count the records without an answer."""
+        return len(self.skipped.get(NO_ANSWER, ()))
+
+    @property
+    def records(self) -> int:
+        """Count the records."""
+        return len(self.rows) + sum(map(len, self.skipped.values()))
 
     def __str__(self) -> str:
-        lines = [f"{len(self.rows):,} rows"]
-        if self.unanswered:
-            lines.append(f"{self.unanswered:,} questions without an answer left out")
-        if self.skipped:
-            more = "; ..." if len(self.skipped) > 3 else ""
-            lines.append(f"{len(self.skipped):,} skipped: {'; '.join(self.skipped[:3])}{more}")
-        return ", ".join(lines)
+        told = [*listed(self.skipped), *listed(self.notes)]
+        return "; ".join([f"{len(self.rows):,} rows of {self.records:,} records", *told])
+
+
+def listed(places: Mapping[str, Sequence[Place]]) -> list[str]:
+    """Describe what happened to records: how often, and where first."""
+    shown = {
+        what: ", ".join(map(str, at[:5])) + ", ..." * (len(at) > 5) for what, at in places.items()
+    }
+    return [f"{len(at):,} x {what} (record {shown[what]})" for what, at in places.items()]
 
 
 def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
     path = Path(plan.data_path)
     if plan.source == "sample":
-        loaded = Loaded(sample.rows())
-    elif plan.source == "hub":
-        loaded = load_table(_hub_file())
-    elif plan.source == "xml":
-        loaded = load_xml(path)
-    else:
-        loaded = load_table(path)
+        return Loaded(sample.rows())
+    if plan.source == "hub":
+        return load_hub(plan.data_path or HUB_DATASET)
+    return load_xml(path) if plan.source == "xml" else load_table(path)
+
+
+def _with_rows(loaded: Loaded, name: str) -> Loaded:
     if not loaded.rows:
         raise CourseError(
-            f"source {plan.source!r} ({path.name}) holds no question with an answer. {loaded}"
+            f"{name} holds no question with an answer: {loaded}. Expected a question and its "
+            "answer in each record."
         )
     return loaded
 
 
-def load_xml(folder: Path) -> Loaded:
+def load_xml(path: Path) -> Loaded:
     """Load the answered questions of a clone of MedQuAD. Broken files are skipped and named."""
-    documents = sorted(folder.rglob("*.xml")) if folder.is_dir() else []
-    if not documents:
+    if not (paths := list_files(path, [".xml"])):
         raise CourseError(
-            f"no XML files under {str(folder)!r}: expected a clone of MedQuAD. "
+            f"no XML files under {str(path)!r}: expected a clone of MedQuAD. "
             f"Get it with: {GIT_CLONE}"
         )
+    documents = ((f"{file.parent.name}/{file.name}", file) for file in paths)
+    return _with_rows(_parse(documents), path.name)
+
+
+def _parse(documents: Iterable[tuple[str, Path | BytesIO]]) -> Loaded:
+    """Parse XML documents in MedQuAD's layouts, each with the name that a note gives it."""
     loaded = Loaded([])
-    for file in documents:
+    for name, document in documents:
         try:
-            _add_document(ElementTree.parse(file).getroot(), loaded)
+            _add_document(ElementTree.parse(document).getroot(), loaded)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             # Expat raises LookupError and ValueError for encodings that it cannot read.
-            loaded.skipped.append(f"{file.parent.name}/{file.name} ({error})")
+            loaded.skipped["broken XML"].append(f"{name} ({error})")
     return loaded
+
+
+# The other names of the second layout, which four files of NINDS have.
+SECOND = {"doctitle-focus": "Focus", "cui": "CUI", "semanticType": "SemanticType",
+          "pair": "QAPair", "question": "Question", "answer": "Answer"}  # fmt: skip
 
 
 def _add_document(root: ElementTree.Element, loaded: Loaded) -> None:
-    def texts(path: str) -> list[str] | None:
-        return [e.text.strip() for e in root.iterfind(path) if e.text and e.text.strip()] or None
-
-    shared = {
-        "focus": (root.findtext("Focus") or "").strip() or None,
-        "synonyms": texts(".//Synonym"),
-        "cui": texts(".//CUI"),
-        "semantic_type": texts(".//SemanticType"),
-        "source": root.get("source"),
-        "url": root.get("url"),
-        "document_id": root.get("id"),
-    }
-    for pair in root.iterfind(".//QAPair"):
-        question, answer = ((pair.findtext(tag) or "").strip() for tag in ("Question", "Answer"))
+    for element in root.iter():
+        element.tag = SECOND.get(element.tag, element.tag)
+    tags = {"focus": "Focus", "cui": "CUI", "semantic_type": "SemanticType", "synonyms": "Synonym"}
+    shared: Row = {column: [e.text for e in root.iter(tag)] for column, tag in tags.items()}
+    shared["source"] = root.get("source", root.get("corpus"))
+    shared["url"] = root.get("url")
+    shared["document_id"] = root.get("id", root.get("docid"))
+    place, before = shared["document_id"] or root.tag, loaded.records
+    pairs = list(root.iter("QAPair"))
+    for pair in pairs:
+        own = {"question": pair.findtext("Question"), "answer": pair.findtext("Answer")}
         qtype = next((e.get("qtype") for e in pair.iterfind("Question")), None)
-        if not answer:  # upstream removed the answers of three collections for copyright
-            loaded.unanswered += 1
-        elif not question or not qtype:
-            name = root.get("id") or root.tag
-            loaded.skipped.append(f"{name}: an answer without its question or qtype")
-        else:
-            own = {"qtype": qtype, "question": question, "answer": answer}
-            loaded.rows.append(own | shared)
+        _add(shared | own | {"qtype": qtype}, place, loaded)
+    if not pairs:
+        loaded.skipped["a document without questions"].append(place)
+    assert loaded.records == before + max(1, len(pairs)), f"{place}: a question was lost"
 
 
-def load_table(path: Path) -> Loaded:
-    """Load a CSV, JSONL or parquet file with the columns of the Hub (in any case) or of a row."""
-    records = read_records(path, ", ".join(REQUIRED))
-    columns = {str(name).strip().lower() for record in records[:1] for name in record}
-    missing = [c for c in REQUIRED if c not in columns]
-    if records and missing:
+def load_hub(name: str) -> Loaded:
+    """Load a data set of ``HUB``."""
+    from huggingface_hub import snapshot_download
+
+    if name not in HUB:
         raise CourseError(
-            f"{path.name} lacks the columns {', '.join(missing)}: "
-            f"it has {', '.join(sorted(columns))}. Rename them."
+            f"source 'hub' reads {' or '.join(HUB)}, not {name!r}: download the file of another "
+            "data set, then source=csv data_path=FILE."
         )
-    loaded = Loaded([])
-    for number, record in enumerate(records, start=1):
-        values = {str(name).strip().lower(): value for name, value in record.items()}
-        row = {column: _value(column, values.get(column)) for column in COLUMNS}
-        if wrong := [column for column in REQUIRED if row[column] is None]:
-            loaded.skipped.append(f"row {number}: {wrong[0]} is not text")
-        else:
-            loaded.rows.append(row)
-    return loaded
-
-
-def _value(column: str, value: Any) -> Any:
-    """Convert to the column's type, text or a list of texts; a blank, NaN or number is None."""
-    if column in LISTS:
-        values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        return [v.strip() for v in values if isinstance(v, str) and v.strip()] or None
-    return (value.strip() or None) if isinstance(value, str) else None
-
-
-def read_records(path: Path, expected: str) -> list[dict[str, Any]]:
-    """Read the records of a CSV, JSONL or parquet file; ``expected`` lists columns for an error."""
-    if not path.is_file():
-        raise CourseError(
-            f"no file {str(path)!r}: "
-            f"expected a .csv, .jsonl or .parquet file with the columns {expected}."
-        )
+    table, commit = HUB[name]
     try:
-        return _records(path)
-    except (OSError, csv.Error, ValueError) as error:
-        raise CourseError(
-            f"cannot read {path.name} as {path.suffix.lstrip('.')}: {error}. "
-            "Save it again as .csv or .jsonl in UTF-8, or as .parquet."
-        ) from error
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    # Not pandas: it turns None into NaN, and the first cell of a row that is too long into an
-    # index. "utf-8-sig" drops the byte-order mark that Excel writes.
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    if path.suffix == ".csv":
-        csv.field_size_limit(1 << 30)  # answers can be longer than the default of 128 KiB
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, strict=True))  # strict: a lost quote is an error
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"the ending {path.suffix!r} is none of .csv, .jsonl, .parquet")
-    with path.open(encoding="utf-8-sig") as file:
-        records = [json.loads(line) for line in file if line.strip()]
-    if wrong := [record for record in records if not isinstance(record, dict)]:
-        raise ValueError(f"a line is not an object: {str(wrong[0])[:60]}")
-    return records
-
-
-def _hub_file() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset", revision=HUB_REVISION)
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=commit,
+                                        allow_patterns=table))  # fmt: skip
     except Exception as error:  # the library raises many kinds of error here
         raise CourseError(
-            f"the data set {HUB_DATASET} could not be loaded from the Hub "
+            f"the data set {name} could not be loaded from the Hub "
             f"({type(error).__name__}). Check the network, or read MedQuAD from a folder: "
             f"{GIT_CLONE}, then source=xml data_path=MedQuAD; source=sample needs no network."
         ) from error
-    return Path(file)
+    loaded = load_table(folder)
+    loaded.commit = folder.name  # the Hub's cache names the folder of a snapshot by its commit
+    return loaded
+
+
+def load_table(path: Path) -> Loaded:
+    """Load a table, or all tables below a folder: files of ``ENDINGS`` with columns of ``NAMES``.
+
+    Raises:
+        CourseError: a file cannot be read without a guess (it names the line or the record), or
+            no record holds a question and an answer.
+    """
+    if not (found := list_files(path, ENDINGS)):
+        raise CourseError(
+            f"no table {str(path)!r}: expected a file, or a folder of files, that ends in "
+            f"{', '.join(ENDINGS)} (or .gz), with columns for question and answer."
+        )
+    loaded, number = Loaded([]), 0
+    for file in found:
+        (records, notes), first = tables.read(file), number + 1
+        loaded.notes.update({note: [first] for note in notes})
+        for number, record in enumerate(records, first):
+            if record is None:
+                loaded.skipped["a chat that is not one question and its answer"].append(number)
+            else:
+                _add(record, number, loaded)
+    assert loaded.records == number, f"{number} records, but {loaded.records} are accounted for"
+    return _with_rows(loaded, path.name)
+
+
+def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
+    """Add the row of a record to ``loaded``, or the reason why it has none."""
+    cells = {column: tables.texts(record.get(column)) for column in COLUMNS}
+    clean = {column: list(map(clean_text, cell or ())) for column, cell in cells.items()}
+    texts = {c: [t for t in found if t.lower() not in MISSING] for c, found in clean.items()}
+    for column in ("question", "answer"):
+        if cells[column] is None or (column == "question" and len(texts[column]) > 1):
+            loaded.skipped[f"{column} is not text"].append(place)
+            return
+        if not texts[column]:
+            loaded.skipped[f"no {column}"].append(place)
+            return
+    row: Row = {column: next(iter(found), None) for column, found in texts.items()}
+    for column in LISTS:  # lavita/MedQuAD parts several values by a bar
+        parts = [part.strip() for text in texts[column] for part in text.split("|")]
+        row[column] = list(filter(None, parts)) or None
+    if not row["qtype"]:
+        match = template_of(row["question"])
+        row["qtype"] = TYPES[match[0]] if match else "information"
+        how = "from the question's template" if match else "'information', for want of a template"
+        loaded.notes[f"question type {how}"].append(place)
+    if any(clean[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
+        loaded.notes[CLEANED].append(place)
+    if len(texts["answer"]) > 1:
+        loaded.notes["several right answers, of which training reads the first"].append(place)
+    loaded.rows.append(row)
+    loaded.origins.append((place, texts["answer"]))
 
 
 @dataclass(frozen=True)
@@ -248,7 +293,7 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, state of its files, seed and options."""
     path = sample.CONDITIONS if plan.source == "sample" else Path(plan.data_path)
-    sources = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
+    sources = [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
     states = [file.stat() for file in sources]
     return {
         "source": plan.source,
@@ -310,10 +355,14 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
         return f"{' '.join(about)}: {words}"
 
     damaged = damage(loaded.rows)
+    skipped = {reason: at for reason, at in loaded.skipped.items() if reason != NO_ANSWER}
     return {
+        "records": loaded.records,
         "loaded": len(loaded.rows),
         "unanswered": loaded.unanswered,
-        "skipped": loaded.skipped,
+        "skipped": {reason: len(at) for reason, at in skipped.items()},
+        "reading": [*listed(skipped), *listed(loaded.notes)],
+        "commit": loaded.commit or None,
         "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
         "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
         "cleaning": splits.cleaning,
@@ -338,8 +387,9 @@ def summary(card: Mapping[str, Any]) -> str:
     }
     letters, units = card["damage"]["letters"], card["damage"]["units"]
     blocks = [
-        f"{card['loaded']:,} answered rows ({card['unanswered']:,} without an answer, "
-        f"{len(card['skipped']):,} skipped)",
+        f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
+        f"an answer + {sum(card['skipped'].values()):,} skipped",
+        "\n".join(card["reading"]),
         _table("source", card["by_source"]),
         _table("question type", card["by_qtype"]),
         _table("cleaning rule", effects),

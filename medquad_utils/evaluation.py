@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -25,13 +24,14 @@ import pandas
 from medquad_utils import CourseError, files, generation, retrieval, safety, scores
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
-from medquad_utils.data import prepare, read_records
+from medquad_utils.data import Places, listed, load_table, prepare
 from medquad_utils.files import Row, read_json, read_rows, whole_file, write_json
 from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_complete, interval, rouge_l
 from medquad_utils.splits import focus_of, leakage, normalise
+from medquad_utils.tables import clean_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -57,17 +57,7 @@ ABOUT = {
 }
 MEASURED = files.MEASURED / "look_up.json"
 
-CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-QUESTION = ("question", "prompt")  # names of columns, in any case
-REFERENCES = ("answer", "answers", "reference", "references")
-OPTIONAL = ("qtype", "source", "focus", "url")
-
 # Notes: what happened to questions -> their rows in the file.
-NO_QUESTION = "skipped: the question is empty or not text"
-NO_ANSWER = "skipped: no reference answer is text"
-CONTROLS = "control characters removed"
 MERGED = "repeats the question of an earlier row: its answer counts as one more reference"
 CUT = "question cut at a word: it is longer than the model's context"
 UNGROUNDED = f"grounded arm asked without passages: {retrieval.NO_SOURCE}"
@@ -76,7 +66,6 @@ UNSCORED = "without bits per byte: question and reference exceed the model's con
 Columns = Mapping[str, Any]  # score -> one value a question, NaN where there is none; or a table
 Cell = dict[str, Any]  # mean, low, high, n
 Messages = list[dict[str, str]]
-Notes = dict[str, list[int]]
 Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -92,45 +81,30 @@ class Questions:
 
     name: str
     asked: list[Row]
-    notes: Notes = field(default_factory=dict)
+    notes: Places = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.asked):,} questions"]
-        for what, rows in self.notes.items():
-            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            lines.append(f"  {len(rows):,} x {what} (row {shown})")
-        return "\n".join(lines)
+        return "\n  ".join([*lines, *listed(self.notes)])
 
 
 def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     """Read questions with reference answers from a CSV, JSONL or parquet file.
 
-    Columns, in any case: ``question`` or ``prompt``; ``answer(s)`` or ``reference(s)``, a text or
-    a list of texts (in CSV as JSON); optional ``qtype``, ``source``, ``focus``, ``url``. Rows that
-    repeat a question are merged. Over ``limit`` questions are sampled.
+    Columns, in any case, are those of ``tables.NAMES``; an answer is a text or a list of texts (in
+    CSV as JSON). Rows that repeat a question are merged. Over ``limit`` questions are sampled.
     """
-    table = read_records(path, "question, answer")
-    records = [{str(name).strip().lower(): v for name, v in row.items()} for row in table]
-    columns = {name for record in records for name in record}
-    missing = [" or ".join(names) for names in (QUESTION, REFERENCES) if not columns & set(names)]
-    if records and missing:
-        raise CourseError(
-            f"{path.name} lacks a column {' and a column '.join(missing)}: it has "
-            f"{', '.join(sorted(columns))}. Rename the columns."
-        )
-    rows: dict[str, Row] = {}
-    notes: Notes = defaultdict(list)
-    for number, record in enumerate(records, start=1):
-        if row := _question(number, record, notes):
-            first = rows.setdefault(normalise(row["question"]) or row["question"], row)
-            if first is not row:
-                notes[MERGED].append(number)
-                references = first["references"] + row["references"]
-                first["references"] = list(dict.fromkeys(references))
-    asked = list(rows.values())
-    if not asked:
-        why = ", ".join(notes) or "it has no rows"
-        raise CourseError(f"{path.name} holds no question with an answer ({why}).")
+    loaded = load_table(path)
+    notes: Places = defaultdict(list, {f"skipped: {why}": at for why, at in loaded.skipped.items()})
+    notes |= loaded.notes
+    questions: dict[str, Row] = {}
+    for row, (number, answers) in zip(loaded.rows, loaded.origins, strict=True):
+        key = normalise(row["question"]) or row["question"]
+        first = questions.setdefault(key, row | {"references": [], "number": number})
+        if first["number"] != number:
+            notes[MERGED].append(number)
+        first["references"] = list(dict.fromkeys(first["references"] + answers))
+    asked = list(questions.values())
     if len(asked) > limit:
         order = numpy.random.default_rng(seed).permutation(len(asked)).tolist()
         what = f"left out: {limit:,} of {len(asked):,} questions are drawn with seed {seed}"
@@ -139,38 +113,12 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     return Questions(path.name, asked, dict(notes))
 
 
-def _question(number: int, record: Row, notes: Notes) -> Row | None:
-    """Turn a record of the file into a row of ``Questions``, or ``None`` if a part is missing."""
-    questions, references = _texts(record, QUESTION), _texts(record, REFERENCES)
-    if not questions or not references:
-        notes[NO_ANSWER if questions else NO_QUESTION].append(number)
-        return None
-    cells = [value if isinstance(value, list) else [value] for value in record.values()]
-    if any(CONTROL.search(text) for cell in cells for text in cell if isinstance(text, str)):
-        notes[CONTROLS].append(number)
-    row = {name: next(iter(_texts(record, [name])), None) for name in OPTIONAL}
-    texts = {"question": questions[0], "answer": references[0]}
-    return {**row, **texts, "references": references, "number": number}
-
-
-def _texts(record: Row, names: Sequence[str]) -> list[str]:
-    """List the texts in some cells of a record: each holds a text, a list, or a list as JSON."""
-    values: list[Any] = []
-    for value in map(record.get, names):
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            with suppress(ValueError):  # a text that opens with a bracket
-                value = json.loads(value)
-        values += value if isinstance(value, list) else [value]
-    texts = [CONTROL.sub("", value).strip() for value in values if isinstance(value, str)]
-    return [text for text in texts if text.lower() not in ("", "nan")]
-
-
 def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
     """Return ``question`` without control characters.
 
     Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
     """
-    if not (text := CONTROL.sub("", question).strip()):
+    if not (text := clean_text(question)):
         raise CourseError('the question is empty: write one, such as "What causes asthma?".')
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
     if needed > context:
@@ -286,7 +234,7 @@ def archive_index(
 
 
 def prompts(
-    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Notes,
+    tokenizer: Tokenizer, asked: Sequence[Row], index: retrieval.Index, room: int, notes: Places,
     safe: Sequence[safety.SafetyPrompt] = (),
 ) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
@@ -581,7 +529,7 @@ def evaluate(
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
-    notes: Notes = defaultdict(list, questions.notes)
+    notes: Places = defaultdict(list, questions.notes)
     model = generation.load_tuned(plan, adapter)  # first: it refuses an adapter of another base
     tokenizer = generation.load_tokenizer(plan)
     index = archive_index(train, archive, validation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -39,6 +40,11 @@ TEMPLATES = tuple(
         r"do you have information about {}",
     )
 )
+TYPES = (  # of the questions of each template, without an exception in MedQuAD
+    "information", "symptoms", "treatment", "inheritance", "frequency", "genetic changes",
+    "causes", "exams and tests", "research", "outlook", "susceptibility", "considerations",
+    "prevention", "stages", "complications", "support groups", "information",
+)  # fmt: skip
 
 
 def template_of(question: str) -> tuple[int, str] | None:
@@ -49,9 +55,23 @@ def template_of(question: str) -> tuple[int, str] | None:
     return None
 
 
+class _Compared(dict[int, int | str | None]):
+    """A table for ``str.translate``: keeps letters, marks and digits of every script."""
+
+    def __missing__(self, code: int) -> int | str | None:
+        # Format characters, such as a soft hyphen, stand within words: they are dropped.
+        kind = unicodedata.category(chr(code))
+        self[code] = code if kind[0] in "LMN" else None if kind == "Cf" else " "
+        return self[code]
+
+
+_COMPARED = _Compared()
+
+
 def normalise(text: str | None) -> str:
     """Convert a name or a question to lower case without punctuation, for comparison."""
-    return " ".join(re.sub(r"[^\w\s]|_", " ", (text or "").lower()).split())
+    text = unicodedata.normalize("NFC", (text or "").lower())
+    return " ".join(text.translate(_COMPARED).split())
 
 
 def focus_of(row: Row) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import resource
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import huggingface_hub
+import pandas
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
@@ -51,13 +55,17 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-ROWS = 16_407
+ROWS = 16_423
+IN_CSV = 16_407  # the Hub's table lacks the files of the second layout
 QTYPES = {
-    "information": 4535, "symptoms": 2748, "treatment": 2442, "inheritance": 1446,
+    "information": 4539, "symptoms": 2748, "treatment": 2446, "inheritance": 1446,
     "frequency": 1120, "genetic changes": 1087, "causes": 727, "exams and tests": 653,
-    "research": 395, "outlook": 361, "susceptibility": 324, "considerations": 235,
+    "research": 399, "outlook": 365, "susceptibility": 324, "considerations": 235,
     "prevention": 210, "stages": 77, "complications": 46, "support groups": 1,
 }  # fmt: skip
+
+
+SECOND = ("0000007", "0000018", "0000182", "0000244")
 
 
 @pytest.mark.full
@@ -69,15 +77,25 @@ def test_real_xml_and_csv_hold_the_counted_rows(real_rows: list[Row], medquad_cs
     assert len({r["source"] for r in real_rows}) == 9
     assert Counter(r["qtype"] for r in real_rows) == QTYPES
     assert sum(r["focus"] is None for r in real_rows) == 14
+    second = [r for r in real_rows if r["document_id"] in SECOND and r["source"] == "NINDS"]
+    assert len(second) == ROWS - IN_CSV
     from_csv = data.load_table(medquad_csv)
-    assert (texts(from_csv.rows), from_csv.skipped) == (texts(real_rows), [])
+    assert texts(from_csv.rows) == texts(real_rows) - texts(second)
+    assert (len(from_csv.rows), from_csv.records, from_csv.notes) == (IN_CSV, IN_CSV, {})
     assert {tuple(r) for r in [*real_rows, *from_csv.rows]} == {COLUMNS}
+
+
+@pytest.mark.full
+def test_the_type_of_a_real_question_follows_from_its_template(real_rows: list[Row]) -> None:
+    for r in real_rows:
+        if match := splits.template_of(r["question"]):
+            assert splits.TYPES[match[0]] == r["qtype"], r["question"]
 
 
 @pytest.mark.full
 def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: list[Row]) -> None:
     found = [splits.template_of(r["question"]) for r in real_rows]
-    assert sum(f is not None for f in found) / ROWS > 0.997
+    assert sum(f is not None for f in found) / ROWS > 0.996
     assert len({f[0] for f in found if f}) == len(splits.TEMPLATES), "a template without a question"
     sizes = Counter(splits.groups(real_rows))
     assert 3700 <= len(sizes) <= 3850 and 100 <= max(sizes.values()) <= 160
@@ -131,23 +149,42 @@ BROKEN = {
 }
 
 
-def test_xml_gives_rows_and_skips_broken_files_by_name(tmp_path: Path) -> None:
+LATER = """<doc docid="8" corpus="NINDS" url="https://example.org/8">
+<doctitle-focus>Gout</doctitle-focus><umls><cui>C3</cui><semanticType></semanticType></umls>
+<qaPairs><pair pid="1"><question qid="8-1" qtype="outlook">what is the prognosis for Gout ?
+</question><answer> Good. </answer></pair></qaPairs></doc>"""
+
+
+def test_xml_gives_rows_of_both_layouts_and_skips_broken_files_by_name(tmp_path: Path) -> None:
+    good = {"a.xml": DOCUMENT, "b.XML": LATER, "c.xml": '<Document id="9"/>', "._a.xml": "Mac"}
     (tmp_path / "GARD").mkdir()
-    for name, content in (BROKEN | {"good.xml": DOCUMENT.encode()}).items():
+    for name, content in (BROKEN | {k: v.encode() for k, v in good.items()}).items():
         (tmp_path / "GARD" / name).write_bytes(content)
     loaded = data.load(tiny(tmp_path, source="xml", data_path=str(tmp_path)))
     known = {
         "focus": "Sjögren syndrome", "synonyms": ["SS"], "cui": ["C1", "C2"], "source": "GARD",
         "semantic_type": ["T047"], "url": "https://example.org/7", "document_id": "7",
     }  # fmt: skip
-    assert loaded.rows == [row("What causes Sjögren syndrome ?", "Nobody knows.", **known)]
+    later = {
+        "qtype": "outlook", "focus": "Gout", "cui": ["C3"], "source": "NINDS",
+        "url": "https://example.org/8", "document_id": "8",
+    }  # fmt: skip
+    assert loaded.rows == [
+        row("What causes Sjögren syndrome ?", "Nobody knows.", **known),
+        row("what is the prognosis for Gout ?", "Good.", **later),
+    ]
+    broken = sorted(str(place).split(" (")[0] for place in loaded.skipped.pop("broken XML"))
+    assert broken == sorted(f"GARD/{name}" for name in BROKEN)
+    assert loaded.skipped == {
+        "no answer": ["7"], "no question": ["7"], "a document without questions": ["9"]
+    }  # fmt: skip
     assert loaded.unanswered == 1
-    skipped = [*(f"GARD/{name}" for name in BROKEN), "7: an answer without its question or qtype"]
-    assert sorted(line.split(" (")[0] for line in loaded.skipped) == sorted(skipped)
 
 
-line = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
-cell = line.filter(str.strip)
+letters = st.characters(exclude_categories=["Cc", "Cf", "Cs"], exclude_characters="[")
+letters |= st.sampled_from("\n\t\r\u200d")
+line = st.text(letters, min_size=1, max_size=30).map(lambda text: normalize("NFC", text))
+cell = line.filter(lambda text: text.strip() and text.strip().lower() not in data.MISSING)
 record = st.fixed_dictionaries({"qtype": cell, "Question": cell, "Answer": cell})
 
 
@@ -156,7 +193,7 @@ record = st.fixed_dictionaries({"qtype": cell, "Question": cell, "Answer": cell}
 def test_tables_give_back_any_text(kind: str, tmp_path_factory: Any, rows: list[Any]) -> None:
     path = write_table(tmp_path_factory.getbasetemp() / f"any.{kind}", rows)
     expected = [BARE | {k.lower(): v.strip() for k, v in r.items()} for r in rows]
-    assert data.load_table(path) == Loaded(expected)
+    assert data.load_table(path) == Loaded(expected), "any text comes back"
 
 
 def test_tables_keep_lists_and_ignore_a_byte_order_mark(tmp_path: Path) -> None:
@@ -172,53 +209,231 @@ def test_tables_keep_lists_and_ignore_a_byte_order_mark(tmp_path: Path) -> None:
 
 NAN = float("nan")
 GOOD = {"qtype": "a", "question": "What causes A ?", "answer": "c"}
-WRONG = [{"answer": None}, {"answer": 5}, {"answer": NAN}, {"question": ["b"]}, {"qtype": " "}]
+WRONG = [{"answer": 5}, {"question": ["b", "c"]}, {"answer": {"text": "c"}}]
+EMPTY = [{"answer": value} for value in (None, NAN, "", " \u200b", "N/A", [])]
 
 
-def test_rows_that_are_not_text_are_skipped_and_named(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "rows.jsonl", [GOOD, *(GOOD | wrong for wrong in WRONG), GOOD])
-    loaded = data.load_table(path)
-    named = [f"row {n}: {next(iter(w))} is not text" for n, w in enumerate(WRONG, start=2)]
-    assert (loaded.rows, loaded.skipped) == ([BARE | GOOD] * 2, named)
-    assert "2 rows, 5 skipped: row 2: answer is not text; " in str(loaded)
+def test_every_record_is_a_row_or_counted_with_its_reason(tmp_path: Path) -> None:
+    others = [{"question": " "}, {"qtype": " "}, {"answer": ["c", "d"], "question": ["Why ?"]}]
+    records = [GOOD, *(GOOD | wrong for wrong in [*WRONG, *EMPTY, *others])]
+    loaded = data.load_table(write_table(tmp_path / "rows.jsonl", records))
+    assert loaded.rows == [
+        BARE | GOOD, BARE | GOOD | {"qtype": "causes"}, BARE | GOOD | {"question": "Why ?"}
+    ]  # fmt: skip
+    assert loaded.skipped == {
+        "answer is not text": [2, 4], "question is not text": [3], "no question": [11],
+        "no answer": [5, 6, 7, 8, 9, 10],
+    }  # fmt: skip
+    assert (loaded.unanswered, loaded.records) == (6, len(records))
+    assert "3 rows of 13 records; 2 x answer is not text (record 2, 4); " in str(loaded)
+    assert loaded.origins[2] == (13, ["c", "d"]), "evaluation counts both as right"
     path = write_table(tmp_path / "a.parquet", [GOOD | {"focus": NAN, "cui": NAN, "url": 1.0}])
     assert data.load_table(path).rows == [BARE | GOOD], "NaN and numbers are unknown values"
+
+
+def test_texts_pass_one_gate(tmp_path: Path) -> None:
+    raw = {"question": "What\x00 causes Sjo\u0308gren ?\ud800", "answer": "\ufeffA\x0cb.\u202e\nC."}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(raw | {"cui": ["C1\x07|C2"]}) + "\n")
+    loaded = data.load_table(path)
+    only = row("What causes Sjögren ?", "A b.\nC.", cui=["C1", "C2"])
+    assert (loaded.rows, loaded.notes[data.CLEANED]) == ([only], [1])
+
+
+HEAD, TEXT = "question,answer,source,focus_area", "“It’s 5 µg,” says Sjögren."
+KAGGLE = f'{HEAD}\n"What causes Gout ?","{TEXT}",GARD,Gout\nWho knows?,"Two\nlines.",CDC,\n'
+GOUT = row("What causes Gout ?", TEXT)
+GIVEN = [GOUT | {"source": "GARD", "focus": "Gout"}]
+GIVEN += [row("Who knows?", "Two\nlines.", source="CDC", qtype="information")]
+LAVITA = {
+    "document_id": "7", "document_source": "GARD", "document_url": "u", "category": None,
+    "umls_cui": "C1|C2", "umls_semantic_types": "T047", "umls_semantic_group": "Disorders",
+    "synonyms": "podagra|gouty arthritis", "question_id": "7-1", "question_focus": "Gout",
+    "question_type": "causes", "question": "What causes Gout ?", "answer": TEXT,
+}  # fmt: skip
+LAVITA_ROW = GOUT | {
+    "focus": "Gout", "synonyms": ["podagra", "gouty arthritis"], "cui": ["C1", "C2"],
+    "semantic_type": ["T047"], "source": "GARD", "url": "u", "document_id": "7",
+}  # fmt: skip
+PAIR = {"instruction": "What causes Gout ?", "input": "", "output": TEXT}
+DOCTOR = [PAIR | {"input": f"Why {n}?", "output": "So."} for n in "ab"]
+TURNS = [
+    {"role": "system", "content": "Be kind."}, {"role": "user", "content": "What causes Gout ?"},
+    {"role": "assistant", "content": TEXT},
+]  # fmt: skip
+SHARED = [{"from": who, "value": TURNS[n]["content"]} for n, who in ((1, "human"), (2, "gpt"))]
+
+
+def parted(mark: str) -> str:
+    """The same table with another mark between cells."""
+    return KAGGLE.replace(",", mark).replace(f"µg{mark}", "µg,")
+
+
+def written(records: list[Any], name: str) -> str:
+    """Records as one JSON list, or one on each line."""
+    whole = [records] if name.endswith(".json") else records
+    return "\n".join(json.dumps(r, ensure_ascii=False) for r in whole)
+
+
+def plain(question: str, answer: str = "So.") -> Row:
+    return row(question, answer, qtype="information")
+
+
+# File -> its content, its encoding, the rows that it holds.
+SHAPES: dict[str, tuple[str | list[Any], str, list[Row]]] = {
+    "kaggle.csv": (KAGGLE, "utf-8", GIVEN),
+    "BOM.CSV": ("\ufeff" + KAGGLE, "utf-8", GIVEN),
+    "windows.csv": (parted(";"), "cp1252", GIVEN),
+    "hint.csv": ("sep=|\r\n\r\n" + parted("|"), "utf-8", GIVEN),
+    "unicode.csv": (parted("\t"), "utf-16", GIVEN),
+    "a.tsv": (parted("\t"), "utf-8", GIVEN),
+    "packed.csv.gz": (KAGGLE, "utf-8", GIVEN),
+    "index.csv": (",Question Type,Question,Response\n0,,Why?,So.\n\n", "utf-8", [plain("Why?")]),
+    "old mac.csv": ("prompt,completion\rWhy?,So.\r", "utf-8", [plain("Why?")]),
+    "pandas.csv": ("question,answer\nWhy?,\"['So.', 'Or so.']\"\n", "utf-8", [plain("Why?")]),
+    "numpy.csv": ("question,answer\nWhy?,['a' 'b']\n", "utf-8", [plain("Why?", "['a' 'b']")]),
+    "alpaca.json": ([PAIR, PAIR | {"input": "Why?"}], "utf-8",
+                    [GOUT, plain("What causes Gout ?\nWhy?", TEXT)]),
+    "doctor.json": (DOCTOR, "utf-8", [plain("Why a?"), plain("Why b?")]),
+    "pair.jsonl": ([{"prompt": "Why?", "completion": "So."}], "utf-16", [plain("Why?")]),
+    "trl.json": ([{"prompt": TURNS[:2], "completion": TURNS[2:]}], "utf-8", [GOUT]),
+    "chat.ndjson": ([{"messages": TURNS, "source": "GARD"}], "cp1252", [GOUT | {"source": "GARD"}]),
+    "sharegpt.json": ([{"conversations": SHARED, "id": "7"}], "utf-8", [GOUT]),
+    "pretty.json": ('{"Prompt":\n"Why?", "Answers": ["So."]}\n{"prompt": "Oh?","answer": "No."}',
+                    "utf-8", [plain("Why?"), plain("Oh?", "No.")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_files_are_read_as_users_have_them(name: str, tmp_path: Path) -> None:
+    content, encoding, expected = SHAPES[name]
+    raw = (written(content, name) if isinstance(content, list) else content).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    loaded = data.load_table(tmp_path / name)
+    assert (loaded.rows, loaded.records) == (expected, len(expected))
+    shared = f"{name} repeats one instruction: the questions are the inputs"
+    assert (shared in loaded.notes) == (name == "doctor.json")
+    said = [note for note in loaded.notes if "not in UTF-8" in note]
+    assert said == ([] if encoding == "utf-8" else [f"{name} is not in UTF-8: read as {encoding}"])
+
+
+def test_lavita_medquad_keeps_its_columns_and_counts_rows_without_answers(tmp_path: Path) -> None:
+    records = [LAVITA, LAVITA | {"answer": None}, LAVITA | {"answer": None}]
+    loaded = data.load_table(write_table(tmp_path / "a.parquet", records))
+    assert (loaded.rows, loaded.unanswered, loaded.records) == ([LAVITA_ROW], 2, 3)
+
+
+def test_folder_is_read_as_one_table_and_longer_chats_are_named(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write_table(tmp_path / "parts" / "b.parquet", [GOOD] * 2)
+    more = [{"messages": TURNS + TURNS[1:]}, {"messages": TURNS[:2]}, {"messages": TURNS}]
+    (tmp_path / "a.jsonl").write_text(written(more, "a.jsonl"))
+    (tmp_path / "read me.md").write_text("no table")
+    (tmp_path / "._a.jsonl").write_text("of a Mac")
+    loaded = data.load_table(tmp_path)
+    assert loaded.rows == [GOUT, BARE | GOOD, BARE | GOOD]
+    assert loaded.skipped == {"a chat that is not one question and its answer": [1, 2]}
+
+
+def test_excel_files_need_an_extra_that_the_message_names(tmp_path: Path, monkeypatch: Any) -> None:
+    path, cells = tmp_path / "a.xlsx", pandas.DataFrame([{"Question": "Why?", "Answer": "So."}])
+    cells.to_excel(path, index=False)
+    assert data.load_table(path).rows == [plain("Why?")]
+    with pandas.ExcelWriter(path) as writer:
+        cells.to_excel(writer, sheet_name="first")
+        cells.to_excel(writer, sheet_name="second")
+    with pytest.raises(CourseError, match=r"it has 2 sheets \(first, second\)"):
+        data.load_table(path)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(
+        CourseError, match=r"cannot read a\.xlsx.*pip install 'medquad-qlora\[excel\]'"
+    ):
+        data.load_table(path)
+
+
+QA = "question,answer\nA?,a.\n"
+REFUSED = {
+    "two.csv": ("question,answer,Output\nA?,a,b\n", "'answer' and 'output' for the answer"),
+    "none.csv": ("topic,answer\ngout,a\n", "no column for the question: .*found answer, topic"),
+    "reply.csv": ("question,reply\nA?,a\n", "the answer: expected answer, .*found question, reply"),
+    "twice.csv": ("question,answer,Answer\nA?,a,b\n", "header has the column 'answer' twice"),
+    "again.csv": (f"{QA}{QA}", "line 3 repeats the header"),
+    "long.csv": (f"{QA}B?,b, c\n", "line 3 has 3 cells, and the header 2 .question, answer."),
+    "short.csv": (f"{QA}\nB?\n", "row in line 4 has 1 cells, and the header 2"),
+    "open.csv": (f'{QA}B?,"b\nC?,c\nD?,d\n', "line 3: unexpected end of data.*quote is not closed"),
+    "lost.csv": (f'{QA}B?,"b\nC?,"c"\n', "row in line 3: ',' expected after '\"'"),
+    "mysql.csv": (f'{QA}B?,"a \\"good\\" day"\n', "row in line 3: ',' expected after '\"'"),
+    "headless.csv": ("Why?,So.\nB?,b.\n", "no column for the question: .* found so, why"),
+    "mixed.csv": (f"{QA}é,b\n".encode() + b"\xe9,c\n", "line 4 has bytes .* UTF-8 or cp1252"),
+    "mac.csv": (f"{QA}".encode() + b"C?,doesn\xd5t\n", "line 3 has bytes that are no text"),
+    "page.csv": ("<!doctype html>", "it is a web page"),
+    "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
+    "excel.csv": (b"PK\x03\x04", "zip archive or an Excel file"),
+    "cut.csv.gz": (gzip.compress(QA.encode())[:-9], "Compressed file ended"),
+    "cut.jsonl": ('{"question": "A?", "answer": "a"}\n{"question": "B', "line 2 column 14"),
+    "text.jsonl": ('{"question": "A?"}\n"a line"', "record 2 is not an object: a line"),
+    "twice.json": ('[{"answer": "a", "Answer": "b"}]', "record 1 has the column 'answer' twice"),
+    "deep.json": ("[" * 100_000, "cannot read deep.json: "),
+    "torn.parquet": (b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read torn\.parquet: "),
+    "text.xlsx": ("no sheet", r"cannot read text\.xlsx: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_a_guess_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    content, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(CourseError, match=message) as refused:
+        data.load_table(tmp_path / name)
+    assert str(refused.value).startswith(f"cannot read {name}: ") and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"question,reply\na,b\n", "a.csv lacks the columns qtype, answer: it has"),
-        ("a.csv", "qtype,question,answer\na,b,é\n".encode("latin-1"), "a.csv as csv.*UTF-8"),
-        ("a.csv", b'qtype,question,answer\na,"b,c\n', "a.csv as csv: unexpected end of data"),
-        ("a.csv", b"qtype,question,answer\n", "a.csv.* holds no question with an answer"),
-        ("a.jsonl", b'{"qtype": "a", "q', r"cannot read a\.jsonl as jsonl"),
-        ("a.jsonl", b'[{"qtype": "a"}]', r"a.jsonl.*a line is not an object: \[{'qtype': 'a'}\]"),
-        ("a.parquet", b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read a\.parquet"),
-        ("a.xlsx", b"PK", r"the ending '\.xlsx' is none of \.csv, \.jsonl, \.parquet"),
-        ("no.csv", b"", "no file .*no.csv.*with the columns qtype, question, answer"),
-        ("no.xml", b"", r"no XML files .*git clone https://github\.com/abachaa/MedQuAD"),
-        ("no.hub", b"", "git clone .*source=xml.*source=sample"),
+        (
+            "a.csv",
+            "qtype,question,answer\n",
+            "a.csv.* holds no question with an answer: 0 rows of 0",
+        ),
+        ("no.csv", "", r"no table .*no\.csv.*that ends in \.csv, .* \.parquet"),
+        ("a.jsonl", '{"question": "A?", "answer": ""}', "0 rows of 1 records; 1 x no answer"),
+        ("no.xml", "", r"no XML files .*git clone https://github\.com/abachaa/MedQuAD"),
+        ("no.hub", "", "source 'hub' reads keivalya/.* or lavita/MedQuAD, not .*no.hub"),
     ],
 )
-def test_unusable_source_is_refused(name: str, content: bytes, message: str, tmp_path: Any) -> None:
-    path, source = tmp_path / name, name.split(".")[1].replace("xlsx", "csv")
+def test_unusable_source_is_refused(name: str, content: str, message: str, tmp_path: Any) -> None:
+    path = tmp_path / name
     if content:
-        path.write_bytes(content)
+        path.write_text(content)
     with pytest.raises(CourseError, match=message):
-        data.load(tiny(tmp_path, source=source, data_path=str(path)))
+        data.load(tiny(tmp_path, source=path.suffix[1:], data_path=str(path)))
 
 
-def test_the_hub_is_read_from_its_file_at_a_fixed_commit(tmp_path: Path, monkeypatch: Any) -> None:
-    def download(name: str, file: str, repo_type: str, revision: str) -> str:
-        assert (repo_type, len(revision), file[-4:]) == ("dataset", 40, ".csv")
-        return str(
-            write_table(tmp_path / file, [{"qtype": "a", "Question": "b ?", "Answer": name}])
-        )
+@pytest.mark.parametrize("name", ["", *data.HUB])
+def test_the_hub_is_read_at_a_commit_that_is_recorded(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def download(asked: str, repo_type: str, revision: str, allow_patterns: str) -> str:
+        assert (asked, repo_type) == (name or data.HUB_DATASET, "dataset")
+        assert (len(revision) == 40) == ("keivalya" in asked), "no commit of lavita's is invented"
+        (folder := tmp_path / "snapshots" / "c0ffee").mkdir(parents=True)
+        write_table(folder / allow_patterns.replace("*", "a"), diseases(60))
+        return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    (only,) = data.load(tiny(tmp_path, source="hub")).rows
-    assert (only["question"], only["answer"]) == ("b ?", data.HUB_DATASET)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    plan = tiny(tmp_path, source="hub", data_path=name)
+    assert data.make(plan, plan.folder / "data")[1]["commit"] == "c0ffee"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(CourseError, match=r"git clone .*source=xml.*source=sample"):
+        data.load(plan)
+    assert data.prepare(plan).train, "what was written needs no network"
+
+
+def test_comparison_keeps_letters_marks_and_digits_of_every_script() -> None:
+    for text in ("हृदय रोग", "โรคหัวใจ", "сердце 2", "心臓病", "٣ قلب"):
+        assert splits.normalise(f" ({text})! ") == text
+    assert splits.normalise("Sjo\u0308gren’s hyper\u00adtension_2") == "sjögren s hypertension 2"
 
 
 def some_rows(seed: int, count: int) -> list[Row]:

@@ -51,6 +51,8 @@ def test_printed_numbers_are_the_written_ones(tmp_path: Path, capsys: Any) -> No
     assert list(table(text, "cleaning rule")) == list(NAMES) == list(card["cleaning"])
     dropped = sum(effect["dropped"] for effect in card["cleaning"].values())
     assert sum(sizes.values()) == card["loaded"] - dropped
+    lost = card["unanswered"] + sum(card["skipped"].values())
+    assert card["records"] == card["loaded"] + lost
     assert table(text, "question type") == {k: f"{n:,}" for k, n in card["by_qtype"].items()}
     for pair in ("train / validation", "train / test", "validation / test"):
         shares = {name: f"{share:.1%}" for name, share in card["leakage"][pair].items()}
@@ -76,7 +78,7 @@ def test_rule_that_is_left_out_keeps_its_rows(tmp_path: Path, capsys: Any) -> No
 def test_large_group_lost_units_and_skipped_rows_are_told(tmp_path: Path, capsys: Any) -> None:
     gout = [f"Levels over {n} g/L cause it at once." for n in range(20)]
     text = run(capsys, tmp_path / "out", *own(tmp_path / "a.jsonl", *gout, ""))
-    assert text.startswith("100 answered rows (0 without an answer, 1 skipped)")
+    assert text.startswith("101 records = 100 rows + 1 without an answer + 0 skipped")
     assert "group 'gout' (20 rows) is larger than a part of 10: kept in training" in text
     assert "20 numbers may have lost the prefix of their unit" in text
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
-from medquad_utils import CourseError, chat, cli, evaluation, files, generation, retrieval
+from medquad_utils import CourseError, chat, cli, data, evaluation, files, generation, retrieval
 from medquad_utils.assets import sample
 from medquad_utils.evaluation import read_questions
 from medquad_utils.generation import Answer
@@ -42,9 +42,11 @@ def test_questions_are_merged_skipped_with_their_rows_and_drawn(tmp_path: Path) 
     answers = ["Too much uric acid.", "Uric acid.\nMuch.", "It."]
     expected = [(1, answers), (15, ["x [y].", "z"]), (16, ["[1] Y."])]
     assert [(q["number"], q["references"]) for q in found.asked] == expected
-    assert found.notes[evaluation.NO_QUESTION] == [2, 3, 4, 5, 6, 7]
-    assert found.notes[evaluation.NO_ANSWER] == [8, 9, 10, 11, 12, 13]
-    assert found.notes[evaluation.MERGED] == found.notes[evaluation.CONTROLS] == [14]
+    assert found.notes["skipped: no question"] == [2, 3, 4, 5, 6]
+    assert found.notes["skipped: no answer"] == [8, 9, 10, 11, 12]
+    assert found.notes["skipped: question is not text"] == [7]
+    assert found.notes["skipped: answer is not text"] == [13]
+    assert found.notes[evaluation.MERGED] == found.notes[data.CLEANED] == [14]
     drawn = [[q["number"] for q in read_questions(path, 1, seed).asked] for seed in (*range(9), 0)]
     assert drawn[0] == drawn[-1] and {*map(tuple, drawn)} == {(1,), (15,), (16,)}, "by the seed"
 
@@ -295,6 +297,7 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0
     said = capsys.readouterr().out
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
+    assert "archive: 6 rows of 6 records" in said
     assert all(f"\n{arm}  " in said for arm in evaluation.ARMS)
     names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers", "figures"}
     assert {path.name for path in out.iterdir()} == names
@@ -305,8 +308,8 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"questions": "nowhere.csv"}, "expected a .csv, .jsonl or .parquet file"),
-        ({"questions": "topics.csv"}, "lacks a column question or prompt"),
+        ({"questions": "nowhere.csv"}, "expected a file, or a folder of files, that ends in"),
+        ({"questions": "topics.csv"}, "no column for the question"),
         ({"limit": "0"}, "expected whole numbers over 0"),
         ({"data": "nowhere"}, "no train.parquet in nowhere/"),
         ({"adapter": "other"}, "trained on 'xml' rows, not on 'sample'"),
