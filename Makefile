@@ -1,4 +1,4 @@
-# make course | make lab | make check (3 minutes) | make test (20 minutes) | make mutants | make weekly
+# make course | make lab | make real (hours) | make check (3 minutes) | make test (20 minutes) | make mutants | make weekly
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,13 +9,20 @@ NEWEST := .venv-newest
 # A clone of https://github.com/abachaa/MedQuAD
 MEDQUAD ?= runs/MedQuAD
 
-.PHONY: course lab check test mutants weekly clean
+.PHONY: course lab real check test mutants weekly clean
 
 course: $(STAMP)
 	@$(BIN)/medquad run --profile tiny
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks --MappingKernelManager.transport_encryption=auto
+
+# The weights of `small` and MedQuAD, once from the network; then a reference run of all lessons.
+real: $(STAMP)
+	@echo 'make real takes about three hours on two CPU cores: not measured yet.'
+	@$(BIN)/medquad fetch small
+	@$(BIN)/medquad fetch medquad
+	@$(BIN)/medquad run --profile small --reference notebooks/reference/small
 
 # At every change: form, types, and the tests that need no browser, no server and no second process.
 check: $(STAMP)

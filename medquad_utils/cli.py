@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         *SHARED,
         ("--only", "02,04", "", "numbers of the lessons to run (default: all)"),
         ("-p", "NAME=VALUE", [], "a notebook parameter, for example -p source=xml"),
+        ("--reference", "DIR", "", "also write the numbers of all lessons to DIR, to be committed"),
     )),
     "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
         RUNS,
@@ -241,7 +242,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.model:
         parameters["model"] = options.model
     only = [number for number in options.only.split(",") if number]
-    course.run(options.profile, only, parameters, options.runs)
+    if only and options.reference:
+        raise CourseError("--reference needs all lessons: leave --only out.")
+    keep = Path(options.reference) if options.reference else None
+    course.run(options.profile, only, parameters, options.runs, keep)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from medquad_utils import CourseError, plots
+from medquad_utils import CourseError, plots, reference
 from medquad_utils.files import read_json, whole_file
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import resolve
@@ -88,16 +88,19 @@ def changed() -> list[str]:
 
 def run(
     profile: str = "auto", only: Sequence[str] = (), parameters: Mapping[str, str] | None = None,
-    out: str = "",
+    out: str = "", keep: Path | None = None,
 ) -> list[Result]:  # fmt: skip
     """Run the lessons in order, into ``<out>/<profile>/notebooks`` (notebooks and HTML pages).
 
-    Print the plan, a headline of each lesson, and a table of times and memory.
+    Print the plan, a headline of each lesson, and a table of times and memory. ``keep`` is a folder
+    to write the reference run to.
 
     Raises:
         CourseError: an unknown parameter, a plan that cannot be resolved, or a cell that failed.
     """
     chosen = lessons(only)
+    if keep:
+        reference.check(keep)
     values = _values(chosen, parameters or {})
     values["out"] = str(Path(out or str(values.get("out") or default_out())).resolve())
     accepted = inspect.signature(resolve).parameters
@@ -116,6 +119,9 @@ def run(
     rows = [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
     rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     print("", plots.Table(rows, ("lesson", "min:s", "peak RAM", "headline")), sep="\n")
+    if keep:
+        reference.write(plan, keep, {r.lesson: r.seconds for r in results})
+        print(f"\nreference run written to {keep}")
     return results
 
 

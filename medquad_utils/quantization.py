@@ -6,7 +6,6 @@ are scaled to [-1, 1] block by block, and the scales are quantised again ("doubl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -124,19 +123,6 @@ def measured_memory(model: torch.nn.Module) -> dict[str, int]:
         nested = [state.state2.absmax, state.offset] if state.nested else []
         sizes["4-bit scales"] += sum(tensor.nbytes for tensor in (state.absmax, *nested))
     return sizes
-
-
-def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> float:
-    """Return exp of the mean negative log-likelihood of a token; each text is scored alone."""
-    total, count, device = 0.0, 0, next(model.parameters()).device
-    with torch.inference_mode():
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
-            # The logits at a position predict the next token: hence the shift by one.
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            count += ids.shape[1] - 1
-    return math.exp(total / max(1, count))
 
 
 @contextmanager

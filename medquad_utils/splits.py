@@ -82,6 +82,8 @@ def focus_of(row: Row) -> str:
     return normalise(match[1]) if match else ""
 
 
+NGRAM = 8  # words in a row that two texts share by copying, hardly by chance
+
 # Two diseases that share a rare concept or answer are one group. A common one joins nothing.
 RARE = 5  # foci that carry a UMLS concept, at most; "Syndrome" is carried by many more
 BOILERPLATE = 10  # foci that carry an answer, at most; an answer with more is boilerplate
@@ -242,16 +244,17 @@ def leakage(
     for name, key in keys.items():
         trained = {key(row) for row in train} - {""}
         shares[name] = sum(key(row) in trained for row in test) / max(1, len(test))
-    tested = list(_ngrams(test))
-    shared = set(tested).intersection(_ngrams(train))  # the small set: training is only passed by
+    tested = list(ngrams(row["answer"] for row in test))
+    passed = ngrams(row["answer"] for row in train)
+    shared = set(tested).intersection(passed)  # the small set: training is only passed by
     return shares | {"8-gram": sum(ngram in shared for ngram in tested) / max(1, len(tested))}
 
 
-def _ngrams(rows: Iterable[Row], length: int = 8) -> Iterator[tuple[str, ...]]:
-    """Yield every sequence of ``length`` words within an answer."""
-    for row in rows:
-        words = re.findall(r"\w+", row["answer"].lower())
-        yield from zip(*(words[start:] for start in range(length)), strict=False)
+def ngrams(texts: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Yield every sequence of eight words within a text, in lower case."""
+    for text in texts:
+        words = [word.lower() for word in re.findall(r"\w+", text)]
+        yield from zip(*(words[start:] for start in range(NGRAM)), strict=False)
 
 
 def leakage_report(splits: Splits) -> dict[str, Any]:

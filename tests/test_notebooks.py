@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from conftest import REPO
 
+from medquad_utils import reference
+
 NOTEBOOKS = REPO / "notebooks"
 LESSONS: dict[str, Any] = tomllib.loads((REPO / "tests" / "notebooks.toml").read_text("utf-8"))
 RANGES = [
@@ -44,9 +46,13 @@ def cells(notebook: Path) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def course_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``medquad run --profile tiny`` from nothing: its folder, and its output in ``log.txt``."""
+    """``medquad run --profile tiny`` from nothing: its folder, and its output in ``log.txt``.
+
+    The reference run of it is in ``reference/tiny`` beside the folder.
+    """
     out = tmp_path_factory.mktemp("course")
-    done = medquad("run", "--profile", "tiny", out=out)
+    kept = str(out / "reference" / "tiny")
+    done = medquad("run", "--profile", "tiny", "--reference", kept, out=out)
     assert done.returncode == 0, done.stderr[-2000:]
     (out / "tiny" / "log.txt").write_text(done.stdout, "utf-8")
     return out / "tiny"
@@ -69,6 +75,34 @@ def test_a_metric_lies_in_its_range(
     course_run: Path, file: str, key: str, lowest: float, highest: float
 ) -> None:
     assert lowest <= metrics(course_run, file)[key] <= highest
+
+
+# Lesson's metrics -> the numbers of its key figure.
+TWINS = {
+    "quantize": {"cost"},
+    "train": {"train_curve", "validation_curve", "answers", "singular_values"},
+    "ask": {"answers"},
+    "evaluate": {"questions", "arms"},
+    "explain": {"faithfulness"},
+    "specialise": {"score", "changes"},
+}
+
+
+@pytest.mark.full
+def test_the_course_leaves_a_reference_run_with_every_key_figure(
+    course_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "FOLDER", course_run.parent / "reference")
+    for name, keys in TWINS.items():
+        yours, theirs = reference.beside(name, metrics(course_run, f"{name}.json")).values()
+        assert keys <= theirs.keys() and theirs["headline"] == yours["headline"]
+    about = json.loads((reference.FOLDER / "tiny" / "reference.json").read_text("utf-8"))
+    assert [title.replace(" ", "_") for title in about["seconds"]] == list(LESSONS)
+    said = json.loads((reference.FOLDER / "tiny" / "answers.json").read_text("utf-8"))
+    assert {kind: len(answers) for kind, answers in said.items()} == {
+        "three questions": 3,
+        "held out": 10,
+    }
 
 
 @pytest.mark.full

@@ -165,13 +165,3 @@ def test_loaded_weights_are_those_of_the_hand_made_code(tiny_base: Any) -> None:
         assert torch.equal(q.unpack_codes(layer.weight.data).reshape(-1, BLOCK), codes)
         found = scales_of(layer.weight.quant_state)
         torch.testing.assert_close(found, scales, atol=0.01 * float(scales.max()), rtol=0)
-
-
-def test_perplexity_is_exp_of_the_loss_of_transformers(tiny_base: Any, tiny_tokenizer: Any) -> None:
-    text = "Symptoms of asthma include wheezing."
-    ids = tiny_tokenizer(text, return_tensors="pt")["input_ids"]
-    with torch.inference_mode():
-        expected = float(tiny_base(input_ids=ids, labels=ids).loss.exp())
-    for texts in ([text], [text, text]):
-        found = q.text_perplexity(tiny_base, tiny_tokenizer, texts)
-        assert found == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,154 @@
+"""Reference runs: the numbers of all nine lessons, kept in ``notebooks/reference/<profile>/``.
+
+``medquad run --reference DIR`` writes one. The lessons show the largest one beside the reader's own
+run. It holds numbers and the model's own answers, and no sentence of the data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from medquad_utils import CourseError, data
+from medquad_utils.files import Row, read_json, whole_folder, write_json
+from medquad_utils.machine import versions
+from medquad_utils.profiles import PROFILES, Plan
+from medquad_utils.splits import NGRAM, ngrams
+
+FOLDER = Path(__file__).parent.parent / "notebooks" / "reference"
+YOURS, HIDDEN = "your run", "[as in MedQuAD]"
+QUESTIONS = 10  # held-out ones in answers.json
+PLACES = {"model_path", "data_path", "out"}  # keys whose values name a folder of this machine
+COUNTS = ("loaded", "unanswered", "by_source", "by_qtype", "cleaning", "rows", "notes")
+
+
+def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a lesson's metrics by run: ``yours``, and ``metrics/<name>.json`` of the newest.
+
+    Without a committed reference run, print so and return the reader's run alone.
+    """
+    found = newest(name)
+    if not found:
+        print("No reference run is in this checkout.")
+    return {YOURS: yours} | dict([found] if found else [])
+
+
+def newest(name: str) -> tuple[str, dict[str, Any]] | None:
+    """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
+    for profile in reversed(PROFILES):
+        if (about := FOLDER / profile / "reference.json").is_file():
+            return label(read_json(about)), read_json(about.parent / "metrics" / f"{name}.json")
+    return None
+
+
+def label(about: Mapping[str, Any]) -> str:
+    """Name a run: "SmolLM2-135M-Instruct on MedQuAD, CPU, 2026-11-30"."""
+    rows = "the course's sample" if about["data"]["source"] == "sample" else "MedQuAD"
+    model, chip = about["model"].split("/")[-1], about["hardware"].split(",")[0]
+    return f"{model} on {rows}, {chip}, {about['date']}"
+
+
+def check(folder: Path) -> None:
+    """Check before a long run that ``folder`` may be replaced: new, empty or a reference run."""
+    if folder.exists() and not (folder / "reference.json").is_file() and any(folder.iterdir()):
+        raise CourseError(
+            f"--reference {folder}: it holds other files, and would be replaced. Name a new "
+            "folder, or that of an earlier reference run."
+        )
+
+
+def write(plan: Plan, folder: Path, seconds: Mapping[str, float]) -> None:
+    """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
+
+    ``seconds`` is the time of each lesson by its title, "04 train with sft".
+
+    Raises:
+        CourseError: a lesson left no metrics, or lesson 06 no answers.
+    """
+    needed = [plan.folder / "data" / "data.json", plan.folder / "evaluation" / "answers.parquet"]
+    # 04_train_with_sft writes metrics/train.json.
+    needed += [plan.folder / "metrics" / f"{title.split()[1]}.json" for title in seconds]
+    if missing := [path.name for path in needed if not path.is_file()]:
+        raise CourseError(
+            f"the reference run lacks {', '.join(missing)} in {plan.folder.name}/: "
+            "run all lessons again."
+        )
+    content = {"reference.json": about(plan, seconds), "answers.json": answers(plan)}
+    for path in sorted((plan.folder / "metrics").glob("*.json")):
+        content[f"metrics/{path.name}"] = read_json(path)
+    parts = data.prepare(plan)  # cleaning can join words that stand apart in the rows as loaded
+    rows = [*data.load(plan).rows, *parts.train, *parts.validation, *parts.test]
+    with whole_folder(folder) as fresh:
+        for name, value in without_sentences(content, rows).items():
+            write_json(fresh / name, value)
+
+
+def about(plan: Plan, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Describe the run: model, data, machine, versions, date and times."""
+    card = read_json(plan.folder / "data" / "data.json")
+    kind = "shipped with the course" if plan.model_id == "embedded" else "from the Hub"
+    return {
+        "profile": plan.profile,
+        "model": plan.model_id,
+        "weights": plan.origin or ("from a local folder" if plan.model_path else kind),
+        "data": {"source": plan.source} | {name: card[name] for name in COUNTS},
+        "hardware": plan.hardware,
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "seconds": {title: round(value, 1) for title, value in seconds.items()},
+        "plan": plan.as_dict(fit=True),
+    }
+
+
+def answers(plan: Plan) -> dict[str, list[dict[str, str]]]:
+    """Return what base and tuned model say to the three questions and to ten held-out ones."""
+    import pandas
+
+    table = pandas.read_parquet(plan.folder / "evaluation" / "answers.parquet")
+    said = {
+        arm: dict(zip(t["question"], t["answer"], strict=True)) for arm, t in table.groupby("arm")
+    }
+    # Longer questions are sentences of the data: they would be hidden.
+    short = [q for q in said["base"] if len(re.findall(r"\w+", q)) < NGRAM][:QUESTIONS]
+    held_out = [{"question": q} | {arm: said[arm][q] for arm in ("base", "tuned")} for q in short]
+    three = read_json(plan.folder / "metrics" / "ask.json")["answers"]
+    return {"three questions": three, "held out": held_out}
+
+
+def without_sentences(value: Any, rows: Sequence[Row]) -> Any:
+    """Copy a JSON value; each run of eight words that a row holds becomes ``HIDDEN``.
+
+    Folders of this machine (``PLACES``) are left out.
+    """
+    texts: list[str] = []
+    _mapped(value, texts.append)
+    held = ngrams(text for row in rows for text in (row["question"], row["answer"]))
+    shared = set(ngrams(texts)).intersection(held)  # the small set: the rows are only passed by
+    return _mapped(value, lambda text: _hidden(text, shared))
+
+
+def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
+    """Copy a JSON value with every text changed."""
+    if isinstance(value, dict):
+        return {k: _mapped(v, change) for k, v in value.items() if k not in PLACES}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _hidden(text: str, shared: set[tuple[str, ...]]) -> str:
+    """Replace the stretches of ``text`` that are made of shared n-grams."""
+    words, spans = list(re.finditer(r"\w+", text)), list[list[int]]()
+    for first, last, ngram in zip(words, words[NGRAM - 1 :], ngrams([text]), strict=False):
+        if ngram not in shared:
+            continue
+        if spans and first.start() < spans[-1][1]:
+            spans[-1][1] = last.end()
+        else:
+            spans.append([first.start(), last.end()])
+    for start, end in reversed(spans):
+        text = f"{text[:start]}{HIDDEN}{text[end:]}"
+    return text
