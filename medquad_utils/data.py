@@ -13,14 +13,15 @@ import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, files
-from medquad_utils.assets import sample
+from medquad_utils.assets import raw, sample
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import COLUMNS, LISTS, REQUIRED, Row
 from medquad_utils.profiles import Plan
@@ -54,7 +55,7 @@ def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
     path = Path(plan.data_path)
     if plan.source == "sample":
-        loaded = Loaded(sample.rows())
+        loaded = _parse((n, BytesIO(text.encode())) for n, text in raw.documents().items())
     elif plan.source == "hub":
         loaded = load_table(_hub_file())
     elif plan.source == "xml":
@@ -70,19 +71,24 @@ def load(plan: Plan) -> Loaded:
 
 def load_xml(folder: Path) -> Loaded:
     """Load the answered questions of a clone of MedQuAD. Broken files are skipped and named."""
-    documents = sorted(folder.rglob("*.xml")) if folder.is_dir() else []
-    if not documents:
+    paths = sorted(folder.rglob("*.xml")) if folder.is_dir() else []
+    if not paths:
         raise CourseError(
             f"no XML files under {str(folder)!r}: expected a clone of MedQuAD. "
             f"Get it with: {GIT_CLONE}"
         )
+    return _parse((f"{path.parent.name}/{path.name}", path) for path in paths)
+
+
+def _parse(documents: Iterable[tuple[str, Path | BytesIO]]) -> Loaded:
+    """Parse XML documents in MedQuAD's layout, each with the name that a note gives it."""
     loaded = Loaded([])
-    for file in documents:
+    for name, document in documents:
         try:
-            _add_document(ElementTree.parse(file).getroot(), loaded)
+            _add_document(ElementTree.parse(document).getroot(), loaded)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             # Expat raises LookupError and ValueError for encodings that it cannot read.
-            loaded.skipped.append(f"{file.parent.name}/{file.name} ({error})")
+            loaded.skipped.append(f"{name} ({error})")
     return loaded
 
 
@@ -247,8 +253,10 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, state of its files, seed and options."""
-    path = sample.CONDITIONS if plan.source == "sample" else Path(plan.data_path)
-    sources = [] if plan.source == "hub" else [path] if path.is_file() else path.rglob("*.xml")
+    path = Path(plan.data_path)
+    sources = {"sample": [sample.CONDITIONS, raw.WORDING], "hub": []}.get(
+        plan.source, [path] if path.is_file() else path.rglob("*.xml")
+    )
     states = [file.stat() for file in sources]
     return {
         "source": plan.source,
