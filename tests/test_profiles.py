@@ -274,8 +274,8 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils files memory machine profiles assets assets.sample chat cleaning splits data
-fetch safety
+medquad_utils files memory machine profiles assets assets.sample assets.raw chat cleaning splits
+data fetch safety
 retrieval scores assets.build estimate quantization lora plots checks generation merging training
 evaluation report explanation publishing serving demo course
 cli"""

@@ -141,9 +141,9 @@ def _documents() -> tuple[Document, ...]:
         places = [(key, t) for key in free if key[0] == plant["collection"] for t in free[key]]
         count = 0
         for key, qtype in rng.sample(places, len(places)):
-            row = _planted(plant, documents[key], free[key][qtype])
-            if row and count < plant.get("count", 1):
-                documents[key].rows[qtype] = (row, plant.get("defect", ""))
+            changed = _planted(plant, documents[key], free[key][qtype])
+            if changed and count < plant.get("count", 1):
+                documents[key].rows[qtype] = (changed, plant.get("defect", ""))
                 del free[key][qtype]
                 count += 1
     return tuple(sorted(documents.values(), key=lambda d: (d.collection, d.number)))
