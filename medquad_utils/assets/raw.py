@@ -37,11 +37,15 @@ class Truth:
 
 @dataclass
 class Document:
-    """The text of a collection about one condition. ``rows`` maps a type to a row and a defect."""
+    """The text of a collection about one condition.
+
+    By question type: the ``clean`` rows of the condition, and the document's ``rows`` with defects.
+    """
 
     collection: str
     number: int
     condition: Condition
+    clean: dict[str, Row]
     focus: str
     cui: list[str] = field(default_factory=list)
     url: str = ""
@@ -61,13 +65,17 @@ def _members(rng: random.Random) -> dict[str, list[int]]:
 
 def _open(members: dict[str, list[int]]) -> dict[tuple[str, int], Document]:
     """Open the documents: a clinic's under a synonym, a mailbox's without a focus."""
+    clean: list[dict[str, Row]] = [{} for _ in sample.conditions()]
+    for row in sample.rows():
+        clean[int(row["document_id"].removeprefix("sample-"))][row["qtype"]] = row
     documents = {}
     for collection, numbers in members.items():
         for n in numbers:
             condition = sample.conditions()[n]
             focus = "" if collection == "mailbox" else condition.name
             concepts = [f"S{n + 1:07d}", COMMON] if collection in HOME else []
-            documents[collection, n] = Document(collection, n, condition, focus, concepts)
+            document = Document(collection, n, condition, clean[n], focus, concepts)
+            documents[collection, n] = document
     for place, n in enumerate(members["clinic"]):
         spelled, home = documents["clinic", n], documents[HOME[n % 3 == 0], n]
         spelled.focus = spelled.condition.synonyms[0]
@@ -80,29 +88,30 @@ def _open(members: dict[str, list[int]]) -> dict[tuple[str, int], Document]:
     return documents
 
 
+def _near(row: Row) -> str:
+    return str(row["answer"]).removesuffix(".") + str(_TOML["ending"][row["qtype"]])
+
+
 def _wordings(document: Document, row: Row) -> dict[str, str]:
     """Return the fields that a text of ``raw.toml`` may hold, for one row of the clean sample."""
     condition, answer, qtype = document.condition, str(row["answer"]), str(row["qtype"])
-    name = document.focus if document.collection == "clinic" else condition.mention
-    be = "are" if condition.plural else "is"
-    known = {"name": name, "Name": name[0].upper() + name[1:], "be": be}
-
-    def near(qtype: str) -> str:
-        facts = sample.phrase(qtype, condition.facts[qtype])
-        return str(_TOML["near"][qtype]).format(**known, facts=facts)
-
-    asked = sample.QUESTIONS[qtype].format(name=name)
+    facts, name = condition.facts[qtype], condition.mention
+    focus = document.focus if document.collection == "clinic" else name
+    asked = sample.QUESTIONS[qtype].format(name=focus)
     kept = document.collection in HOME or document.link == "question"
-    return known | {
-        "answer": answer,
+    return {
+        "name": name,
+        "Name": name[0].upper() + name[1:],
+        "focus": focus,
         "original": row["question"],
         "question": row["question"] if kept else asked,
         "heading": re.sub(r"[\s?]+$", "?", asked),
-        "near": near(qtype),
-        "article": " ".join(map(near, condition.facts)),
-        "facts": sample.phrase(qtype, condition.facts[qtype]),
-        "bullets": "\n - ".join(condition.facts[qtype]),
-        "signs": "\n".join(f"{fact} -" for fact in condition.facts[qtype]),
+        "answer": answer,
+        "near": _near(row),
+        "article": " ".join(map(_near, document.clean.values())),
+        "facts": sample.phrase(qtype, facts),
+        "bullets": "\n - ".join(facts),
+        "signs": "\n".join(f"{fact} -" for fact in facts),
         "spaced": answer.replace(" ", "   ", 4),
         "deleted": answer.replace("'", "").replace("Barre", "Barr"),
         "broken": answer.replace(" of ", " o f "),
@@ -128,23 +137,19 @@ def _documents() -> tuple[Document, ...]:
     """Write every document: the clean rows, then each entry of ``raw.toml`` in turn."""
     rng = random.Random(16)  # any number: the sample is the same everywhere
     documents = _open(_members(rng))
-    clean: dict[int, list[Row]] = {n: [] for n in range(len(sample.conditions()))}
-    for row in sample.rows():
-        clean[int(row["document_id"].removeprefix("sample-"))].append(row)
-    # Each row can be taken once in each collection.
-    free = {key: {row["qtype"]: row for row in clean[key[1]]} for key in documents}
-    for (collection, n), document in documents.items():
-        if collection in HOME:
-            document.rows = {row["qtype"]: (row, "") for row in clean[n]}
+    for document in documents.values():
+        if document.collection in HOME:
+            document.rows = {qtype: (row, "") for qtype, row in document.clean.items()}
+    free = [(d, qtype) for d in documents.values() for qtype in d.clean]  # each is taken once
     # A plant that names its conditions goes first: no other may take its row.
     for plant in sorted(_TOML["plant"], key=lambda plant: "only" not in plant):
-        places = [(key, t) for key in free if key[0] == plant["collection"] for t in free[key]]
+        places = [(d, qtype) for d, qtype in free if d.collection == plant["collection"]]
         count = 0
-        for key, qtype in rng.sample(places, len(places)):
-            changed = _planted(plant, documents[key], free[key][qtype])
+        for document, qtype in rng.sample(places, len(places)):
+            changed = _planted(plant, document, document.clean[qtype])
             if changed and count < plant.get("count", 1):
-                documents[key].rows[qtype] = (changed, plant.get("defect", ""))
-                del free[key][qtype]
+                document.rows[qtype] = (changed, plant.get("defect", ""))
+                free.remove((document, qtype))
                 count += 1
     return tuple(sorted(documents.values(), key=lambda d: (d.collection, d.number)))
 
