@@ -83,7 +83,7 @@ def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Lo
     for row, about in zip(loaded.rows, truth, strict=True):
         assert row["focus"] in {about.condition, None} | names[about.condition]
     lost = [row for row in loaded.rows if row["focus"] is None]
-    assert len(lost) == 14 and {template_of(row["question"]) is None for row in lost} == {
+    assert len(lost) == 8 and {template_of(row["question"]) is None for row in lost} == {
         True,
         False,
     }
@@ -132,7 +132,7 @@ def test_a_split_by_row_of_the_sample_buys_the_look_up_a_score(loaded: data.Load
     honest = [r for r in split.train if group[r["question"], r["answer"]] not in held]
     answers = [evaluation.nearest_training_answers(rows, asked) for rows in (split.train, honest)]
     leak, fair = (evaluation.rouge_l(texts, [r["answer"] for r in asked]) for texts in answers)
-    assert evaluation.interval(leak - fair)[1] > 0.03
+    assert evaluation.interval(leak - fair)[1] > 0.01
     assert 0.1 < splits.leakage(split.train, split.test)["normalised question"] < 0.3
     about = {r["document_id"]: t.condition for r, t in zip(loaded.rows, raw.truth(), strict=True)}
     spread = {(about[r["document_id"]], n) for r, n in zip(kept, numbers, strict=True)}
