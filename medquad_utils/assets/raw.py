@@ -88,10 +88,6 @@ def _open(members: dict[str, list[int]]) -> dict[tuple[str, int], Document]:
     return documents
 
 
-def _near(row: Row) -> str:
-    return str(row["answer"]).removesuffix(".") + str(_TOML["ending"][row["qtype"]])
-
-
 def _wordings(document: Document, row: Row) -> dict[str, str]:
     """Return the fields that a text of ``raw.toml`` may hold, for one row of the clean sample."""
     condition, answer, qtype = document.condition, str(row["answer"]), str(row["qtype"])
@@ -99,6 +95,7 @@ def _wordings(document: Document, row: Row) -> dict[str, str]:
     focus = document.focus if document.collection == "clinic" else name
     asked = sample.QUESTIONS[qtype].format(name=focus)
     kept = document.collection in HOME or document.link == "question"
+    article = " ".join([*(str(r["answer"]) for r in document.clean.values()), _TOML["closing"]])
     return {
         "name": name,
         "Name": name[0].upper() + name[1:],
@@ -107,14 +104,14 @@ def _wordings(document: Document, row: Row) -> dict[str, str]:
         "question": row["question"] if kept else asked,
         "heading": re.sub(r"[\s?]+$", "?", asked),
         "answer": answer,
-        "near": _near(row),
-        "article": " ".join(map(_near, document.clean.values())),
+        "near": answer.replace(" and ", ", and "),
+        "article": article,
         "facts": sample.phrase(qtype, facts),
         "bullets": "\n - ".join(facts),
         "signs": "\n".join(f"{fact} -" for fact in facts),
         "spaced": answer.replace(" ", "   ", 4),
         "deleted": answer.replace("'", "").replace("Barre", "Barr"),
-        "broken": answer.replace(" of ", " o f "),
+        "broken": article.replace(" of ", " o f ", 2),
     }
 
 
