@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, files, tables
-from medquad_utils.assets import sample
+from medquad_utils.assets import raw, sample
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
@@ -96,7 +96,7 @@ def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
     path = Path(plan.data_path)
     if plan.source == "sample":
-        return Loaded(sample.rows())
+        return _parse((n, BytesIO(text.encode())) for n, text in raw.documents().items())
     if plan.source == "hub":
         return load_hub(plan.data_path or HUB_DATASET)
     return load_xml(path) if plan.source == "xml" else load_table(path)
@@ -292,8 +292,11 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, state of its files, seed and options."""
-    path = sample.CONDITIONS if plan.source == "sample" else Path(plan.data_path)
-    sources = [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
+    path, sources = Path(plan.data_path), list[Path]()
+    if plan.source == "sample":
+        sources = [sample.CONDITIONS, raw.WORDING]
+    elif plan.source != "hub":
+        sources = list_files(path, [path.suffix, ".xml", *ENDINGS])
     states = [file.stat() for file in sources]
     return {
         "source": plan.source,

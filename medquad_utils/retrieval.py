@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from medquad_utils import CourseError
+from medquad_utils.assets.sample import SOURCE
 from medquad_utils.files import Row
 from medquad_utils.splits import draw, template_of
 
@@ -109,7 +110,7 @@ class Hit(NamedTuple):
     @property
     def note(self) -> str:
         """The kind of text: archived, or written for the course."""
-        return COURSE_TEXT if self.source == "course sample" else ARCHIVED
+        return COURSE_TEXT if (self.source or "").startswith(SOURCE) else ARCHIVED
 
     def __str__(self) -> str:
         about = [self.source, self.url, f"score {self.score:.2f}", self.note]

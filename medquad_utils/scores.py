@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 
 from medquad_utils import CourseError
-from medquad_utils.assets.sample import article, conditions, facts_of
+from medquad_utils.assets.sample import SOURCE, article, conditions, facts_of
 from medquad_utils.chat import end_ids, prompt_ids, without_tokens
 from medquad_utils.files import Row
 from medquad_utils.machine import hub_reachable
@@ -175,7 +175,7 @@ def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray
     """
     complete = []
     for answer, row in zip(answers, rows, strict=True):
-        ours = row["source"] == "course sample"
+        ours = (row["source"] or "").startswith(SOURCE)
         if facts := facts_of(row["focus"] or "", row["qtype"]) if ours else []:
             text = f" {normalise(answer)} "
             complete.append(all(f" {normalise(fact)} " in text for fact in facts))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -12,14 +15,16 @@ from typing import Any
 import build_tiny as build
 import pytest
 import torch
+from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from medquad_utils.assets import sample
+from medquad_utils import data, evaluation, splits
+from medquad_utils.assets import raw, sample
 from medquad_utils.chat import end_ids
-from medquad_utils.cleaning import clean
+from medquad_utils.cleaning import RULES, clean
 from medquad_utils.evaluation import facts_complete
 from medquad_utils.generation import ask
 from medquad_utils.profiles import PROFILES, TINY_MODEL, Shape
@@ -51,6 +56,88 @@ def test_an_answer_holds_all_facts_of_its_own_condition_only() -> None:
     assert facts_complete([*answers.values()], ROWS).all()
     assert facts_complete(other, ROWS).mean() < 0.01
     assert facts_complete([a[: len(a) // 2] for a in answers.values()], ROWS).mean() < 0.01
+
+
+def test_facts_are_found_by_synonym_and_for_the_types_of_the_sample_only() -> None:
+    assert sample.facts_of("Hypertension", "prevention")[0] == "cutting down on salt"
+    assert sample.facts_of("Hypertension", "frequency") == sample.facts_of("", "causes") == []
+
+
+@pytest.fixture(scope="module")
+def loaded() -> data.Loaded:
+    """The raw sample, as lesson 01 reads it."""
+    return data.load(tiny(Path()))
+
+
+def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Loaded) -> None:
+    plants = tomllib.loads(raw.WORDING.read_text(encoding="utf-8"))["plant"]
+    planted: Counter[str] = Counter()
+    for plant in plants:
+        planted[plant.get("defect", "")] += plant.get("count", 1) if plant["text"] else 0
+    truth = raw.truth()
+    assert Counter(t.defect for t in truth if t.defect) == +planted - Counter({"": planted[""]})
+    assert loaded.unanswered == sum(p["count"] for p in plants if not p["text"])
+    assert [line.split(" (")[0] for line in loaded.skipped["broken XML"]] == [
+        "handbook/broken-1.xml", "leaflets/broken-2.xml", "registry/broken-3.xml",
+    ]  # fmt: skip
+    names = {c.name: {c.mention, *c.synonyms} for c in ALL}
+    for row, about in zip(loaded.rows, truth, strict=True):
+        assert row["focus"] in {about.condition, None} | names[about.condition]
+    lost = [row for row in loaded.rows if row["focus"] is None]
+    assert len(lost) == 8 and {template_of(row["question"]) is None for row in lost} == {
+        True,
+        False,
+    }
+    # Written for the course: no row may pass for a text of an institute.
+    assert all(str(row["source"]).startswith(sample.SOURCE) for row in loaded.rows)
+
+
+def test_the_raw_sample_is_the_same_in_every_process(repo: Path) -> None:
+    code = "from medquad_utils.assets import raw; print(raw.documents())"
+    command = [sys.executable, "-c", code]
+    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("0", "1")]
+    said = [subprocess.check_output(command, cwd=repo, env=env) for env in environments]
+    assert said[0] == said[1]
+
+
+def test_cleaning_gives_the_clean_rows_back(loaded: data.Loaded) -> None:
+    kept, effects = clean(loaded.rows)
+    assert all(effect.changed + effect.dropped for effect in effects.values())
+    restored = {(r["question"], r["answer"]) for r in kept}
+    assert sum((r["question"], r["answer"]) in restored for r in ROWS) >= 0.95 * len(ROWS)
+    assert clean(kept)[0] == kept
+
+
+def test_each_rule_finds_most_of_its_defects_and_none_is_perfect(loaded: data.Loaded) -> None:
+    fired: dict[str, set[int]] = {rule.name: set() for rule in RULES}
+    for number, row in enumerate(loaded.rows):
+        answer = row["answer"]
+        for rule in RULES:
+            before, answer = answer, rule.apply(answer)
+            fired[rule.name] |= {number} if answer != before else set()
+    for name, found in fired.items():
+        planted = {n for n, t in enumerate(raw.truth()) if t.defect == name}
+        precision, recall = (len(found & planted) / len(of) for of in (found, planted))
+        assert 0.6 < precision <= 1 and 0.6 < recall < 1, name
+    assert planted - found and found - planted
+
+
+def test_a_split_by_row_of_the_sample_buys_the_look_up_a_score(loaded: data.Loaded) -> None:
+    """Questions repeat, as in MedQuAD, and two second spellings are joined by nothing."""
+    kept, _ = clean(loaded.rows)
+    numbers = splits.groups(kept)
+    group = {(r["question"], r["answer"]): n for r, n in zip(kept, numbers, strict=True)}
+    split = splits.split_by_row(kept)
+    asked = splits.draw(split.test, 100, 0)
+    held = {group[r["question"], r["answer"]] for r in asked}
+    honest = [r for r in split.train if group[r["question"], r["answer"]] not in held]
+    answers = [evaluation.nearest_training_answers(rows, asked) for rows in (split.train, honest)]
+    leak, fair = (evaluation.rouge_l(texts, [r["answer"] for r in asked]) for texts in answers)
+    assert evaluation.interval(leak - fair)[1] > 0.01
+    assert 0.1 < splits.leakage(split.train, split.test)["normalised question"] < 0.3
+    about = {r["document_id"]: t.condition for r, t in zip(loaded.rows, raw.truth(), strict=True)}
+    spread = {(about[r["document_id"]], n) for r, n in zip(kept, numbers, strict=True)}
+    assert len(ALL) + 2 <= len(spread) <= len(ALL) + 10, "two spellings, and rows without focus"
 
 
 def test_the_base_is_never_shown_a_question_or_an_answer() -> None:

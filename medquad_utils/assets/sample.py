@@ -16,6 +16,7 @@ from pathlib import Path
 
 from medquad_utils.files import Row
 
+SOURCE = "course sample"  # how the source of each of its rows begins
 CONDITIONS = Path(__file__).with_name("conditions.toml")
 _SENTENCES = tomllib.loads(Path(__file__).with_name("sentences.toml").read_text(encoding="utf-8"))
 # By question type. QUESTIONS are MedQuAD's own templates, with its odd spaces. ANSWERS have one
@@ -82,7 +83,7 @@ def rows() -> list[Row]:
                 "synonyms": condition.synonyms,
                 "cui": None,
                 "semantic_type": [condition.semantic_type],
-                "source": "course sample",
+                "source": SOURCE,
                 "url": None,
                 "document_id": f"sample-{number:03d}",
             }
@@ -91,9 +92,16 @@ def rows() -> list[Row]:
 
 
 def facts_of(focus: str, qtype: str) -> list[str]:
-    """Return the facts of a complete answer, or no facts for a condition that is not here."""
-    matches = (c.facts.get(qtype, []) for c in conditions() if c.name.lower() == focus.lower())
-    return next(matches, [])
+    """Return the facts of a complete answer, or none for an unknown condition or type.
+
+    ``focus`` is the name of a condition or a synonym.
+    """
+    return _by_name().get(focus.lower(), {}).get(qtype, [])
+
+
+@cache
+def _by_name() -> dict[str, dict[str, list[str]]]:
+    return {name.lower(): c.facts for c in conditions() for name in (c.name, *c.synonyms)}
 
 
 def statements(condition: Condition, qtype: str) -> list[str]:
