@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,6 +280,18 @@ class Estimate:
         return f"{sum(ram.values()):.1f} GB: {parts}"
 
 
+def _checked(gpu: str, numbers: Mapping[str, float]) -> Card:
+    """Return the card called ``gpu``; refuse an unknown one, and numbers out of range."""
+    for name, number in numbers.items():
+        if not 0 <= number <= 10**15:  # NaN is neither
+            raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
+    card = next((card for card in CARDS.values() if card.name.lower() == gpu.lower()), None)
+    if not card:
+        names = ", ".join(CARDS)
+        raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
+    return card
+
+
 def estimate(
     profile: str = "llama-8b", gpu: str = "T4", *, length: int = 0, rank: int = 0,
     packing: bool = True, checkpointing: int | None = None, price: float = 0.0, tokens: int = 0,
@@ -298,14 +311,9 @@ def estimate(
     Raises:
         CourseError: unknown profile, card or model, or a number out of range.
     """
-    for name, number in (("length", length), ("rank", rank), ("checkpointing", checkpointing or 0),
-                         ("price", price), ("tokens", tokens)):  # fmt: skip
-        if not 0 <= number <= 10**15:  # NaN is neither
-            raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
-    card = next((card for card in CARDS.values() if card.name.lower() == gpu.lower()), None)
-    if not card:
-        names = ", ".join(CARDS)
-        raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
+    numbers = {"length": length, "rank": rank, "checkpointing": checkpointing or 0,
+               "price": price, "tokens": tokens}  # fmt: skip
+    card = _checked(gpu, numbers)
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
     shape, shortest = plan.shape, plan.recipe.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
@@ -317,8 +325,10 @@ def estimate(
     rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
     context = min(CONTEXT, mean / 2) if micro.varlen else mean
-    this = plan.profile, shape, micro
-    same = [run for run in (read_runs() if runs is None else runs)
-            if run.on(card) and (run.profile, run.shape, run.micro) == this]  # fmt: skip
+    same = [
+        run
+        for run in (read_runs() if runs is None else runs)
+        if run.on(card) and (run.profile, run.shape, run.micro) == (plan.profile, shape, micro)
+    ]
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
     return Estimate(name, shape, card, micro, packing, tokens or known, mean, context, price, run)

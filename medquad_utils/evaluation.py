@@ -11,7 +11,7 @@ import hashlib
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -524,8 +524,7 @@ def evaluate(
 
     ``train`` are the rows that the adapter was trained on. Baselines and grounded arm read them;
     the grounded arm also reads ``archive``, with a threshold from ``validation``. ``with_safety``
-    asks base and tuned model the safety prompts too. Returns the metrics: every score by arm and by
-    group, and paired differences, with 95 % intervals.
+    asks base and tuned model the safety prompts too. Returns the metrics, with 95 % intervals.
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
@@ -539,14 +538,11 @@ def evaluate(
     saved = folder / "answers"
     answers = answer_all(model, tokenizer, jobs, asked, train, recipe, saved, batch_size)
     table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
-    unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"]
-    if len(unscored):
-        notes[UNSCORED] = unscored.astype(int).unique().tolist()
+    if unscored := without_likelihood(table, jobs):
+        notes[UNSCORED] = unscored
     write_answers(folder / "answers.parquet", table, answers, safe)
-    shares = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
-        "file": questions.name,
-        "questions": len(asked),
+        "file": questions.name, "questions": len(asked),
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
@@ -555,11 +551,25 @@ def evaluate(
         "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
-        "leakage": shares,
-        "held_out": not (shares["normalised question"] or shares["focus"]),
+        **leaks(train, asked),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def leaks(train: Sequence[Row], asked: Sequence[Row]) -> dict[str, Any]:
+    """Return what the questions share with the training rows, and whether they are held out."""
+    shares = leakage(train, asked)
+    return {
+        "leakage": shares,
+        "held_out": not (shares["normalised question"] or shares["focus"]),
+    }
+
+
+def without_likelihood(table: pandas.DataFrame, arms: Collection[str]) -> list[int | str]:
+    """Return the questions that some arm could not score: they and the answer are too long."""
+    numbers = table[table["nats"].isna() & table["arm"].isin(arms)]["id"]
+    return list(numbers.astype(int).unique())
 
 
 def results(table: pandas.DataFrame) -> dict[str, Any]:

@@ -304,11 +304,8 @@ def resolve(
         token = bool(reachable and machine.hub_token())
         here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
         profile, why = choose(hardware, reachable, token, machine.token_gap(), here)
-    medquad, source = machine.fetched("MedQuAD"), source or PROFILES[profile].source
-    if medquad and not data_path and source in ("hub", "xml"):
-        source, data_path = "xml", str(medquad)  # the XML names diseases, the Hub's table does not
+    source, data_path = find_data(source or PROFILES[profile].source, data_path)
     recipe = sized(PROFILES[profile], source)
-    check_source(recipe.source, data_path)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
     rank = lora_r or recipe.lora_r
     return Plan(
@@ -425,14 +422,18 @@ def sized(profile: Profile, source: str) -> Profile:
     )
 
 
-def check_source(source: str, data_path: str) -> None:
-    """Check that the source exists, and that a source of files comes with its path."""
+def find_data(source: str, data_path: str) -> tuple[str, str]:
+    """Return source and path, checked; a fetched MedQuAD is used where no other path is given."""
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
+    fetched = machine.fetched("MedQuAD")
+    if fetched and not data_path and source in ("hub", "xml"):
+        return "xml", str(fetched)  # the XML names diseases, the Hub's table does not
     if (kind := SOURCES[source]) and not data_path:
         todo = "Add -p data_path=... (medquad data: --path ...)"
         todo += ", or run: medquad fetch medquad" if source == "xml" else ""
         raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
+    return source, data_path
 
 
 def find_base(profile: Profile, model: str) -> dict[str, Any]:
