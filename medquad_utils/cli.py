@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -184,7 +185,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from medquad_utils import course
     from medquad_utils.machine import PROBLEM, WARNING
 
-    findings = machine.doctor({"model": _answers, "fetched": _fetched, "auto": _auto})
+    @functools.cache  # it asks the Hub, and one answer is enough
+    def auto() -> Plan:
+        return profiles.resolve("auto")
+
+    def takes() -> str:
+        return f"takes {auto().profile} ({auto().why.removeprefix('auto: ')})"
+
+    findings = machine.doctor({"model": _answers, "fetched": _fetched, "auto": takes})
     with suppress(CourseError):  # no lessons: the doctor has said so
         if changed := course.changed():
             text = f"changed since their outputs were made: {', '.join(changed)}"
@@ -192,7 +200,7 @@ def _doctor(options: argparse.Namespace) -> int:
             findings.append(machine.Finding("lessons", WARNING, text, todo))
     print(*findings, sep="\n")
     with suppress(Exception):  # a finding says why
-        print(f"\n{profiles.resolve('auto')}")
+        print(f"\n{auto()}")
     problems, warnings = (sum(f.state == s for f in findings) for s in (PROBLEM, WARNING))
     verdict = f"not ready: {problems} to fix" if problems else "ready for class"
     print(f"\n{verdict}, {warnings} to know of" if warnings else f"\n{verdict}")
@@ -217,11 +225,6 @@ def _fetched() -> str:
     }
     texts = {True: "{0} is here", False: "{0} is not here (to get it: medquad fetch {0})"}
     return ", ".join(texts[there].format(what) for what, there in here.items())
-
-
-def _auto() -> str:
-    plan = profiles.resolve("auto")
-    return f"takes {plan.profile} ({plan.why.removeprefix('auto: ')})"
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -358,7 +361,7 @@ def _estimate(options: argparse.Namespace) -> None:
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),
-        price=options.price, tokens=options.tokens, config=_config(options.model),
+        price=options.price, tokens=options.tokens, config=options.model,
     )  # fmt: skip
     print(result)
     if options.out:
@@ -373,19 +376,6 @@ def _estimate(options: argparse.Namespace) -> None:
         picture = Path(options.out)
         plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, picture)
         print(f"\nwritten: {picture.name}")
-
-
-def _config(model: str) -> str:
-    """Return a local path as it is; download the config.json of a model on the Hub."""
-    if model.count("/") != 1 or Path(model).exists():
-        return model
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return str(hf_hub_download(model, "config.json"))
-    except Exception as error:  # no network, no such model, or a gated one
-        text = f"--model {model}: the Hub gave no config.json ({type(error).__name__})"
-        raise CourseError(f"{text}. Give a folder instead.") from error
 
 
 if __name__ == "__main__":

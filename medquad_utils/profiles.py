@@ -300,10 +300,7 @@ def resolve(
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
     hardware, why = hardware or machine.detect(), "as asked"
     if profile == "auto":
-        reachable = machine.hub_reachable()
-        token = bool(reachable and machine.hub_token())
-        here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
-        profile, why = choose(hardware, reachable, token, machine.token_gap(), here)
+        profile, why = look_and_choose(hardware)
     source, data_path = find_data(source or PROFILES[profile].source, data_path)
     recipe = sized(PROFILES[profile], source)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
@@ -352,6 +349,16 @@ def resolve_trained(
     return dataclasses.replace(
         plan, model_id=base["model_id"], revision=base["revision"], model_path=path
     )
+
+
+def look_and_choose(hardware: Hardware) -> tuple[str, str]:
+    """Look for the Hub, a token and weights on this machine, then ``choose``."""
+    if hardware.device != "cuda":  # nothing to choose from: nobody waits for the Hub
+        return choose(hardware, reachable=False, token=False)
+    reachable = machine.hub_reachable()
+    token = bool(reachable and machine.hub_token())
+    here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
+    return choose(hardware, reachable, token, machine.token_gap(), here)
 
 
 def choose(
