@@ -69,10 +69,46 @@ def show(fig: Figure, alt: str, save: Path | None = None, heading: str = "") -> 
         display.display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
-def _colour(number: int, of: int) -> str:
-    if of > len(PALETTE):
-        raise ValueError(f"{of} series in one figure, and {len(PALETTE)} colours: draw two.")
-    return PALETTE[number]
+def described(what: str, values: Any) -> str:
+    """Write an alt text from the numbers of a figure: "Loss. train: 2.7 to 2.1; test: 2.4"."""
+    return f"{what.rstrip('.')}. {_said(values)}."
+
+
+def _said(values: Any) -> str:
+    """Say nested mappings of numbers, intervals (value, low, high) and matrices in words."""
+    if isinstance(values, Mapping):
+        nested = any(isinstance(value, Mapping) for value in values.values())
+        parts = [f"{' '.join(k.split())} {_said(v)}" for k, v in values.items()]
+        return ("; " if nested else ", ").join(parts)
+    if isinstance(values, str):
+        return values
+    if numpy.ndim(values) == 0:
+        return f"{values:,.3g}"
+    if isinstance(values, tuple) and len(values) == 3:
+        return "{:,.3g} [{:,.3g}, {:,.3g}]".format(*values)
+    table = numpy.asarray(values, dtype=float)
+    size = " by ".join(map(str, table.shape))
+    return f"({size} values from {table.min():,.3g} to {table.max():,.3g})"
+
+
+def _ends(points: Sequence[tuple[float, float]]) -> str:
+    (first, start), (last, end) = points[0], points[-1]
+    return f"from {start:,.3g} at {first:,.3g} to {end:,.3g} at {last:,.3g}"
+
+
+# One meaning, one colour through the course: by the beginning of a series' name.
+ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
+         "baseline": GREEN, "look-up": GREEN}  # fmt: skip
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    """Give each series the colour of its role, and the others those that are left."""
+    if len(names) > len(PALETTE):
+        raise ValueError(f"{len(names)} series in one figure, and {len(PALETTE)} colours: draw two.")
+    found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
+    taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
+    free = (colour for colour in PALETTE if colour not in taken)
+    return [colour or next(free) for colour in taken]
 
 
 def tint(colour: str, share: float = 0.62) -> str:
@@ -110,10 +146,11 @@ def _finish(
 
 
 def bars(
-    values: Mapping[str, float], title: str, unit: str, alt: str, highlight: Sequence[str] = (),
-    form: str = "{:,.0f}", log: bool = False
+    values: Mapping[str, float], title: str, unit: str, alt: str = "",
+    highlight: Sequence[str] = (), form: str = "{:,.0f}", log: bool = False
 ) -> None:  # fmt: skip
     """Draw horizontal bars with numbers, the first on top; ``highlight`` names the orange ones."""
+    alt = alt or described(title, values)
     _, ax = figure(8, 0.9 + 0.34 * len(values))
     colours = [ORANGE if name in highlight else BLUE for name in values]
     drawn = ax.barh(list(values), list(values.values()), color=colours)
@@ -131,15 +168,22 @@ def bars(
 
 
 def grouped_bars(
-    table: Groups, title: str, unit: str, alt: str, form: str = "{:.0%}", save: Path | None = None
+    table: Groups,
+    title: str,
+    unit: str,
+    alt: str = "",
+    form: str = "{:.0%}",
+    save: Path | None = None,
 ) -> None:
     """Draw upright bars in groups: series -> group -> value; all series have the same groups."""
+    alt = alt or described(title, table)
     groups, width = list(next(iter(table.values()))), 0.8 / len(table)
     _, ax = figure()
+    colours = _colours(list(table))
     for number, (name, values) in enumerate(table.items()):
         places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
-        heights, colour = [values[group] for group in groups], _colour(number, len(table))
-        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
+        heights = [values[group] for group in groups]
+        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colours[number])
         ax.bar_label(drawn, fmt=form, padding=2, fontsize=9)
     # About 80 characters fit. Longer names are turned, or they would touch.
     crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
@@ -155,12 +199,13 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
     """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
     groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
     _, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
+    colours = _colours(list(points))
     for number, (name, pairs) in enumerate(points.items()):
         offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
         places = [groups.index(group) + offset for group, _ in pairs]
         values, lows, highs = numpy.array([span for _, span in pairs], dtype=float).T
         whiskers = numpy.maximum(0, [values - lows, highs - values])
-        look = {"color": _colour(number, len(points)), "markersize": 5.5, "capsize": 2.5}
+        look = {"color": colours[number], "markersize": 5.5, "capsize": 2.5}
         ax.errorbar(values, places, xerr=whiskers, fmt=MARKERS[number], label=name, **look)
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
@@ -173,8 +218,8 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
 
 
 def intervals(
-    table: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, unit: str, alt: str,
-    save: Path | None = None, width: float = 6.4, zero: bool = False
+    table: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, unit: str,
+    alt: str = "", save: Path | None = None, width: float = 6.4, zero: bool = False
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
@@ -183,11 +228,11 @@ def intervals(
     ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    _finish(ax, title, alt, x=unit, save=save)
+    _finish(ax, title, alt or described(title, table), x=unit, save=save)
 
 
 def dots(
-    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str,
+    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str = "",
     lines: Lines = None
 ) -> None:  # fmt: skip
     """Draw shares as dots: series -> group -> values; ``lines`` draws named limits."""
@@ -197,19 +242,24 @@ def dots(
     }
     ax = _dots(points, width=8)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    _finish(ax, title, alt, unit, lines=lines)
+    _finish(ax, title, alt or described(title, table), unit, lines=lines)
 
 
 def stacked_bars(
-    table: Groups, title: str, unit: str, alt: str, lines: Lines = None, save: Path | None = None
+    table: Groups,
+    title: str,
+    unit: str,
+    alt: str = "",
+    lines: Lines = None,
+    save: Path | None = None,
 ) -> None:
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
     _, ax = figure(8, 1.5 + 0.42 * len(table))
     parts = list(dict.fromkeys(part for values in table.values() for part in values))
     left = numpy.zeros(len(table))
-    for number, part in enumerate(parts):
+    for part, colour in zip(parts, _colours(parts), strict=True):
         sizes = [values.get(part, 0.0) for values in table.values()]
-        look = {"color": _colour(number, len(parts)), "edgecolor": PAPER}
+        look = {"color": colour, "edgecolor": PAPER}
         drawn = ax.barh(list(table), sizes, left=left, label=part, **look)
         left += sizes
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # over the lines
@@ -217,39 +267,40 @@ def stacked_bars(
     ax.invert_yaxis()
     ax.grid(False)
     ax.margins(x=0.12)
-    _finish(ax, title, alt, unit, lines=lines, save=save)
+    _finish(ax, title, alt or described(title, table), unit, lines=lines, save=save)
 
 
 def histogram(
-    series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str,
+    series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str = "",
     lines: Lines = None, bins: int = 60, top: float | None = None,
     y: str = "rows"
 ) -> None:  # fmt: skip
     """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
     _, ax = figure(8, 3.4)
     edges = numpy.linspace(0, top or max(max(values) for values in series.values()), bins)
-    for number, (name, values) in enumerate(series.items()):
-        colour = _colour(number, len(series))
+    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
-    _finish(ax, title, alt, unit, y, lines)
+    _finish(ax, title, alt or described(title, series), unit, y, lines)
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str,
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str = "",
     save: Path | None = None, markers: Sequence[str] = ()
 ) -> None:  # fmt: skip
     """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
     _, ax = figure()
+    colours = _colours(list(series))
     for number, (name, points) in enumerate(series.items()):
-        look = {"color": _colour(number, len(series)), "marker": "o" if name in markers else ""}
+        look = {"color": colours[number], "marker": "o" if name in markers else ""}
         pairs = zip(*points, strict=True)
         ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
+    alt = alt or described(title, {name: _ends(points) for name, points in series.items()})
     _finish(ax, title, alt, x, y, save=save)
 
 
 def distribution(
-    series: Groups, title: str, alt: str, cut: Mapping[str, int] | None = None
+    series: Groups, title: str, alt: str = "", cut: Mapping[str, int] | None = None
 ) -> None:
     """Draw next-token probabilities: panel -> token -> value; ``cut``: tokens a panel keeps."""
     fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
@@ -262,7 +313,7 @@ def distribution(
         ax.grid(False)
         ax.set(xlabel="probability")
         ax.set_title(name, fontsize=10.5)
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, series), heading=title)
 
 
 def _heatmap(
@@ -280,7 +331,7 @@ def _heatmap(
     return ax.imshow(values, cmap=shades, vmin=low, vmax=high, **kwargs)
 
 
-def heat(matrices: Mapping[str, Any], title: str, alt: str) -> None:
+def heat(matrices: Mapping[str, Any], title: str, alt: str = "") -> None:
     """Draw small matrices side by side, blue below zero and orange above, with their numbers."""
     widths = [max(1.0, len(matrix[0])) for matrix in matrices.values()]
     size = min(10, 1.2 + 0.62 * sum(widths)), 3.2
@@ -290,10 +341,10 @@ def heat(matrices: Mapping[str, Any], title: str, alt: str) -> None:
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         _heatmap(ax, matrix, colours, -most, most, form="{:z.1f}")  # z: no minus before 0.0
         ax.set_title(name, fontsize=10.5)
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, matrices), heading=title)
 
 
-def score_map(table: Groups, title: str, alt: str) -> None:
+def score_map(table: Groups, title: str, alt: str = "") -> None:
     """Draw scores from 0 to 1 as coloured cells with their numbers: line -> column -> value."""
     columns = list(next(iter(table.values())))
     values = [[row[column] for column in columns] for row in table.values()]
@@ -301,10 +352,10 @@ def score_map(table: Groups, title: str, alt: str) -> None:
     fig, ax = figure(8, 1.25 + 0.36 * len(table))
     colours = (PAPER, tint(BLUE))
     _heatmap(ax, values, colours, 0, 1, list(table), names, form="{:.2f}", aspect="auto")
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, table), heading=title)
 
 
-def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None:
+def attention(tokens: Sequence[str], weights: Any, title: str, alt: str = "") -> None:
     """Draw one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read."""
     size = 1.9 + 0.3 * len(tokens)
     fig, ax = figure(size + 0.9, size)
@@ -314,10 +365,10 @@ def attention(tokens: Sequence[str], weights: Any, title: str, alt: str) -> None
     ax.tick_params(axis="x", rotation=90)
     ax.set(xlabel="is read", ylabel="reads")
     fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, {"weights": numpy.asarray(weights)}), heading=title)
 
 
-def staircase(levels: Sequence[float], title: str, alt: str) -> None:
+def staircase(levels: Sequence[float], title: str, alt: str = "") -> None:
     """Draw the levels of a 4-bit code under the normal curve, and what values are rounded to."""
     fig, (left, right) = figure(9, 3.6, 2)
     values, x = numpy.array(levels), numpy.linspace(-1, 1, 2001)
@@ -332,10 +383,10 @@ def staircase(levels: Sequence[float], title: str, alt: str) -> None:
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
     right.set(xlabel="weight / largest, before", ylabel="after", title="rounding is a staircase")
     right.legend()
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, {"levels": values}), heading=title)
 
 
-def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str) -> None:
+def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str = "") -> None:
     """Draw the first 32 numbers before and after rounding; of more, also a histogram."""
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
     most = 32
@@ -354,7 +405,7 @@ def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: s
         right.set(xlabel="rounded minus exact", ylabel="weights (count)")
         right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
         right.locator_params(axis="x", nbins=5)
-    show(fig, alt, heading=title)
+    show(fig, alt or described(title, {"exact": old, "rounded": new}), heading=title)
 
 
 Box = tuple[str, str, str, str]  # text, text below it, colour, colour of its frame
@@ -392,7 +443,10 @@ def _boxes(
 
 
 def word_heat(
-    lines: Mapping[str, Sequence[tuple[str, float]]], title: str, alt: str, save: Path | None = None
+    lines: Mapping[str, Sequence[tuple[str, float]]],
+    title: str,
+    alt: str = "",
+    save: Path | None = None,
 ) -> None:
     """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs.
 
@@ -405,12 +459,13 @@ def word_heat(
             (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
             for word, value in pairs
         ]
+    alt = alt or described(title, {name: dict(pairs) for name, pairs in lines.items()})
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
     _boxes(shaded, title, legend, alt, pitch=0.78, save=save)
 
 
 def token_strip(
-    tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str, per_line: int = 100
+    tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str = "", per_line: int = 100
 ) -> None:
     """Draw every token in a box: orange in the loss, grey if only read.
 
@@ -419,11 +474,12 @@ def token_strip(
     texts = [token.strip(" ").replace("\n", "\\n") or "(space)" for token in tokens]
     learned, read = ("", "#FBD8A0", ORANGE), ("", "#E8E8E8", GREY)
     boxes = [(t, *(learned if own else read)) for t, own in zip(texts, in_loss, strict=True)]
+    alt = alt or described(title, f"{len(tokens)} tokens, of which {sum(in_loss)} are in the loss")
     _boxes({"": boxes}, title, "orange: learned     grey: only read", alt, 0.32, per_line)
 
 
 def split_tiles(
-    splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str
+    splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str = ""
 ) -> None:
     """Draw rows as tiles: split -> part -> (label, group); a group keeps its colour."""
     lines = {f"{s}, {part}": rows for s, parts in splits.items() for part, rows in parts.items()}
@@ -433,6 +489,7 @@ def split_tiles(
         line: [(label, "", tint(colours[group], 0.33), colours[group]) for label, group in rows]
         for line, rows in lines.items()
     }
+    alt = alt or described(title, {line: f"{len(rows)} rows" for line, rows in lines.items()})
     _boxes(tiles, title, "one colour for each group", alt, pitch=0.62, width=64)
 
 

@@ -107,3 +107,23 @@ def test_tables_and_cards_show_any_text_as_text(rows: list[list[str]], header: l
     assert table.text == "".join("".join(line) for line in [header, *rows])
     card = Markup(plots.Cards([{header[0]: header[1], "nothing": None}])._repr_html_())
     assert card.tags == {"blockquote", "b"} and card.text == f"{header[0]}: {header[1]}"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_figure_without_an_alt_text_writes_one_from_its_title(
+    name: str, monkeypatch: Any
+) -> None:
+    _, alt = draw(name, monkeypatch, alt="", title="Loss falls.")
+    assert alt.startswith("Loss falls. ") and len(alt.split()) >= 6 and alt.endswith(".")
+
+
+def test_an_alt_text_says_series_groups_and_intervals() -> None:
+    table = {"base": {"ROUGE-L": (0.124, 0.1, 0.15)}, "tuned": {"ROUGE-L": (0.3, 0.25, 0.35)}}
+    said = "What training changed. base ROUGE-L 0.124 [0.1, 0.15]; tuned ROUGE-L 0.3 [0.25, 0.35]."
+    assert plots.described("What training changed", table) == said
+
+
+def test_base_tuned_and_baseline_keep_their_colours_in_every_figure() -> None:
+    first, second = plots._colours(["nearest", "tuned", "base"]), plots._colours(["x", "tuned"])
+    assert first == [plots.GREEN, plots.ORANGE, plots.BLUE]
+    assert second[1] == plots.ORANGE and len(set(second)) == 2
