@@ -104,7 +104,8 @@ ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "neares
 def _colours(names: Sequence[str]) -> list[str]:
     """Give each series the colour of its role, and the others those that are left."""
     if len(names) > len(PALETTE):
-        raise ValueError(f"{len(names)} series in one figure, and {len(PALETTE)} colours: draw two.")
+        most = f"{len(names)} series in one figure, and {len(PALETTE)} colours"
+        raise ValueError(f"{most}: draw two.")
     found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
     taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
     free = (colour for colour in PALETTE if colour not in taken)
