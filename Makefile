@@ -1,4 +1,4 @@
-# make course | make lab | make real (hours) | make check (3 minutes) | make test (20 minutes) | make mutants | make weekly
+# make course | make lab | make site | make real (hours) | make check (3 minutes) | make test (20 minutes) | make mutants | make weekly
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,13 +9,18 @@ NEWEST := .venv-newest
 # A clone of https://github.com/abachaa/MedQuAD
 MEDQUAD ?= runs/MedQuAD
 
-.PHONY: course lab real check test mutants weekly clean
+.PHONY: course lab site real check test mutants weekly clean
 
 course: $(STAMP)
 	@$(BIN)/medquad run --profile tiny
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks --MappingKernelManager.transport_encryption=auto
+
+# The committed notebooks and pages as a site with search, in build/site.
+site: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file .github/site/mkdocs.yml
+	@echo 'build/site/index.html; with search: $(BIN)/python -m http.server -d build/site 8000'
 
 # The weights of `small` and MedQuAD, once from the network; then a reference run of all lessons.
 real: $(STAMP)
