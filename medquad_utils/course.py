@@ -120,7 +120,8 @@ def run(
     rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     print("", plots.Table(rows, ("lesson", "min:s", "peak RAM", "headline")), sep="\n")
     if keep:
-        reference.write(plan, keep, {r.lesson: r.seconds for r in results})
+        peak_gb = max(r.peak_gb for r in results)
+        reference.write(plan, keep, {r.lesson: r.seconds for r in results}, peak_gb)
         print(f"\nreference run written to {keep}")
     return results
 

@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks" / "reference"
 YOURS, HIDDEN = "your run", "[as in MedQuAD]"
 QUESTIONS = 10  # held-out ones in answers.json
 PLACES = {"model_path", "data_path", "out"}  # keys whose values name a folder of this machine
+REAL = [name for name in PROFILES if name != "tiny"]  # what a reader on tiny wants to see
 COUNTS = ("loaded", "unanswered", "by_source", "by_qtype", "cleaning", "rows", "notes")
 
 
@@ -38,7 +39,7 @@ def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def newest(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
-    for profile in reversed(PROFILES):
+    for profile in reversed(REAL):
         if (about := FOLDER / profile / "reference.json").is_file():
             return label(read_json(about)), read_json(about.parent / "metrics" / f"{name}.json")
     return None
@@ -60,10 +61,11 @@ def check(folder: Path) -> None:
         )
 
 
-def write(plan: Plan, folder: Path, seconds: Mapping[str, float]) -> None:
+def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float = 0) -> None:
     """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
 
-    ``seconds`` is the time of each lesson by its title, "04 train with sft".
+    ``seconds`` is the time of each lesson by its title, "04 train with sft"; ``peak_gb`` the most
+    memory that one of them took (0: not measured).
 
     Raises:
         CourseError: a lesson left no metrics, or lesson 06 no answers.
@@ -76,7 +78,7 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float]) -> None:
             f"the reference run lacks {', '.join(missing)} in {plan.folder.name}/: "
             "run all lessons again."
         )
-    content = {"reference.json": about(plan, seconds), "answers.json": answers(plan)}
+    content = {"reference.json": about(plan, seconds, peak_gb), "answers.json": answers(plan)}
     for path in sorted((plan.folder / "metrics").glob("*.json")):
         content[f"metrics/{path.name}"] = read_json(path)
     parts = data.prepare(plan)  # cleaning can join words that stand apart in the rows as loaded
@@ -86,7 +88,7 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float]) -> None:
             write_json(fresh / name, value)
 
 
-def about(plan: Plan, seconds: Mapping[str, float]) -> dict[str, Any]:
+def about(plan: Plan, seconds: Mapping[str, float], peak_gb: float) -> dict[str, Any]:
     """Describe the run: model, data, machine, versions, date and times."""
     card = read_json(plan.folder / "data" / "data.json")
     kind = "shipped with the course" if plan.model_id == "embedded" else "from the Hub"
@@ -99,6 +101,7 @@ def about(plan: Plan, seconds: Mapping[str, float]) -> dict[str, Any]:
         "versions": versions(),
         "date": date.today().isoformat(),
         "seconds": {title: round(value, 1) for title, value in seconds.items()},
+        "peak_gb": round(peak_gb, 1),
         "plan": plan.as_dict(fit=True),
     }
 

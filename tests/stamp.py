@@ -1,8 +1,9 @@
 """Run lessons on ``tiny`` and put what came out into the checkout: a maintainer's tool.
 
-``python tests/stamp.py [02,04]`` runs these lessons (all nine without a number). It writes the
-outputs into the committed notebooks, the times into README.md and TEACHING.md, and lesson 04's
-adapter into ``tests/adapter``.
+``python tests/stamp.py [02,04]`` runs these lessons (all of them without a number). It writes the
+outputs into the committed notebooks, the times into TEACHING.md, lesson 04's adapter into
+``tests/adapter``, and what reference runs measured into README.md. ``pages`` instead of numbers
+writes the pages alone.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, course, estimate
+from medquad_utils import CourseError, course, estimate, plots, reference
 from medquad_utils.files import MEASURED, read_json, whole_file, whole_folder, write_json
 from medquad_utils.machine import default_out, versions
+from medquad_utils.profiles import PROFILES
+from medquad_utils.scores import SCORES
 
 ADAPTER = Path(__file__).parent / "adapter"
-COSTS = "<!-- costs -->", "<!-- /costs -->"
+COSTS, DIAL, FINDING, TIMINGS, VERIFIED = (
+    (f"<!-- {mark} -->", f"<!-- /{mark} -->")
+    for mark in ("costs", "dial", "finding", "timings", "verified")
+)
+PICTURE = "reference.png"  # in notebooks/figures
 
 
 def digest(file: Path) -> str:
@@ -196,16 +203,124 @@ def cost_table(folder: Path = MEASURED) -> str:
     return "\n".join(lines)
 
 
+def ends(cell: Mapping[str, float]) -> tuple[float, float, float]:
+    """The mean of a score and both ends of its 95 % interval."""
+    return cell["mean"], cell["low"], cell["high"]
+
+
+def span(cell: Mapping[str, float], form: str = "{:.2f}") -> str:
+    """A score with its 95 % interval: 0.12 [0.10, 0.14]."""
+    mean, low, high = map(form.format, ends(cell))
+    return f"{mean} [{low}, {high}]"
+
+
+def read_run(profile: str) -> dict[str, Any] | None:
+    """The committed reference run of a profile: reference.json, and its metrics by name."""
+    folder = reference.FOLDER / profile
+    if not (folder / "reference.json").is_file():
+        return None
+    metrics = {path.stem: read_json(path) for path in (folder / "metrics").glob("*.json")}
+    return {**read_json(folder / "reference.json"), "metrics": metrics}
+
+
+def dial_table() -> str:
+    """README's table: what each position of the dial gave, or that nobody has measured it."""
+    head = "profile | training rows | all lessons | peak RAM | ROUGE-L, base | look-up | tuned |"
+    lines = [f"| {head} measured on |", "|---|" + "---|" * 7]
+    for name in PROFILES:
+        if not (run := read_run(name)):
+            lines.append(f"| `{name}` | not measured" + " | " * 7)
+            continue
+        arms = run["metrics"]["evaluate"]["overall"]["arms"]
+        scores = " | ".join(span(arms[arm]["rougeL"]) for arm in ("base", "nearest", "tuned"))
+        minutes = f"{sum(run['seconds'].values()) / 60:,.0f} min"
+        rows, where = run["metrics"]["train"]["rows"], run["hardware"].split(",")
+        lines.append(
+            f"| `{name}` | {rows:,} | {minutes} | {run['peak_gb']:.1f} GB | {scores} "
+            f"| {','.join(where[:2])}, {run['date']} |"
+        )
+    return "\n".join(lines)
+
+
+def newest_run() -> dict[str, Any] | None:
+    """The reference run on real data of the largest profile."""
+    runs = (read_run(name) for name in reversed(reference.REAL))
+    return next((run for run in runs if run), None)
+
+
+def finding() -> str:
+    """README's first picture and what it says."""
+    if not (run := newest_run()):
+        return "No reference run is in this checkout: `make real` makes one."
+    found, rows = run["metrics"]["evaluate"], run["metrics"]["train"]["rows"]
+    arms, overall = found["overall"]["arms"], found["overall"]
+    bits = overall["versus base"]["tuned"]["bits_per_byte"]
+    sides = {
+        arm: side(*ends(overall[f"versus {arm}"]["tuned"]["rougeL"])[1:])
+        for arm in ("base", "nearest")
+    }
+    shown = "; ".join(f"{arm} {span(cells['rougeL'])}" for arm, cells in arms.items())
+    alt = f"Dots with 95 % intervals for {len(arms)} ways to answer. ROUGE-L: {shown}."
+    stops = [f"{arms[arm]['stop_rate']['mean']:.0%}" for arm in ("base", "tuned")]
+    return "\n".join([
+        f"![{alt}](notebooks/figures/{PICTURE})",
+        "",
+        f"*A real run: {reference.label(run)}. {found['questions']} questions about diseases that",
+        'are not in the training set. "nearest" is a look-up that needs no training.*',
+        "",
+        f"Training on {rows:,} rows changed held-out bits per byte by {span(bits, '{:+.3f}')}.",
+        f"Answers that end by themselves went from {stops[0]} to {stops[1]}. By ROUGE-L the tuned",
+        f"model {sides['base']} its base and {sides['nearest']} the look-up:",
+        f"{span(arms['tuned']['rougeL'])} against {span(arms['nearest']['rougeL'])}.",
+    ])  # fmt: skip
+
+
+def side(low: float, high: float) -> str:
+    """What the interval of a paired difference says."""
+    return "beats" if low > 0 else "loses to" if high < 0 else "cannot be told apart from"
+
+
+def draw_finding(picture: Path) -> None:
+    """Draw README's first picture from the newest reference run on real data."""
+    if not (run := newest_run()):
+        return
+    arms, measures = run["metrics"]["evaluate"]["overall"]["arms"], ("rougeL", "stop_rate")
+    table = {
+        arm: {SCORES[m].name: ends(cells[m]) for m in measures if m in cells}
+        for arm, cells in arms.items()
+    }
+    title = f"What training changed: {run['metrics']['evaluate']['questions']} held-out questions"
+    plots.intervals(table, title, "0 to 1; dots with 95 % intervals", save=picture, width=8)
+
+
 def verified(having: Mapping[str, str]) -> str:
     """The line of README with the date and the versions of the last full run."""
     said = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in having.items())
     return f"Last verified {time.strftime('%Y-%m-%d')}, all lessons on `tiny` in one run: {said}."
 
 
+def write_pages() -> None:
+    """Write what was measured into README.md, TEACHING.md and COSTS.md, and README's picture."""
+    home = course.notebooks_folder()
+    timings = timings_table(read_json(home / "timings.json"))
+    write_between(home / "TEACHING.md", TIMINGS, timings)
+    write_between(home / "COSTS.md", COSTS, cost_table())
+    readme = home.parent / "README.md"
+    write_between(readme, DIAL, dial_table())
+    write_between(readme, FINDING, finding())
+    draw_finding(home / "figures" / PICTURE)
+
+
 def main(only: Sequence[str]) -> None:
-    """Run the lessons, then stamp notebooks, timings, README.md, its picture and the adapter."""
-    results = course.run("tiny", only)
-    folder, home = Path(default_out()) / "tiny", course.notebooks_folder()
+    """Run the lessons, then stamp notebooks, timings, pages, the adapter and tiny's reference run.
+
+    ``pages`` instead of numbers writes the pages alone.
+    """
+    home = course.notebooks_folder()
+    if list(only) == ["pages"]:
+        return write_pages()
+    results = course.run("tiny", only, keep=None if only else reference.FOLDER / "tiny")
+    folder = Path(default_out()) / "tiny"
     for notebook, result in zip(course.lessons(only), results, strict=True):
         stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)
         if notebook.name.startswith("04"):
@@ -216,15 +331,9 @@ def main(only: Sequence[str]) -> None:
         took = {"seconds": round(result.seconds), "peak_gb": round(result.peak_gb, 1)}
         timings[result.lesson[:2]] = took
     write_json(record, timings)
-    readme = home.parent / "README.md"
-    for page in (readme, home / "TEACHING.md"):
-        write_between(page, ("<!-- timings -->", "<!-- /timings -->"), timings_table(timings))
-    write_between(readme, COSTS, cost_table())
+    write_pages()
     if not only:
-        marks = ("<!-- verified -->", "<!-- /verified -->")
-        write_between(readme, marks, verified(versions()))
-    if (picture := folder / "figures" / "outcome.png").is_file():
-        shutil.copyfile(picture, home / "figures" / picture.name)
+        write_between(home.parent / "README.md", VERIFIED, verified(versions()))
 
 
 if __name__ == "__main__":

@@ -321,8 +321,8 @@ def test_a_measured_run_is_shown_on_its_own_card() -> None:
         assert line in str(measured)
 
 
-def test_the_readme_holds_the_table_of_costs(repo: Path) -> None:
-    text = (repo / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_costs_holds_the_table(repo: Path) -> None:
+    text = (repo / "notebooks" / "COSTS.md").read_text(encoding="utf-8")
     assert stamp.between(text, stamp.COSTS) == stamp.cost_table()
 
 

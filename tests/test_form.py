@@ -274,3 +274,8 @@ def test_the_errors_page_quotes_what_the_package_says() -> None:
     said = re.sub(r"""["']\s*\n\s*f?["']""", "", "\n".join(modules))  # strings over two lines
     pieces = [piece.strip() for message in messages for piece in message.split("...")]
     assert [piece for piece in pieces if piece not in said] == []
+
+
+def test_the_readme_is_short() -> None:
+    text = re.sub(r"(?s)```.*?```|\(https?://[^)]*\)", "", text_of(REPO / "README.md"))
+    assert len(re.findall(r"[A-Za-z][\w'-]*", text)) <= 1000

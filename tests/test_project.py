@@ -109,8 +109,9 @@ def test_times_and_versions_in_the_pages_are_those_of_the_last_run() -> None:
         return PAGES[page].split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
 
     timings = json.loads((REPO / "notebooks" / "timings.json").read_text(encoding="utf-8"))
-    for page in ("README.md", "TEACHING.md"):
-        assert between(page, "timings") == stamp.timings_table(timings)
+    assert between("TEACHING.md", "timings") == stamp.timings_table(timings)
+    assert between("README.md", "dial") == stamp.dial_table()
+    assert between("README.md", "finding") == stamp.finding()
     metadata = json.loads(LESSONS[0].read_text(encoding="utf-8"))["metadata"]
     expected = stamp.verified(metadata[course.STAMP]["versions"])
     said = between("README.md", "verified")

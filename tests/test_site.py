@@ -18,7 +18,8 @@ from conftest import REPO, chromium
 pytestmark = pytest.mark.full
 
 LESSONS = sorted((REPO / "notebooks").glob("0*_*.ipynb"))
-PAGES = [path.stem for path in LESSONS] + ["index", "Colab", "ERRORS", "GLOSSARY", "TEACHING"]
+PAGES = [path.stem for path in LESSONS] + ["index", "Colab", "DATA", "COSTS", "SCALE", "DEMO"]
+PAGES += ["ERRORS", "GLOSSARY", "TEACHING"]
 
 
 class Quiet(SimpleHTTPRequestHandler):
