@@ -56,9 +56,13 @@ class Score(NamedTuple):
 
 
 SCORES: dict[str, Score] = {
-    "rouge1": Score("ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order"),
-    "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared"),
-    "rougeL": Score("ROUGE-L", "0 to 1", "up", "longest common sequence of words, gaps allowed"),
+    "rouge1": Score(
+        "ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order; stemmed, F1"
+    ),
+    "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared; stemmed, F1"),
+    "rougeL": Score(
+        "ROUGE-L", "0 to 1", "up", "longest common sequence of words, with gaps; stemmed, F1"
+    ),
     "bleu": Score("BLEU", "0 to 1", "up", "shared runs of one to four words; short answers lose"),
     "chrf": Score("chrF", "0 to 1", "up", "shared runs of one to six characters"),
     "tfidf_cosine": Score("TF-IDF cosine", "0 to 1", "up", "shared words, rare ones count more"),
@@ -430,7 +434,7 @@ def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
     shares in samples of whole clusters (Franco, Little, Louis and Slud, 2019, J. Surv. Stat.
     Methodol. 7).
     """
-    labels, n = _labels(groups, len(values)), len(values)
+    labels, n = group_numbers(groups, len(values)), len(values)
     sizes, gaps = numpy.bincount(labels), values - numpy.mean(values)
     if len(sizes) == 1 or numpy.ptp(values) == 0:
         return float(n**2 / (sizes**2).sum())
@@ -462,8 +466,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected.clip(max=1)]
 
 
-def _labels(groups: Groups, n: int) -> numpy.ndarray:
-    """Number the groups from 0; a row without a group is one of its own."""
+def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
+    """Number the groups of n rows from 0; a row without a group is one of its own."""
     if groups is None:
         return numpy.arange(n)
     if len(groups) != n:
@@ -480,7 +484,7 @@ def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.nd
     whole = numpy.isfinite(table).all(axis=0)
     if not whole.any():
         raise CourseError("no value to take a mean of: expected at least one row that was scored.")
-    labels = _labels(groups, len(whole))[whole]
+    labels = group_numbers(groups, len(whole))[whole]
     return table[:, whole], numpy.unique(labels, return_inverse=True)[1]
 
 
