@@ -251,7 +251,8 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
             assert cell["mean"] == pytest.approx(numpy.nanmean(values), abs=1e-4)
             assert cell["low"] <= cell["mean"] <= cell["high"]
             assert cell["n"] == numpy.isfinite(values).sum()
-            known = {a["disease"] for a in answers[arm] if math.isfinite(a[score])}
+            scored = zip(answers[arm], numpy.isfinite(values), strict=True)
+            known = {a["disease"] for a, is_scored in scored if is_scored}
             assert cell["diseases"] == len(known)
             gain = overall["versus base"].get(arm, {score: {"mean": 0}})[score]["mean"]
             assert gain == pytest.approx(numpy.nanmean(values - base), abs=1e-4)
