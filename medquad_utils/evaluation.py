@@ -381,7 +381,9 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     gain = values - earlier
     if not (n := int(numpy.isfinite(gain).sum())):
         return None
-    sizes = columns["tokens" if score == "perplexity" else "bytes"] if name == "nats" else None
+    sizes: Any = None
+    if name == "nats":
+        sizes = columns["tokens" if score == "perplexity" else "bytes"]
     if score == "bits_per_byte":
         mean, low, high = scores.bits_per_byte(gain, sizes, groups)
     elif score == "perplexity":
@@ -392,8 +394,8 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
         mean, low, high = paired_interval(earlier, values, groups)
     diseases = None if groups is None else count_diseases(groups, numpy.isfinite(gain))
     few = min(n, n if diseases is None else diseases) < FEW or not numpy.isfinite(low)
-    low, high = (None, None) if few else (low, high)
-    cell = {"mean": mean, "low": low, "high": high, "n": n, "diseases": diseases}
+    ends = {"low": None, "high": None} if few else {"low": low, "high": high}
+    cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
     return cell if before is None else cell | {"p": scores.p_value(gain, sizes, groups)}
 
 

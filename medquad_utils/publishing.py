@@ -26,8 +26,7 @@ from medquad_utils.files import read_json, whole_folder, write_json
 from medquad_utils.generation import check_adapter, load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import Plan
-from medquad_utils.report import NOT_MEASURED as MISSING
-from medquad_utils.report import escaped, number, sentence, why_missing
+from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_missing
 from medquad_utils.scores import SCORES
 
 ASSETS = Path(__file__).with_name("assets")
@@ -216,7 +215,7 @@ def _render(template: str, plan: Plan, source: str, **values: Any) -> str:
 
     def shown(value: Any) -> Any:
         if value is None or isinstance(value, jinja2.Undefined):
-            return MISSING
+            return NOT_MEASURED
         return number(value) if isinstance(value, int | float) else value
 
     environment = jinja2.Environment(
