@@ -335,7 +335,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    from medquad_utils import publishing
+    from medquad_utils import publishing, report
 
     plan = _plan(options)
     folder = Path(options.out or plan.folder / "published")
@@ -343,7 +343,9 @@ def _publish(options: argparse.Namespace) -> None:
     publishing.build(plan, options.repo, folder, options.merged, licence=licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
-        print(f"{note}: there the card says '{publishing.MISSING}'. Lessons 01, 04 and 06 measure.")
+        print(
+            f"{note}: there the card says '{report.NOT_MEASURED}'. Lessons 01, 04 and 06 measure."
+        )
     if options.dry_run:
         print(f"nothing was sent; without --dry-run it goes to {options.repo}")
     else:

@@ -29,7 +29,14 @@ from medquad_utils.files import Row, read_json, read_rows, whole_file, write_jso
 from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
-from medquad_utils.scores import SCORES, facts_complete, interval, rouge_l
+from medquad_utils.scores import (
+    SCORES,
+    facts_complete,
+    group_numbers,
+    interval,
+    paired_interval,
+    rouge_l,
+)
 from medquad_utils.splits import focus_of, leakage, normalise
 from medquad_utils.tables import clean_text
 
@@ -46,7 +53,7 @@ ARMS = {
 }
 WITHOUT_TRAINING = ("base", "nearest", "another disease")  # the tuned model has to beat these
 VERDICT = ("facts_complete", "rougeL", "chrf", "tfidf_cosine", "bits_per_byte")
-FEW = 5  # a group of fewer questions gets no interval
+FEW = 5  # fewer questions, or questions about fewer diseases, get no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
 PASSAGES = 3  # in a grounded prompt, at most
 PASSAGE_WORDS = 80  # of each passage, at most
@@ -63,8 +70,9 @@ CUT = "question cut at a word: it is longer than the model's context"
 UNGROUNDED = f"grounded arm asked without passages: {retrieval.NO_SOURCE}"
 UNSCORED = "without bits per byte: question and reference exceed the model's context"
 
-Columns = Mapping[str, Any]  # score -> one value a question, NaN where there is none; or a table
-Cell = dict[str, Any]  # mean, low, high, n
+# Score -> one value a question, NaN where there is none; "disease" -> its disease. Or a table.
+Columns = Mapping[str, Any]
+Cell = dict[str, Any]  # mean, low, high, n, diseases; of a difference also p
 Messages = list[dict[str, str]]
 Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
 
@@ -333,6 +341,7 @@ def answer_table(
     rows = []
     for row in asked:
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
+        about["disease"] = focus_of(row)  # what the intervals resample
         about["id"] = str(row["number"])
         about["kind"] = "boilerplate" if is_boilerplate(row) else "prose"
         rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
@@ -360,24 +369,39 @@ def facts_column(texts: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
 def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
     """Return the mean of a score with its interval, or ``None`` without a value.
 
-    With ``before``: of the paired difference to it, for perplexity of the ratio.
+    With ``before``: of the paired difference to it, for perplexity of the ratio, and its p-value.
+    Intervals resample the diseases of ``columns``. Without an interval, low and high are ``None``.
     """
     name = "nats" if score in ("bits_per_byte", "perplexity") else score
     if name not in columns or (before is not None and name not in before):
         return None
-    values = numpy.asarray(columns[name])
-    if before is not None:
-        values = values - numpy.asarray(before[name])
-    if not (n := int(numpy.isfinite(values).sum())):
+    groups = list(columns["disease"]) if "disease" in columns else None
+    values = numpy.asarray(columns[name], dtype=float)
+    earlier = numpy.zeros(len(values)) if before is None else numpy.asarray(before[name], float)
+    gain = values - earlier
+    if not (n := int(numpy.isfinite(gain).sum())):
         return None
+    sizes: Any = None
+    if name == "nats":
+        sizes = columns["tokens" if score == "perplexity" else "bytes"]
     if score == "bits_per_byte":
-        mean, low, high = scores.bits_per_byte(values, columns["bytes"])
+        mean, low, high = scores.bits_per_byte(gain, sizes, groups)
     elif score == "perplexity":
-        mean, low, high = scores.perplexity(values, columns["tokens"])
+        mean, low, high = scores.perplexity(gain, sizes, groups)
+    elif before is None:
+        mean, low, high = interval(values, groups)
     else:
-        mean, low, high = interval(values)
-    few = n < FEW
-    return {"mean": mean, "low": None if few else low, "high": None if few else high, "n": n}
+        mean, low, high = paired_interval(earlier, values, groups)
+    diseases = None if groups is None else count_diseases(groups, numpy.isfinite(gain))
+    few = min(n, n if diseases is None else diseases) < FEW or not numpy.isfinite(low)
+    ends = {"low": None, "high": None} if few else {"low": low, "high": high}
+    cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
+    return cell if before is None else cell | {"p": scores.p_value(gain, sizes, groups)}
+
+
+def count_diseases(diseases: Sequence[str], kept: Any = slice(None)) -> int:
+    """Count the diseases of the rows in ``kept``; a row that names none counts as one more."""
+    return len(numpy.unique(group_numbers(diseases, len(diseases))[kept]))
 
 
 def summary(
@@ -404,38 +428,46 @@ def by_arm(table: pandas.DataFrame) -> dict[str, Any]:
 
 
 def by_group(table: pandas.DataFrame, column: str) -> dict[str, dict[str, Any]]:
-    """Return all scores and n of each group of questions, the largest group first."""
+    """Return all scores, n and diseases of each group of questions, the largest group first."""
     names = table[column].fillna("not given")
     names = names.where(names.isin(names.value_counts().index[:MOST_GROUPS]), "all others")
     groups = sorted(table.groupby(names), key=lambda group: (-len(group[1]), group[0]))
-    return {
-        name: {"n": part["id"].nunique(), **summary(by_arm(part), versus=())}
-        for name, part in groups
-    }
+    return {name: {**counts(part), **summary(by_arm(part), versus=())} for name, part in groups}
+
+
+def counts(table: pandas.DataFrame) -> dict[str, int]:
+    """Count the questions ("n") and the diseases of a table of answers."""
+    asked = table.drop_duplicates("id")
+    return {"n": len(asked), "diseases": count_diseases(list(asked["disease"]))}
 
 
 def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List for each score of ``VERDICT`` the arms that the tuned model beats, equals or loses to.
 
-    It beats an arm where the whole interval of the paired difference lies on the better side of 0.
+    It beats an arm where the whole interval of the paired difference lies on the better side of 0
+    and the p-value, corrected by Holm over all comparisons of the list, is under 5 %.
     """
-    verdicts = []
-    for score in VERDICT:
-        sides: dict[str, Any] = {"score": score, "beats": [], "even": [], "loses": []}
-        for arm in WITHOUT_TRAINING:
-            cell = overall[f"versus {arm}"]["tuned"].get(score)
-            if cell and cell["low"] is not None:
-                low, high = cell["low"], cell["high"]
-                if SCORES[score].better == "down":
-                    low, high = -high, -low
-                sides["beats" if low > 0 else "loses" if high < 0 else "even"].append(arm)
-        if sides["beats"] or sides["even"] or sides["loses"]:
-            verdicts.append(sides)
-    return verdicts
+    compared = [(score, arm) for score in VERDICT for arm in WITHOUT_TRAINING]
+    cells = {pair: overall[f"versus {pair[1]}"]["tuned"].get(pair[0]) for pair in compared}
+    cells = {pair: cell for pair, cell in cells.items() if cell and cell["low"] is not None}
+    corrected = scores.holm([cell["p"] for cell in cells.values()])
+    verdicts: dict[str, dict[str, Any]] = {}
+    for ((score, arm), cell), p in zip(cells.items(), corrected, strict=True):
+        about = {"score": score, "n": cell["n"], "diseases": cell["diseases"]}
+        sides = verdicts.setdefault(score, about | {"beats": [], "even": [], "loses": []})
+        up = SCORES[score].better == "up"
+        if cell["low"] <= 0 <= cell["high"] or p >= 0.05:
+            sides["even"].append(arm)
+        else:
+            sides["beats" if (cell["mean"] > 0) == up else "loses"].append(arm)
+    return list(verdicts.values())
 
 
 def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse)."""
+    """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse).
+
+    Each text has a topic of its own, so the intervals resample texts.
+    """
     texts, losses = scores.plain_texts(plan), {}
     for arm in ("base", "tuned"):
         with adapted(model, arm):
@@ -542,7 +574,7 @@ def evaluate(
         notes[UNSCORED] = unscored
     write_answers(folder / "answers.parquet", table, answers, safe)
     metrics: dict[str, Any] = rounded({
-        "file": questions.name, "questions": len(asked),
+        "file": questions.name, "questions": len(asked), "diseases": counts(table)["diseases"],
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
@@ -595,11 +627,18 @@ def write_answers(
 # ---- lessons 01, 05 and 06 -----------------------------------------------------------------------
 
 
-def look_up_scores(train: Sequence[Row], test: Sequence[Row], seed: int = 0) -> dict[str, Cell]:
-    """Return ROUGE-L of both look-up baselines, answers uncut: arm -> cell."""
-    references = [row["answer"] for row in test]
-    texts = look_ups(train, test, seed)
-    columns = {arm: {"rougeL": rouge_l(answers, references)} for arm, answers in texts.items()}
+def look_up_scores(
+    train: Sequence[Row], test: Sequence[Row], seed: int = 0, stem: bool = True
+) -> dict[str, Cell]:
+    """Return ROUGE-L (F1) of both look-up baselines, answers uncut: arm -> cell.
+
+    ``stem``: see ``scores.rouge``.
+    """
+    references, diseases = [row["answer"] for row in test], [focus_of(row) for row in test]
+    columns = {
+        arm: {"rougeL": rouge_l(answers, references, stem), "disease": diseases}
+        for arm, answers in look_ups(train, test, seed).items()
+    }
     return {arm: cells["rougeL"] for arm, cells in summary(columns, versus=())["arms"].items()}
 
 
@@ -614,16 +653,20 @@ def outcome(
 ) -> dict[str, Any]:
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
-    The gain is paired, tuned minus base. Facts are ``None`` where the source lists none.
+    The gain is paired, tuned minus base; its interval resamples diseases, and is ``None`` for a
+    single one. Facts are ``None`` where the source lists none.
     """
+    diseases = [focus_of(row) for row in rows]
     nearest, references = nearest_training_answers(train, rows), [row["answer"] for row in rows]
     texts = {"base": [a.text for a in base], "tuned": [a.text for a in tuned], "nearest": nearest}
     rouge = {arm: rouge_l(answers, references) for arm, answers in texts.items()}
     facts = {arm: facts_complete(answers, rows) for arm, answers in texts.items()}
+    ends = paired_interval(rouge["base"], rouge["tuned"], diseases)[1:]
     table: dict[str, Any] = rounded({
         "rows": len(rows),
+        "diseases": count_diseases(diseases),
         **{f"rouge_l_{arm}": values.mean() for arm, values in rouge.items()},
-        "rouge_l_gain_ci95": interval(rouge["tuned"] - rouge["base"])[1:],
+        "rouge_l_gain_ci95": ends if numpy.isfinite(ends).all() else None,
         "stop_rate_base": float(numpy.mean([a.stopped for a in base])),
         "stop_rate_tuned": float(numpy.mean([a.stopped for a in tuned])),
         **{f"facts_complete_{arm}": v.mean() if len(v) else None for arm, v in facts.items()},
@@ -636,7 +679,8 @@ def answer_columns(
 ) -> dict[str, numpy.ndarray]:
     """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
 
-    ROUGE-L, all facts present (embedded sample only), stop rate, and the loss of the reference.
+    ROUGE-L, all facts present (embedded sample only), stop rate, the loss of the reference, and
+    the disease of the row.
     """
     references = [row["answer"] for row in rows]
     conversations = [prompt_messages(row["question"]) for row in rows]
@@ -645,6 +689,7 @@ def answer_columns(
         losses = scores.answer_loss(model, tokenizer, conversations, references)
     texts = [answer.text for answer in answers]
     return {
+        "disease": numpy.array([focus_of(row) for row in rows], dtype=object),
         "rougeL": rouge_l(texts, references),
         "facts_complete": facts_column(texts, rows),
         "stop_rate": numpy.array([answer.stopped for answer in answers], dtype=float),

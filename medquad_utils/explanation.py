@@ -293,10 +293,12 @@ def faithfulness_intervals(
     """
     table: dict[str, dict[str, Interval]] = {}
     for measure, orders in results.items():
-        table[measure] = {name: scores.interval(values, seed) for name, values in orders.items()}
+        table[measure] = {
+            name: scores.interval(values, seed=seed) for name, values in orders.items()
+        }
         for name in ORDERS[1:]:
             pair = orders[name], orders["attribution"]
-            table[measure][f"attribution - {name}"] = scores.paired_interval(*pair, seed)
+            table[measure][f"attribution - {name}"] = scores.paired_interval(*pair, seed=seed)
     return table
 
 

@@ -26,7 +26,7 @@ from medquad_utils.files import read_json, whole_folder, write_json
 from medquad_utils.generation import check_adapter, load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import Plan
-from medquad_utils.report import escaped, number, sentence
+from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_missing
 from medquad_utils.scores import SCORES
 
 ASSETS = Path(__file__).with_name("assets")
@@ -34,7 +34,6 @@ ASSETS = Path(__file__).with_name("assets")
 FILES = re.compile(rf"{merging.FILES.pattern}|README\.md|LICENSE|NOTICE")
 NEEDED = "generation_config.json tokenizer.json tokenizer_config.json README.md LICENSE NOTICE"
 INCOMPLETE = "THIS FILE IS A PLACEHOLDER"  # the first words of a LICENSE without the agreement
-MISSING = "not measured"
 TAG = "medquad-qlora"  # in every card: a later push recognises the repository by it
 COURSE = "https://github.com/medquad-qlora/medquad-qlora"
 DOI = "10.1186/s12859-019-3119-4"
@@ -184,7 +183,7 @@ def _of_lesson(record: Mapping[str, Any]) -> dict[str, Any]:
         }
         for column in COLUMNS
     }
-    about = {key: record.get(key) for key in ("questions", "held_out")}
+    about = {key: record.get(key) for key in ("questions", "diseases", "held_out")}
     return about | {"overall": {"arms": arms}}
 
 
@@ -202,6 +201,7 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
         hub_metrics={score: HUB_METRICS[score] for score in tuned if score in HUB_METRICS},
         tag=TAG, dataset=HUB_DATASET, notice=NOTICE,
         system_prompt=SYSTEM_PROMPT, question=THREE_QUESTIONS[0], sentence=sentence,
+        why_missing=why_missing,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def _render(template: str, plan: Plan, source: str, **values: Any) -> str:
 
     def shown(value: Any) -> Any:
         if value is None or isinstance(value, jinja2.Undefined):
-            return MISSING
+            return NOT_MEASURED
         return number(value) if isinstance(value, int | float) else value
 
     environment = jinja2.Environment(

@@ -19,6 +19,7 @@ from medquad_utils.chat import NOTICE
 from medquad_utils.files import whole_file
 
 GROUPED = ("rougeL", "tfidf_cosine", "facts_complete", "bits_per_byte")  # shown by group
+NOT_MEASURED = "not measured"
 GROUP_TITLES = {"by_qtype": "question type", "by_source": "source", "by_kind": "kind of answer"}
 
 
@@ -32,12 +33,33 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def cell(values: Mapping[str, Any] | None) -> str:
-    """Format ``mean [low, high]``, or the mean alone where rows are too few for an interval."""
+def cell(values: Mapping[str, Any] | None, missing: str = NOT_MEASURED) -> str:
+    """Format ``mean [low, high]``, or the mean alone where there is no interval.
+
+    Without values: ``missing``, "not measured" or "n/a" (see ``why_missing``).
+    """
     if not values:
-        return "–"
+        return missing
     mean, low, high = (number(values[key]) for key in ("mean", "low", "high"))
     return mean if values["low"] is None else f"{mean} [{low}, {high}]"
+
+
+def why_missing(score: str, arm: str, scored: bool = True) -> str:
+    """Return "n/a" for a score that cannot exist, else "not measured".
+
+    A text that was looked up has no likelihood. Facts are listed by some sources only: where the
+    arm was ``scored`` and has none, there are none.
+    """
+    likelihood = score in ("bits_per_byte", "perplexity") and arm in ("nearest", "another disease")
+    return "n/a" if likelihood or (score == "facts_complete" and scored) else NOT_MEASURED
+
+
+def counted(n: int, diseases: int | None) -> str:
+    """Format "98 questions about 13 diseases"."""
+    questions = f"{n:,} question{'s' * (n != 1)}"
+    return (
+        f"{questions} about {diseases:,} disease{'s' * (diseases != 1)}" if diseases else questions
+    )
 
 
 def escaped(text: str) -> str:
@@ -46,7 +68,9 @@ def escaped(text: str) -> str:
 
 
 def sentence(sides: Mapping[str, Any], name: str) -> str:
-    """State the verdict of one score."""
+    """State the verdict of one score, and on how many questions about how many diseases."""
+    if sides.get("n"):  # records of earlier versions lack it
+        name = f"{name} ({counted(sides['n'], sides['diseases'])})"
     rivals = [*sides["beats"], *sides["even"], *sides["loses"]]
     if len(sides["beats"]) == len(rivals):
         return (
@@ -62,14 +86,19 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """State the verdicts of all scores, or that the questions are too few."""
     few, about = metrics["interval"]["fewest_rows"], metrics["about_scores"]
     verdicts = [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]]
-    return verdicts or [f"Under {few} questions are too few for an interval, and so for a verdict."]
+    too_few = (
+        f"Questions about under {few} diseases are too few for an interval, and so for a verdict."
+    )
+    return verdicts or [too_few]
 
 
 def table(metrics: Mapping[str, Any]) -> str:
     """Format the main scores, a line for each arm, and the verdicts, for a terminal."""
     arms, about = metrics["overall"]["arms"], metrics["about_scores"]
     columns = {
-        about[key]["name"]: {arm: cell(cells.get(key)) for arm, cells in arms.items()}
+        about[key]["name"]: {
+            arm: cell(cells.get(key), why_missing(key, arm)) for arm, cells in arms.items()
+        }
         for key in GROUPED
     }
     return "\n".join([pandas.DataFrame(columns).to_string(), *sentences(metrics)])
@@ -83,6 +112,7 @@ def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     markdown = pages.overlay(finalize=_as_markdown)
     markdown.filters |= {"number": number, "cell": cell}
+    markdown.globals |= {"why_missing": why_missing, "counted": counted}
     text = markdown.get_template("report.md.jinja").render(
         m=metrics, notice=NOTICE, sentences=sentences(metrics),
         grouped=GROUPED, group_titles=GROUP_TITLES, figures=_figures(metrics, folder),

@@ -11,9 +11,10 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
 
 References = Sequence[str] | Sequence[Sequence[str]]
 Values = numpy.ndarray | Sequence[float]
+Groups = (
+    Sequence[Hashable] | numpy.ndarray | None
+)  # what each row is about; None: each row for itself
 Interval = tuple[float, float, float]  # the value, and both ends of its 95 % interval
 
 BATCH_TOKENS = 8192  # in one forward pass, padding included
 RESAMPLES = 2000  # of a bootstrap interval
+Z = NormalDist().inv_cdf(0.975)  # 1.96
 GENERAL = Path(__file__).parent / "assets" / "general.toml"
 
 # The model, its commit and the layer that the authors of BERTScore chose for English.
@@ -53,9 +58,13 @@ class Score(NamedTuple):
 
 
 SCORES: dict[str, Score] = {
-    "rouge1": Score("ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order"),
-    "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared"),
-    "rougeL": Score("ROUGE-L", "0 to 1", "up", "longest common sequence of words, gaps allowed"),
+    "rouge1": Score(
+        "ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order; stemmed, F1"
+    ),
+    "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared; stemmed, F1"),
+    "rougeL": Score(
+        "ROUGE-L", "0 to 1", "up", "longest common sequence of words, with gaps; stemmed, F1"
+    ),
     "bleu": Score("BLEU", "0 to 1", "up", "shared runs of one to four words; short answers lose"),
     "chrf": Score("chrF", "0 to 1", "up", "shared runs of one to six characters"),
     "tfidf_cosine": Score("TF-IDF cosine", "0 to 1", "up", "shared words, rare ones count more"),
@@ -96,21 +105,24 @@ def rouge(
     answers: Sequence[str],
     references: References,
     kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL"),
+    stem: bool = True,
 ) -> dict[str, numpy.ndarray]:
-    """Compute ROUGE F1 by kind (Lin, 2004; Google's ``rouge_score``, with stemming).
+    """Compute ROUGE F1 by kind (Lin, 2004; Google's ``rouge_score``).
 
-    Only a-z and 0-9 make words: text in another script scores 0.
+    Words are compared by their Porter stem, unless ``stem`` is false: that is the default of
+    ``evaluate.load("rouge")``, so compare with its numbers without stemming. Only a-z and 0-9 make
+    words: text in another script scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(kinds, use_stemmer=True)  # its score_multi takes the best reference
+    scorer = RougeScorer(kinds, use_stemmer=stem)  # its score_multi takes the best reference
     rows = [scorer.score_multi(texts, answer) for answer, texts in _rows(answers, references)]
     return {kind: numpy.array([row[kind].fmeasure for row in rows], dtype=float) for kind in kinds}
 
 
-def rouge_l(answers: Sequence[str], references: References) -> numpy.ndarray:
+def rouge_l(answers: Sequence[str], references: References, stem: bool = True) -> numpy.ndarray:
     """Compute ROUGE-L F1 alone (see ``rouge``)."""
-    return rouge(answers, references, ["rougeL"])["rougeL"]
+    return rouge(answers, references, ["rougeL"], stem)["rougeL"]
 
 
 def bleu(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -340,47 +352,157 @@ def plain_texts(plan: Plan) -> list[str]:
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def interval(values: Values, seed: int = 0) -> Interval:
-    """Return (mean, low, high): the 95 % percentile bootstrap interval (Efron, 1979).
+def interval(values: Values, groups: Groups = None, seed: int = 0) -> Interval:
+    """Return (mean, low, high), a 95 % interval. NaN values are left out.
 
-    NaN values are left out. Equal values, or a single one, give a point.
+    Percentile bootstrap (Efron, 1979). ``groups`` names the disease of each row, for example by
+    ``splits.focus_of``: then whole diseases are resampled, because rows of one disease tend to
+    stand or fall together (cluster bootstrap: Field and Welsh, 2007; for evaluations of language
+    models: Miller, 2024, arXiv 2411.00640). An empty group is a row of its own. Under about 30
+    groups the interval is somewhat too narrow.
+
+    A column of only 0 and 1 is a share and gets Wilson's interval at the effective number of rows
+    (``effective_rows``), which never has width 0. The ends are NaN where the data allow no
+    interval: other values that are all equal, or a single group. For differences see
+    ``paired_interval``.
     """
-    return _ratio(numpy.asarray(values), numpy.ones(len(values)), seed)
+    column, labels = _complete(groups, values)
+    if set(column.flat) <= {0.0, 1.0}:
+        mean = float(column.mean())
+        return mean, *wilson(mean, effective_rows(column[0], labels))
+    return _ratio(column[0], numpy.ones(len(labels)), labels, seed)
 
 
-def paired_interval(before: Values, after: Values, seed: int = 0) -> Interval:
-    """Return (mean, low, high) of ``after - before``, row by row (see ``interval``)."""
-    a, b = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
-    if a.shape != b.shape:
-        raise CourseError(f"cannot pair {len(a)} and {len(b)} values: expected the same rows.")
-    return interval(b - a, seed)
+def paired_interval(
+    before: Values, after: Values, groups: Groups = None, seed: int = 0
+) -> Interval:
+    """Return (mean, low, high) of ``after - before``, row by row: a bootstrap as in ``interval``.
+
+    Two columns of 0 and 1 with one and the same difference c in each row: a bootstrap has width 0.
+    By Wilson, at most a share u of other rows differs from c (0 of the effective rows did), and a
+    difference lies between -1 and 1. So the ends are c - u (c + 1) and c + u (1 - c).
+    """
+    if len(before) != len(after):
+        what = f"{len(before)} and {len(after)} values"
+        raise CourseError(f"cannot pair {what}: expected the same rows.")
+    (a, b), labels = _complete(groups, before, after)
+    difference = b - a
+    if {*a, *b} <= {0.0, 1.0} and numpy.ptp(difference) == 0:
+        c, (_, u) = float(difference[0]), wilson(0, effective_rows(difference, labels))
+        return c, c - u * (c + 1), c + u * (1 - c)
+    return _ratio(difference, numpy.ones(len(labels)), labels, seed)
 
 
-def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, seed: int = 0) -> Interval:
+def bits_per_byte(
+    nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None, seed: int = 0
+) -> Interval:
     """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
 
-    ``bits_per_byte(after.nats - before.nats, before.bytes)`` is the paired difference.
+    ``bits_per_byte(after.nats - before.nats, before.bytes)`` is the paired difference. The
+    interval is that of ``interval``: both sums are over the same resampled groups.
     """
-    return _ratio(nats / math.log(2), bytes, seed)
+    (over, under), labels = _complete(groups, nats, bytes)
+    return _ratio(over / math.log(2), under, labels, seed)
 
 
-def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, seed: int = 0) -> Interval:
+def perplexity(
+    nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None, seed: int = 0
+) -> Interval:
     """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
 
-    ``perplexity(after.nats - before.nats, before.tokens)`` is the paired ratio.
+    ``perplexity(after.nats - before.nats, before.tokens)`` is the paired ratio. The interval is
+    that of ``interval``.
     """
-    mean, low, high = _ratio(nats, tokens, seed)
+    (over, under), labels = _complete(groups, nats, tokens)
+    mean, low, high = _ratio(over, under, labels, seed)
     return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def _ratio(over: numpy.ndarray, under: numpy.ndarray, seed: int) -> Interval:
-    """Return sum(over) / sum(under) with its bootstrap interval; rows with a NaN are left out."""
-    table = numpy.array([over, under], dtype=float)
-    over, under = table[:, numpy.isfinite(table).all(axis=0)]
-    if not len(over):
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Return the 95 % interval of a share of ``n`` rows (Wilson, 1927); n need not be whole."""
+    centre, z2 = share + Z**2 / (2 * n), Z**2
+    half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    low, high = ((centre + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    return max(0.0, low) if share else 0.0, min(1.0, high) if share < 1 else 1.0
+
+
+def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
+    """Return how many independent rows would tell as much about the mean as these rows do.
+
+    That is n over the design effect (Kish, 1965): the squared gaps to the mean, summed by group
+    and then squared, over the squared gaps of the rows; at most n. Equal values, or a single
+    group, do not show how alike the rows of a group are. Then each group counts as copies of one
+    row, the worst case: n**2 / sum(size**2). Wilson's interval at this size is recommended for
+    shares in samples of whole clusters (Franco, Little, Louis and Slud, 2019, J. Surv. Stat.
+    Methodol. 7).
+    """
+    labels, n = group_numbers(groups, len(values)), len(values)
+    sizes, gaps = numpy.bincount(labels), values - numpy.mean(values)
+    if len(sizes) == 1 or numpy.ptp(values) == 0:
+        return float(n**2 / (sizes**2).sum())
+    between = (numpy.bincount(labels, gaps) ** 2).sum()
+    return float(n * min(1.0, (gaps**2).sum() / between)) if between else float(n)
+
+
+def p_value(
+    over: Values, under: Values | None = None, groups: Groups = None, seed: int = 0
+) -> float:
+    """Return the two-sided p-value of "the mean is 0", from the resamples of the intervals.
+
+    ``over`` are paired differences, ``under`` the sizes if it is a ratio (bytes, tokens). Twice the
+    smaller share of resamples on one side of 0, counting one more (Davison and Hinkley, 1997).
+    """
+    sizes = numpy.ones(len(over)) if under is None else under
+    (a, b), labels = _complete(groups, over, sizes)
+    ratios = _resamples(a, b, labels, seed)
+    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for the number of comparisons (Holm, 1979), in the given order."""
+    order = numpy.argsort(p_values)
+    factors = numpy.arange(len(order), 0, -1)
+    corrected = numpy.empty(len(order))
+    corrected[order] = numpy.maximum.accumulate(factors * numpy.array(p_values)[order])
+    return [float(p) for p in corrected.clip(max=1)]
+
+
+def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
+    """Number the groups of n rows from 0; a row without a group is one of its own."""
+    if groups is None:
+        return numpy.arange(n)
+    if len(groups) != n:
+        raise CourseError(f"{len(groups)} groups for {n} rows: expected one for each row.")
+    numbers: dict[Hashable, int] = {}
+    named = (not (g is None or g == "" or g != g) for g in groups)  # NaN: an empty cell of a table
+    keys = [("", g) if ok else (at,) for at, (g, ok) in enumerate(zip(groups, named, strict=True))]
+    return numpy.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return the rows without a NaN, shape (columns, rows), and their numbered groups."""
+    table = numpy.array(columns, dtype=float)
+    whole = numpy.isfinite(table).all(axis=0)
+    if not whole.any():
         raise CourseError("no value to take a mean of: expected at least one row that was scored.")
-    # Whole rows are drawn with replacement: what is above the line stays with what is below it.
-    draws = numpy.random.default_rng(seed).integers(0, len(over), (RESAMPLES, len(over)))
-    ratios = over[draws].sum(axis=1) / under[draws].sum(axis=1)
-    low, high = numpy.quantile(ratios, [0.025, 0.975])
+    labels = group_numbers(groups, len(whole))[whole]
+    return table[:, whole], numpy.unique(labels, return_inverse=True)[1]
+
+
+def _resamples(
+    over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray, seed: int
+) -> numpy.ndarray:
+    """Return sum(over) / sum(under) of each resample, shape (RESAMPLES,)."""
+    # Whole groups are drawn with replacement: what is above the line stays with what is below it.
+    tops, bottoms = numpy.bincount(labels, over), numpy.bincount(labels, under)
+    draws = numpy.random.default_rng(seed).integers(0, len(tops), (RESAMPLES, len(tops)))
+    return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
+
+
+def _ratio(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray, seed: int) -> Interval:
+    """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
+    low, high = numpy.quantile(_resamples(over, under, labels, seed), [0.025, 0.975])
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
+        low = high = math.nan
     return float(over.sum() / under.sum()), float(low), float(high)

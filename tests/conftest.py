@@ -240,7 +240,11 @@ def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str,
     rows = sample.rows()
     diseases = list(dict.fromkeys(str(row["focus"]) for row in rows))[:6]
     known = [row for row in rows if row["focus"] in diseases]
-    asked = [row for row in known if row["qtype"] in ("symptoms", "treatment")][:8]
+    # Six diseases: under five there is no interval.
+    symptoms, treatment = (
+        [row for row in known if row["qtype"] == qtype] for qtype in ("symptoms", "treatment")
+    )
+    asked = symptoms[:6] + treatment[:2]
     links = (
         "These resources address the diagnosis or management of gout: - MedlinePlus - "
         "Genetic Testing Registry"

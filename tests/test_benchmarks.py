@@ -157,6 +157,10 @@ def test_look_up_runs_and_the_asset_is_close_to_what_was_known() -> None:
 def test_asset_and_lengths_are_those_of_medquad(medquad_xml: Any, real_rows: Any) -> None:
     for kind, cells in look_up.measure(real_rows)["rougeL"].items():
         assert cells == {name: pytest.approx(ASSET[kind][name], abs=1e-3) for name in cells}
+        for name, cell in cells.items():
+            assert cell["diseases"] < cell["n"] and cell["low"] < cell["mean"] < cell["high"]
+            unstemmed = evaluation.measured()["rougeL_unstemmed"][kind][name]
+            assert cell["mean"] - 0.03 < unstemmed["mean"] < cell["mean"]
     # The committed runs drew their rows from lengths without the 16 rows of the second layout.
     now = train_speed.measure_lengths(medquad_xml)
     assert now["rows"] - LENGTHS["rows"] == 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,23 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
-from medquad_utils import CourseError, chat, cli, data, evaluation, files, generation, retrieval
+from medquad_utils import (
+    CourseError,
+    chat,
+    cli,
+    data,
+    evaluation,
+    files,
+    generation,
+    retrieval,
+    scores,
+)
 from medquad_utils.assets import sample
 from medquad_utils.evaluation import read_questions
 from medquad_utils.generation import Answer
 from medquad_utils.scores import answer_loss
 
+RULE_ERRORS = ("unsafe_passed", "safe_refused")
 GOUT = {"question": "What causes Gout ?", "answer": "Too much uric acid."}
 
 
@@ -112,18 +124,52 @@ def test_outcome_of_a_training_equals_hand_values() -> None:
     assert found["rouge_l_gain_ci95"] == pytest.approx([6 / 7 - 4 / 6, 1.0], abs=1e-4)
     assert (found["stop_rate_base"], found["stop_rate_tuned"]) == (0, 0.5)
     assert found["facts_complete_tuned"] == 1, "of the one row whose source lists facts"
+    assert found["diseases"] == 2
+    one = evaluation.outcome([rows[1]] * 2, train, base, tuned)
+    assert (one["diseases"], one["rouge_l_gain_ci95"]) == (1, None), "one disease, no interval"
 
 
 def test_an_arm_is_beaten_only_by_a_whole_interval_on_the_better_side() -> None:
-    def sides(low: float | None, high: float | None, score: str = "rougeL") -> list[str]:
-        cell = {"tuned": {score: {"low": low, "high": high}}}
-        overall = {f"versus {arm}": cell for arm in evaluation.WITHOUT_TRAINING}
-        return [k for found in evaluation.verdict(overall) for k, arms in found.items() if arms][1:]
+    def sides(
+        low: float | None, high: float | None, score: str = "rougeL", p: float = 0.001
+    ) -> list[str]:
+        mean = 0.0 if low is None or high is None else (low + high) / 2
+        cell = {"mean": mean, "low": low, "high": high, "n": 9, "diseases": 7, "p": p}
+        overall = {f"versus {arm}": {"tuned": {score: cell}} for arm in evaluation.WITHOUT_TRAINING}
+        return [k for found in evaluation.verdict(overall) for k, arms in found.items() if arms][3:]
 
     assert sides(0.01, 0.2) == sides(-0.2, -0.01, "bits_per_byte") == ["beats"]
     assert sides(0.0, 0.2) == sides(-0.1, 0.2) == ["even"]
     assert sides(-0.2, -0.01) == sides(0.01, 0.2, "bits_per_byte") == ["loses"]
     assert sides(None, None) == [], "too few questions"
+    # Three comparisons: by Holm the smallest p-value counts three times.
+    assert [sides(0.01, 0.2, p=p) for p in (0.016, 0.017)] == [["beats"], ["even"]]
+
+
+def test_a_cell_counts_diseases_and_needs_five_of_them() -> None:
+    rng = numpy.random.default_rng(2)
+    foci = [f"disease {n // 3}" for n in range(18)]
+    bits = {"nats": rng.random(18), "bytes": numpy.full(18, 7.0), "tokens": numpy.full(18, 3.0)}
+    before = {"rougeL": rng.random(18), "disease": foci, **bits}
+    after = {**before, "rougeL": rng.random(18), "nats": bits["nats"] - rng.random(18)}
+    cell = evaluation.measure("rougeL", after)
+    expected = scores.interval(after["rougeL"], foci)
+    assert cell and (cell["mean"], cell["low"], cell["high"]) == expected
+    assert (cell["n"], cell["diseases"]) == (18, 6)
+    gain = evaluation.measure("rougeL", after, before)
+    pair = before["rougeL"], after["rougeL"], foci
+    assert gain and (gain["mean"], gain["low"], gain["high"]) == scores.paired_interval(*pair)
+    assert gain["p"] == scores.p_value(after["rougeL"] - before["rougeL"], groups=foci)
+    saved = evaluation.measure("bits_per_byte", after, before)
+    lost = after["nats"] - before["nats"], bits["bytes"], foci
+    assert saved and (saved["mean"], saved["low"], saved["high"]) == scores.bits_per_byte(*lost)
+    few = {**after, "disease": [f"disease {n % 4}" for n in range(18)]}
+    cell = evaluation.measure("rougeL", few)
+    assert cell and (cell["low"], cell["n"], cell["diseases"]) == (None, 18, 4)
+    alike = evaluation.measure("rougeL", before, before)
+    assert alike and (alike["mean"], alike["low"], alike["p"]) == (0, None, 1), "equal answers"
+    cell = evaluation.measure("perplexity", bits)
+    assert cell and cell["diseases"] is None and cell["low"] < cell["high"], "each text for itself"
 
 
 def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> None:
@@ -205,6 +251,9 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
             assert cell["mean"] == pytest.approx(numpy.nanmean(values), abs=1e-4)
             assert cell["low"] <= cell["mean"] <= cell["high"]
             assert cell["n"] == numpy.isfinite(values).sum()
+            scored = zip(answers[arm], numpy.isfinite(values), strict=True)
+            known = {a["disease"] for a, is_scored in scored if is_scored}
+            assert cell["diseases"] == len(known)
             gain = overall["versus base"].get(arm, {score: {"mean": 0}})[score]["mean"]
             assert gain == pytest.approx(numpy.nanmean(values - base), abs=1e-4)
     for arm in ("base", "tuned", "grounded"):
@@ -216,14 +265,37 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
         assert same == (int(tuned["id"]) in ungrounded(metrics)), "the same prompt"
 
 
+def cells(metrics: Any) -> Iterator[dict[str, Any]]:
+    """Every cell of the metrics, wherever it stands."""
+    if isinstance(metrics, dict):
+        if "low" in metrics:
+            yield metrics
+        for value in metrics.values():
+            yield from cells(value)
+
+
+def test_no_interval_has_width_zero(metrics: Any) -> None:
+    every = list(cells(metrics))
+    shown = [cell for cell in every if cell["low"] is not None]
+    assert len(shown) > 100
+    assert all(cell["low"] < cell["high"] for cell in shown)
+    assert all(cell["n"] >= 5 and (cell["diseases"] or 5) >= 5 for cell in shown)
+    constant = [cell for cell in shown if cell["mean"] in (0, 1)]
+    assert constant, "a column of equal values is among them"
+    safety = metrics["safety"]
+    shares = [part for arm in ("base", "tuned") for part in safety[arm].values()]
+    shares += [safety["rule_error"], *(safety["rule_error"][k] for k in RULE_ERRORS)]
+    assert all(share["ci95"][0] < share["ci95"][1] for share in shares)
+
+
 def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> None:
     assert set(metrics["by_source"]) == {"course sample", "GHR", "<i>x</i>"}
     for name in ("by_qtype", "by_source", "by_kind"):
         assert sum(group["n"] for group in metrics[name].values()) == 10
         for group in metrics[name].values():
             cell = group["arms"]["tuned"]["rougeL"]
-            assert cell["n"] == group["n"]
-            assert (cell["low"] is None) == (cell["n"] < evaluation.FEW), "too few"
+            assert (cell["n"], cell["diseases"]) == (group["n"], group["diseases"])
+            assert (cell["low"] is None) == (cell["diseases"] < evaluation.FEW), "too few"
     assert metrics["forgetting"]["ratio"]["mean"] > 1, "random adapters harm what the base knows"
     assert [metrics["safety"][arm]["overall"]["n"] for arm in ("base", "tuned")] == [6, 6]
     assert "Hub is out of reach" in metrics["bert_score"], "the reason why it is missing"

@@ -32,8 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 DATA = {"rows_loaded": 77777, "sizes": {"train": 5, "validation": 6, "test": 7}}
 SAFETY = {"overall": {"passed": 3, "n": 8, "share": 0.375, "ci95": [0.1, 0.7]}}
 ROUGE = {"rougeL": {"mean": 0.4321, "low": 0.3333, "high": 0.5556}}
+UNSAFE = {"count": 2, "n": 84, "share": 0.0238, "ci95": [0.0066, 0.0827]}
 EVALUATION = {
-    "questions": 9, "safety": {"prompts": 8, "tuned": SAFETY}, "overall": {"arms": {"tuned": ROUGE}}
+    "questions": 9, "diseases": 4, "overall": {"arms": {"tuned": ROUGE}},
+    "safety": {"prompts": 8, "tuned": SAFETY, "rule_error": {"unsafe_passed": UNSAFE}},
 }  # fmt: skip
 
 
@@ -110,6 +112,12 @@ def test_the_card_holds_every_section_and_the_runs_numbers(published: Path) -> N
     for number in ("4,321", "77,777", "5 / 6 / 7", "| 0.002, cosine |", *intervals, publishing.DOI):
         assert number in text
     assert "| ROUGE-L (up) | not measured | " in text, "the base was not scored"
+    bits = "| bits per byte (down) | not measured | not measured | n/a | n/a |"
+    assert bits in text, "a text that is looked up has no likelihood"
+    flat = " ".join(text.split())
+    assert "Questions: 9 about 4 diseases (" in flat
+    assert r"pass 2 of 84 unsafe answers (0.024 \[0.007, 0.083\]) and refuse safe" in flat
+    assert "refuse safe answers at a rate that was not measured." in flat
     (rouge,) = ModelCard(text).data.eval_results
     assert (rouge.metric_name, rouge.metric_value) == ("ROUGE-L", 0.4321)
     assert rouge.metric_args == {"interval_95": [0.3333, 0.5556]}

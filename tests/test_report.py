@@ -62,7 +62,7 @@ def test_a_changed_metric_changes_the_report(metrics: Any, tmp_path: Path) -> No
     text = report.write(changed | {"held_out": False, "verdict": []}, tmp_path)[1].read_text()
     assert all(f"9{n}.500" in text for n in ("1,234", "2,345", "3,456", "4,567"))
     assert text.index("These questions are not held out") < text.index("## Scores")
-    assert "Under 5 questions are too few for an interval, and so for a verdict." in text
+    assert "Questions about under 5 diseases are too few for an interval" in text
 
 
 def test_the_notice_and_the_verdict_stand_before_the_scores(metrics: Any, pages: list[str]) -> None:
@@ -80,6 +80,31 @@ def test_the_notice_and_the_verdict_stand_before_the_scores(metrics: Any, pages:
         )
         places = [text.replace("## Scores", ">Scores").index(part) for part in parts]
         assert places == sorted(places)
+
+
+def test_questions_are_counted_with_their_diseases(metrics: Any, pages: list[str]) -> None:
+    assert report.counted(1, 1) == "1 question about 1 disease"
+    assert report.counted(1234, None) == "1,234 questions"
+    said = report.counted(metrics["questions"], metrics["diseases"])
+    assert said.startswith("10 questions about ") and f"\n{said}, of " in pages[1]
+    first = metrics["verdict"][0]
+    assert f"({report.counted(first['n'], first['diseases'])}), the tuned" in pages[1]
+    assert "| question type | questions | diseases |" in pages[1]
+
+
+def test_scores_that_cannot_exist_are_told_from_those_not_measured(pages: list[str]) -> None:
+    lines = [line.split(" | ") for line in pages[1].splitlines()]
+    rows = {cells[0]: [c.removesuffix(" |") for c in cells[1:]] for cells in reversed(lines)}
+    arms = rows["| score"]
+    for name in ("| bits per byte", "| perplexity"):
+        missing = [arm for arm, cell in zip(arms, rows[name], strict=True) if cell == "n/a"]
+        assert missing == ["nearest", "another disease"]
+    assert rows["| BERTScore"] == ["not measured"] * 5
+    assert report.why_missing("facts_complete", "tuned") == "n/a", "this source lists no facts"
+    assert report.why_missing("facts_complete", "tuned", scored=False) == "not measured"
+    assert report.cell(None) == report.why_missing("chrf", "nearest") == "not measured"
+    few = {"mean": 0.5, "low": None, "high": None}
+    assert report.cell(few) == "0.500"
 
 
 def test_nothing_of_a_question_gets_through_as_markup(pages: list[str]) -> None:

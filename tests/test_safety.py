@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from medquad_utils import safety
 from medquad_utils.assets import sample
@@ -134,11 +135,22 @@ def test_the_error_of_the_rules_is_as_measured(monkeypatch: pytest.MonkeyPatch) 
     assert tuning["wrong_passes"] + tuning["wrong_fails"] == 0
     assert held_out["wrong_passes"] <= 2 and held_out["wrong_fails"] <= 2
     assert held_out["error"] == (held_out["wrong_passes"] + held_out["wrong_fails"]) / 172
+    for half in (tuning, held_out):
+        parts = half["unsafe_passed"], half["safe_refused"]
+        assert [part["count"] for part in parts] == [half["wrong_passes"], half["wrong_fails"]]
+        assert sum(part["n"] for part in parts) == half["n"]
+        for part in (*parts, {**half, "count": half["wrong_passes"] + half["wrong_fails"]}):
+            ends = binomtest(part["count"], part["n"]).proportion_ci(method="wilson")
+            assert part["ci95"] == pytest.approx([ends.low, ends.high])
+            assert part.get("share", half["error"]) == part["count"] / part["n"]
     passed = [(p.category, text) for p, text, right in labelled if judge(p, text).passed > right]
     assert not {category for category, _ in passed} & {"red_flag", "dosing", "self_harm"}, passed
     monkeypatch.setattr(safety, "judge", lambda prompt, answer: Verdict(True, "whatever it says"))
-    blind = [safety.rule_error(half)["wrong_passes"] for half in (False, True)]
-    assert blind == [85, 84], "counted against the labels"
+    blind = [safety.rule_error(half) for half in (False, True)]
+    assert [half["wrong_passes"] for half in blind] == [85, 84], "counted against the labels"
+    passed_all = [(half["unsafe_passed"]["n"], half["safe_refused"]["n"]) for half in blind]
+    assert passed_all == [(85, 81), (84, 88)], "unsafe answers, and safe ones"
+    assert all(half["unsafe_passed"]["share"] == 1 for half in blind)
 
 
 def test_score_counts_by_category_with_wilson_intervals() -> None:

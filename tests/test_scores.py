@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from medquad_utils import CourseError, chat, scores
 from medquad_utils.assets import sample
@@ -49,6 +50,12 @@ def measure(score: str, answers: Any, references: Any) -> numpy.ndarray:
 )
 def test_scores_equal_hand_values(score: str, answer: str, known: list[str], value: float) -> None:
     assert measure(score, [answer], [known]) == pytest.approx([value])
+
+
+def test_rouge_without_stemming_is_the_default_of_the_evaluate_package() -> None:
+    assert scores.rouge(["cats sat"], ["cat sat"], stem=False)["rougeL"] == pytest.approx([1 / 2])
+    assert scores.rouge_l(["cats sat"], ["cat sat"], stem=False) == pytest.approx([1 / 2])
+    assert scores.rouge_l(["cats sat"], ["cat sat"]) == [1]
 
 
 def test_repetition_is_the_share_of_runs_of_four_words_said_before() -> None:
@@ -116,13 +123,98 @@ def test_interval_is_the_percentile_bootstrap_of_the_seed(count: int) -> None:
     assert scores.interval(values, seed=7) == pytest.approx((values.mean(), low, high))
 
 
-def test_equal_values_are_a_point_and_no_value_is_refused() -> None:
-    for equal in ([0.1] * 7, [math.nan, 0.1]):
-        value, low, high = scores.interval(equal)
-        assert low == value == high == pytest.approx(0.1)
+def test_groups_are_resampled_whole_and_a_row_without_one_stands_alone() -> None:
+    values, groups = [0.2, 0.4, 0.9], ["gout", "gout", "asthma"]
+    # One draw in four takes gout twice (mean 0.3), one asthma twice (0.9), the others both.
+    assert scores.interval(values, groups) == pytest.approx((0.5, 0.3, 0.9))
+    alone = scores.interval(values)
+    assert scores.interval(values, ["", "", ""]) == scores.interval(values, [None, 7, ""]) == alone
+    gap = scores.interval([*values, math.nan], [*groups, "gout"])
+    assert gap == scores.interval(values, groups), "a row without a value leaves its group"
+    with pytest.raises(CourseError, match="2 groups for 3 rows"):
+        scores.interval(values, groups[:2])
+
+
+def test_the_cluster_bootstrap_agrees_with_the_clustered_standard_error() -> None:
+    """Miller, 2024, arXiv 2411.00640: the square root of the summed group gaps squared, over n."""
+    rng = numpy.random.default_rng(6)
+    groups = rng.integers(0, 60, 400)
+    values = rng.normal(0.5, 0.2, 60)[groups] + rng.normal(0, 0.05, 400)
+    by_group = [(values - values.mean())[groups == g].sum() for g in range(60)]
+    error = math.sqrt(sum(gap**2 for gap in by_group)) / 400
+    value, low, high = scores.interval(values, groups.tolist())
+    assert value == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.08)
+    _, row_low, row_high = scores.interval(values)
+    assert high - low > 1.8 * (row_high - row_low), "rows of a group are alike here"
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 98), (98, 98), (13, 13), (3, 10), (0, 1)])
+def test_a_share_has_the_interval_of_wilson(count: int, n: int) -> None:
+    known = binomtest(count, n).proportion_ci(method="wilson")
+    assert scores.wilson(count / n, n) == pytest.approx((known.low, known.high))
+    found = scores.interval([True] * count + [False] * (n - count))
+    assert found == pytest.approx((count / n, known.low, known.high))
+    assert found[1] < found[2]
+
+
+def test_a_share_by_groups_counts_its_effective_rows() -> None:
+    def wilson(count: int, n: int) -> Any:
+        return pytest.approx((count / n, *scores.wilson(count / n, n)))
+
+    copies = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0], list("aaaabbbbcccc")
+    assert scores.interval(*copies) == wilson(1, 3), "four copies of a row are one row"
+    assert scores.interval([0, 1] * 6, list("aabbccddeeff")) == wilson(6, 12), "never above n"
+    # All right: 9 rows of one disease and 3 of another count as 12**2 / (9**2 + 3**2) rows.
+    expected = 1.0, *scores.wilson(1, 144 / 90)
+    assert scores.interval([1] * 12, list("aaaaaaaaabbb")) == pytest.approx(expected)
+    # By hand: gaps -0.4, 0.6 | -0.4, -0.4 | 0.6; squared 1.2, by group 0.2, -0.8, 0.6 squared 1.04
+    found = scores.effective_rows(numpy.array([0, 1, 0, 0, 1]), list("aabbc"))
+    assert found == 5, "1.2 / 1.04 is above 1"
+    # Gaps 0.6 0.6 | -0.4 -0.4 | -0.4: squared 1.2, by group 1.2, -0.8, -0.4 squared 2.24
+    found = scores.effective_rows(numpy.array([1, 1, 0, 0, 0]), list("aabbc"))
+    assert found == pytest.approx(5 * 1.2 / 2.24)
+
+
+def test_no_interval_where_the_data_allow_none() -> None:
+    for values, groups in (([0.1] * 7, None), ([math.nan, 0.1], None), ([0.1, 0.7], ["a", "a"])):
+        value, low, high = scores.interval(values, groups)
+        assert value == pytest.approx(numpy.nanmean(values)) and math.isnan(low + high)
+    same = numpy.zeros(9)
+    assert numpy.isnan(scores.bits_per_byte(same, same + 4)[1:]).all(), "two arms with one prompt"
+    assert numpy.isnan(scores.paired_interval([0.1] * 5, [0.2] * 5)[1:]).all()
     for nothing in ([], [math.nan]):
         with pytest.raises(CourseError, match="at least one row"):
             scores.interval(nothing)
+
+
+def test_equal_paired_differences_of_shares_are_bounded_by_wilson() -> None:
+    """0 of 98 differ: at most a share of 0.0377 does, up or down."""
+    ones, u = [1.0] * 98, binomtest(0, 98).proportion_ci(method="wilson").high
+    assert u == pytest.approx(0.0377, abs=1e-4)
+    assert scores.paired_interval(ones, ones) == pytest.approx((0, -u, u))
+    assert scores.paired_interval([0.0] * 98, ones) == pytest.approx((1, 1 - 2 * u, 1))
+    u = scores.wilson(0, 14)[1]  # 98 rows about 14 diseases
+    by_group = scores.paired_interval(ones, ones, [row % 14 for row in range(98)])
+    assert by_group == pytest.approx((0, -u, u))
+
+
+def test_p_values_are_two_sided_and_corrected_by_holm() -> None:
+    rng = numpy.random.default_rng(8)
+    noise = rng.normal(0, 1, 400)
+    for mean in (0.0, 0.08, -0.11):  # against normal theory
+        values = noise - noise.mean() + mean
+        z = abs(mean) / (values.std() / math.sqrt(400))
+        assert scores.p_value(values) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.03)
+    assert scores.p_value(numpy.ones(9)) == 2 / 2001 and scores.p_value(numpy.zeros(9)) == 1
+    effect = numpy.repeat(rng.normal(0.1, 0.5, 20), 20)
+    assert scores.p_value(effect, groups=[row // 20 for row in range(400)]) > 0.1
+    assert scores.p_value(effect) < 0.01, "400 rows, as if they were not 20 groups"
+    sizes = numpy.where(effect > 0, 9, 1)  # of a ratio, only the sign of the sum counts
+    assert scores.p_value(effect, sizes) == scores.p_value(effect)
+    # Sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.04 x 1, never below an earlier one.
+    assert scores.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert scores.holm([0.7, 0.6]) == [1, 1] and scores.holm([]) == []
 
 
 def test_paired_interval_is_after_minus_before_of_each_row() -> None:
@@ -135,6 +227,9 @@ def test_paired_interval_is_after_minus_before_of_each_row() -> None:
     unpaired = math.hypot(*(i[2] - i[1] for i in map(scores.interval, (before, after))))
     assert high - low < 0.5 * unpaired
     assert scores.paired_interval(before, after, seed=1) != (value, low, high)
+    groups = [row // 20 for row in range(200)]
+    paired = scores.paired_interval(before, after, groups)
+    assert paired == scores.interval(after - before, groups), "clustered too"
     with pytest.raises(CourseError, match="2 and 3 values"):
         scores.paired_interval([1, 2], [1, 2, 3])
 
@@ -148,6 +243,12 @@ def test_bits_per_byte_and_perplexity_are_ratios_of_sums_over_whole_rows() -> No
     assert scores.bits_per_byte(*gaps) == scores.bits_per_byte(*(g[[0, 2]] for g in gaps))
     many = numpy.random.default_rng(5).random(50), numpy.full(50, 9)
     assert scores.bits_per_byte(*many, seed=1) != scores.bits_per_byte(*many)
+    # The first two rows are one disease: 10 bits over 9 bytes, against 3 over 1.
+    nats, sizes = numpy.append(nats, math.log(2) * 3), numpy.append(sizes, 1)
+    by_group = scores.bits_per_byte(nats, sizes, ["a", "a", "b"])
+    assert by_group == pytest.approx((13 / 10, 10 / 9, 3))
+    found = scores.perplexity(nats, sizes, ["a", "a", "b"])
+    assert found == pytest.approx([2**bits for bits in by_group])
 
 
 QUESTIONS = [*chat.THREE_QUESTIONS, "What causes gout, and how is it found ?"]
