@@ -25,6 +25,7 @@ from medquad_utils.files import read_json
 
 PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
+KAGGLE = Path("/kaggle/working")  # what Kaggle keeps of a session: "Save Version"
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 BESIDE_GB = 1.0  # RAM of a browser and JupyterLab beside a lesson's kernel
 DISK_GB = 1.0  # tiny's results take 0.1 GB; lessons 05 and 08 write a merged model for a while
@@ -211,11 +212,19 @@ def on_colab() -> bool:
     return "google.colab" in sys.modules
 
 
+def on_kaggle() -> bool:
+    """Return whether this is a notebook on Kaggle."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
 _colab_gap = ""  # why Colab gave no secret; huggingface_hub asks once a session, so it stays
 
 
 def hub_token() -> str | None:
-    """Return the Hub token of the environment, a login or Colab's secrets (see ``token_gap``)."""
+    """Return the Hub token of the environment, a login or the secrets of Colab or Kaggle.
+
+    ``token_gap`` says why there is none.
+    """
     import huggingface_hub
 
     global _colab_gap
@@ -235,11 +244,28 @@ def hub_token() -> str | None:
             "this notebook may not read Colab's secret HF_TOKEN: "
             "key icon > Notebook access, then Runtime > Restart session"
         )
+    if not token and on_kaggle() and (token := _kaggle_secret("HF_TOKEN")):
+        os.environ["HF_TOKEN"] = token  # huggingface_hub knows Colab's secrets only
     return token
 
 
+def _kaggle_secret(name: str) -> str | None:
+    """Return a secret that is attached to this notebook on Kaggle."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        return str(UserSecretsClient().get_secret(name))
+    except Exception:  # Kaggle's client has one error for each of missing, detached and offline
+        return None
+
+
 def token_gap() -> str:
-    """Return why ``hub_token`` gave none on Colab, with the next step; elsewhere ""."""
+    """Return why ``hub_token`` gave none on Colab or Kaggle, with the next step; elsewhere ""."""
+    if on_kaggle():
+        return (
+            "Kaggle gives this notebook no secret HF_TOKEN: Add-ons > Secrets, attach it, "
+            "switch Internet on, then run again"
+        )
     if _colab_gap or not on_colab():
         return _colab_gap
     return (
@@ -257,16 +283,25 @@ def checkout() -> Path | None:
 
 
 def default_out() -> str:
-    """Return the results folder: $MEDQUAD_OUT, Drive on Colab, else runs/ in the checkout."""
+    """Return the results folder: $MEDQUAD_OUT, Drive on Colab, else runs/ in the checkout.
+
+    On Kaggle it is a folder in the working directory, the one place that Kaggle keeps.
+    """
     if chosen := os.environ.get("MEDQUAD_OUT"):
         return chosen
     if on_colab() and DRIVE.is_dir():
         return str(DRIVE / "medquad-runs")  # Colab's own disk is lost with the session
+    if on_kaggle():
+        return str(KAGGLE / "medquad-runs")
     return str((checkout() or Path.cwd()) / "runs")
 
 
-def colab_results(folder: Path) -> str:
-    """Say where results are on Colab, and what happens to them when the session ends."""
+def hosted_results(folder: Path) -> str:
+    """Say where results are on Colab or Kaggle, and whether they outlive the session; else ""."""
+    if on_kaggle():
+        return f"in {folder}: 'Save Version' keeps it, the end of the session does not"
+    if not on_colab():
+        return ""
     if folder.is_relative_to(DRIVE):
         return f"on Drive, in {folder.relative_to(DRIVE)}: a later session goes on from there"
     return (

@@ -252,7 +252,7 @@ class Plan:
             "rows": f"{self.rows or 'all'} for training, "
                     f"up to {self.eval_rows} each for validation and test",
             "predicted memory": memory,
-            "results": machine.colab_results(self.folder) if machine.on_colab() else "",
+            "results": machine.hosted_results(self.folder),
         }  # fmt: skip
         return {what: value for what, value in rows.items() if value}
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 import venv
 import zipfile
 from pathlib import Path
@@ -279,6 +280,30 @@ def test_results_go_to_drive_on_colab_only(monkeypatch: pytest.MonkeyPatch, tmp_
     drive.rmdir()
     plan = profiles.resolve("tiny", hardware=T4)
     assert "lost with the session: mount Drive" in dict(plan.table())["results"]
+
+
+def test_kaggles_secret_and_folder_are_used_as_colabs_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("MEDQUAD_OUT", "HF_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that the test's end takes away what is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert not machine.hub_token() and machine.token_gap() == "", "not on Kaggle"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(machine, "KAGGLE", tmp_path / "working")
+    assert machine.hub_token() is None, "no secret is attached"
+    assert "Add-ons > Secrets, attach it" in machine.token_gap()
+    plan = profiles.resolve("tiny", hardware=T4)
+    assert plan.folder == tmp_path / "working" / "medquad-runs" / "tiny"
+    assert "'Save Version' keeps it" in dict(plan.table())["results"]
+    secrets = types.ModuleType("kaggle_secrets")
+    client = type("UserSecretsClient", (), {"get_secret": lambda self, name: f"value of {name}"})
+    secrets.UserSecretsClient = client  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets)
+    assert machine.hub_token() == os.environ["HF_TOKEN"] == "value of HF_TOKEN"
 
 
 @pytest.mark.full
