@@ -130,6 +130,22 @@ def predictions(notebook: Any) -> list[str]:
     return faults + [a for a in asked if not re.search(PREDICTION, a)]
 
 
+def words(notebook: Any) -> int:
+    """Words of the Markdown cells, without code, links and tables' rules."""
+    text = re.sub(r"(?s)```.*?```|`[^`]*`|\]\([^)]*\)|<[^>]+>", " ", prose(notebook))
+    return len(re.findall(r"[^\W\d_][\w'’-]*", text))
+
+
+def budget(notebook: Any) -> list[str]:
+    """What a learner cannot read in 45 minutes: too many cells, words, lines, or too wide ones."""
+    own = [source(cell) for cell in code(notebook)[1:]]  # all but the install cell
+    lines = [line for text in own for line in text.splitlines() if line.strip()]
+    counts = {"cells": (len(notebook["cells"]), 50), "words": (words(notebook), 1600)}
+    counts |= {"lines of code": (len(lines), 180)}
+    faults = [f"{n} {what}: at most {most}" for what, (n, most) in counts.items() if n > most]
+    return faults + [f"{len(line)} columns: {line}" for line in lines if len(line) > 100]
+
+
 Rule = Callable[[Any], list[str]]
 
 
@@ -140,8 +156,8 @@ def test_a_notebook_can_be_opened_and_read_everywhere(path: Path, rule: Rule) ->
 
 
 @lesson
-@pytest.mark.parametrize("rule", [table_of_contents, predictions])
-def test_a_lesson_has_numbered_sections_and_predictions(path: Path, rule: Rule) -> None:
+@pytest.mark.parametrize("rule", [table_of_contents, predictions, budget])
+def test_a_lesson_has_numbered_sections_predictions_and_a_budget(path: Path, rule: Rule) -> None:
     assert rule(read(path)) == []
 
 
@@ -158,6 +174,8 @@ BAD = {"output_type": "stream", "name": "stderr", "data": {"text/html": "<detail
         (alt_texts, "A figure", 0, {"source": "![A figure](figures/a.svg)"}),
         (table_of_contents, "not section 1: B", 0, {"source": "# A\n## B"}),
         (predictions, "import sys", 1, {"metadata": {"tags": ["predict"]}}),
+        (budget, "lines of code: at most 180", 2, {"source": "x = 1\n" * 181}),
+        (budget, "101 columns", 2, {"source": "x" * 101}),
     ],
 )
 def test_a_rule_notices_damage(rule: Rule, fault: str, place: int, change: dict[str, Any]) -> None:
@@ -218,6 +236,10 @@ def test_outputs_come_from_this_source_in_the_tested_versions(path: Path) -> Non
     counts = [cell["execution_count"] for cell in cells]
     assert counts == list(range(1, len(cells) + 1)), "not one run from top to bottom"
     assert sum(bool(cell["outputs"]) for cell in cells) > len(cells) / 2, "without outputs"
+
+
+def test_the_whole_course_is_read_in_a_day() -> None:
+    assert sum(words(read(path)) for path in LESSONS) <= 16_000
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda p: p.stem)
