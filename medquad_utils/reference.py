@@ -39,9 +39,9 @@ def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def newest(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
-    for profile in reversed(REAL):
-        if (about := FOLDER / profile / "reference.json").is_file():
-            return label(read_json(about)), read_json(about.parent / "metrics" / f"{name}.json")
+    for folder in (FOLDER / profile for profile in reversed(REAL)):
+        if (metrics := folder / "metrics" / f"{name}.json").is_file():
+            return label(read_json(folder / "reference.json")), read_json(metrics)
     return None
 
 
