@@ -37,7 +37,7 @@ check: $(STAMP)
 	$(BIN)/deptry medquad_utils
 	$(PYTEST) -m "not full"
 
-# Before you push, and in CI: all of it, with the nine lessons executed once.
+# Before you push, and in CI: all of it, with the ten lessons executed once.
 test: check
 	$(PYTEST) -m full
 
@@ -45,7 +45,7 @@ test: check
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
-# The newest release of every library, whatever the ranges say; then the nine lessons on real MedQuAD.
+# The newest release of every library, whatever the ranges say; then the ten lessons on real MedQuAD.
 weekly:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	sed 's/==.*//; /^#/d' constraints.txt | xargs $(NEWEST)/bin/python -m pip install --quiet --upgrade

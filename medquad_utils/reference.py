@@ -1,4 +1,4 @@
-"""Reference runs: the numbers of all nine lessons, kept in ``notebooks/reference/<profile>/``.
+"""Reference runs: the numbers of all lessons, kept in ``notebooks/reference/<profile>/``.
 
 ``medquad run --reference DIR`` writes one. The lessons show the largest one beside the reader's own
 run. It holds numbers and the model's own answers, and no sentence of the data.

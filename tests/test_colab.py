@@ -223,7 +223,7 @@ class Colab:
 
 def lesson(number: int, **parameters: Any) -> list[str]:
     """The code cells of a lesson, its parameters overridden."""
-    first, second, *rest = ["".join(c["source"]) for c in code_cells(LESSONS[number - 1])]
+    first, second, *rest = ["".join(c["source"]) for c in code_cells(LESSONS[number])]
     return [first, second, "\n".join(f"{k} = {v!r}" for k, v in parameters.items()), *rest]
 
 
