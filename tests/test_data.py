@@ -473,7 +473,7 @@ def test_groups_are_the_closure_of_what_two_rows_share(seed: int) -> None:
 
 def test_repeats_are_exact_pairs_several_answers_and_shared_answers() -> None:
     pairs = [("Gout ?", "A"), ("Gout ?", "A"), ("gout", "B"), ("Mumps ?", "C"), ("Croup ?", "C")]
-    rows = [row("", question=question, answer=answer) for question, answer in pairs]
+    rows = [row(question, answer) for question, answer in pairs]
     assert list(splits.repeats(rows).values()) == [1, 1, 4]
 
 

@@ -79,8 +79,15 @@ def test_a_metric_lies_in_its_range(
 
 # Lesson's metrics -> the numbers of its key figure.
 TWINS = {
-    "explore": {"cleaning", "words", "tokens", "follow_a_template", "leak_by_row", "leak_grouped",
-                "look_up"},
+    "explore": {
+        "cleaning",
+        "words",
+        "tokens",
+        "follow_a_template",
+        "leak_by_row",
+        "leak_grouped",
+        "look_up",
+    },
     "quantize": {"cost"},
     "train": {"train_curve", "validation_curve", "answers", "singular_values"},
     "ask": {"answers"},
