@@ -36,24 +36,12 @@ def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {YOURS: yours} | dict([found] if found else [])
 
 
-def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
-    folder = newest_folder()
-    about = read_json(folder / "reference.json") if folder else {}
-    return {YOURS: yours} | ({label(about): about["data"]} if about else {})
-
-
 def newest(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
-    if not (folder := newest_folder()):
-        return None
-    return label(read_json(folder / "reference.json")), read_json(folder / f"metrics/{name}.json")
-
-
-def newest_folder() -> Path | None:
-    """Return the folder of the committed run of the largest profile."""
-    folders = (FOLDER / profile for profile in reversed(PROFILES))
-    return next((folder for folder in folders if (folder / "reference.json").is_file()), None)
+    for profile in reversed(PROFILES):
+        if (about := FOLDER / profile / "reference.json").is_file():
+            return label(read_json(about)), read_json(about.parent / "metrics" / f"{name}.json")
+    return None
 
 
 def label(about: Mapping[str, Any]) -> str:
@@ -61,6 +49,13 @@ def label(about: Mapping[str, Any]) -> str:
     rows = "the course's sample" if about["data"]["source"] == "sample" else "MedQuAD"
     model, chip = about["model"].split("/")[-1], about["hardware"].split(",")[0]
     return f"{model} on {rows}, {chip}, {about['date']}"
+
+
+def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
+    places = (FOLDER / profile / "reference.json" for profile in reversed(PROFILES))
+    about = next((read_json(place) for place in places if place.is_file()), {})
+    return {YOURS: yours} | ({label(about): about["data"]} if about else {})
 
 
 def check(folder: Path) -> None:

@@ -79,6 +79,12 @@ def test_a_metric_lies_in_its_range(
 
 # Lesson's metrics -> the numbers of its key figure.
 TWINS = {
+    "quantize": {"cost"},
+    "train": {"train_curve", "validation_curve", "answers", "singular_values"},
+    "ask": {"answers"},
+    "evaluate": {"questions", "arms"},
+    "explain": {"faithfulness"},
+    "specialise": {"score", "changes"},
     "explore": {
         "cleaning",
         "words",
@@ -88,12 +94,6 @@ TWINS = {
         "leak_grouped",
         "look_up",
     },
-    "quantize": {"cost"},
-    "train": {"train_curve", "validation_curve", "answers", "singular_values"},
-    "ask": {"answers"},
-    "evaluate": {"questions", "arms"},
-    "explain": {"faithfulness"},
-    "specialise": {"score", "changes"},
 }
 
 
