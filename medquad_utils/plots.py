@@ -87,6 +87,8 @@ def _said(values: Any) -> str:
     if isinstance(values, tuple) and len(values) == 3:
         return "{:,.3g} [{:,.3g}, {:,.3g}]".format(*values)
     table = numpy.asarray(values, dtype=float)
+    if table.size == 1:
+        return f"{table.item():,.3g}"
     size = " by ".join(map(str, table.shape))
     return f"({size} values from {table.min():,.3g} to {table.max():,.3g})"
 

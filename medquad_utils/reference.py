@@ -52,6 +52,13 @@ def label(about: Mapping[str, Any]) -> str:
     return f"{model} on {rows}, {chip}, {about['date']}"
 
 
+def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
+    places = (FOLDER / profile / "reference.json" for profile in reversed(PROFILES))
+    about = next((read_json(place) for place in places if place.is_file()), {})
+    return {YOURS: yours} | ({label(about): about["data"]} if about else {})
+
+
 def check(folder: Path) -> None:
     """Check before a long run that ``folder`` may be replaced: new, empty or a reference run."""
     if folder.exists() and not (folder / "reference.json").is_file() and any(folder.iterdir()):

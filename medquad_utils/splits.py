@@ -89,6 +89,20 @@ RARE = 5  # foci that carry a UMLS concept, at most; "Syndrome" is carried by ma
 BOILERPLATE = 10  # foci that carry an answer, at most; an answer with more is boilerplate
 
 
+def repeats(rows: Sequence[Row]) -> dict[str, int]:
+    """Count exact pairs, questions with several answers, and rows that share their answer."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        answers[normalise(row["question"])].add(row["answer"])
+    shared = Counter(row["answer"] for row in rows)
+    pairs = {(row["question"], row["answer"]) for row in rows}
+    return {
+        "exact pairs, beyond the first": len(rows) - len(pairs),
+        "questions with several answers": sum(len(several) > 1 for several in answers.values()),
+        "rows that share their answer": sum(count for count in shared.values() if count > 1),
+    }
+
+
 def boilerplate(rows: Sequence[Row]) -> dict[str, int]:
     """Count the foci of each answer that more than ``BOILERPLATE`` foci carry, largest first."""
     foci: dict[str, set[str]] = defaultdict(set)

@@ -241,6 +241,20 @@ def test_a_guess_is_scored_by_its_ratio(guess: Any, truth: float, verdict: str) 
     )
 
 
+@pytest.mark.parametrize(
+    ("guess", "truth", "unit", "verdict"),
+    [
+        (30, 99, "percent", "A surprise, then"), (98, 99, "%", "Spot on"), (91, 99, "%", "Close"),
+        (80, 99, "%", "Not far off"), (1, 3, "%", "Spot on"), (0.5, 0.18, "ROUGE-L", "A surprise"),
+    ],
+)  # fmt: skip
+def test_a_guess_on_a_scale_with_two_ends_is_scored_by_its_distance(
+    guess: float, truth: float, unit: str, verdict: str
+) -> None:
+    said = checks.predict(guess, truth, unit, "So it is.")
+    assert f"; it is {truth:.4g} {unit}. {verdict}" in said
+
+
 @pytest.mark.parametrize("guess", [None, ..., "4 GB", "", math.nan, math.inf, True, [1, 2], len])
 def test_a_guess_that_is_no_number_gets_no_score(guess: Any) -> None:
     said = checks.predict(guess, 5.7, "GB", "So it is.")

@@ -471,6 +471,12 @@ def test_groups_are_the_closure_of_what_two_rows_share(seed: int) -> None:
     assert [{b for b, n in enumerate(numbers) if n == mine} for mine in numbers] == reach
 
 
+def test_repeats_are_exact_pairs_several_answers_and_shared_answers() -> None:
+    pairs = [("Gout ?", "A"), ("Gout ?", "A"), ("gout", "B"), ("Mumps ?", "C"), ("Croup ?", "C")]
+    rows = [row(question, answer) for question, answer in pairs]
+    assert list(splits.repeats(rows).values()) == [1, 1, 4]
+
+
 def test_rare_concept_or_answer_joins_diseases_and_a_common_one_does_not() -> None:
     for shared, most in (({"cui": ["C1"]}, 5), ({"answer": "the same words"}, 10)):
         assert len(set(splits.groups(diseases(most, **shared)))) == 1

@@ -87,6 +87,15 @@ TWINS = {
     "evaluate": {"questions", "arms"},
     "explain": {"faithfulness"},
     "specialise": {"score", "changes"},
+    "explore": {
+        "cleaning",
+        "words",
+        "tokens",
+        "follow_a_template",
+        "leak_by_row",
+        "leak_grouped",
+        "look_up",
+    },
 }
 
 

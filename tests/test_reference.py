@@ -79,6 +79,10 @@ def test_a_reference_run_is_found_by_its_label_and_holds_the_numbers(
     label = f"embedded on the course's sample, CPU, {about['date']}"
     assert list(runs) == ["your run", label] and runs["your run"] is yours
     assert runs[label]["train_curve"] == [[1, 2.5], [2, 1.5]]
+    counts = reference.counts_beside(yours)
+    assert list(counts) == ["your run", label] and counts["your run"] is yours
+    for kind in ("by_source", "by_qtype"):
+        assert sum(counts[label][kind].values()) == about["data"]["loaded"]
 
 
 def test_a_sentence_of_the_data_is_replaced_and_its_neighbours_stay(

@@ -17,11 +17,14 @@ class NotYet(CourseError):
 
 
 def predict(guess: Any, truth: float, unit: str, because: str) -> str:
-    """Compare a guess with the truth, by their ratio, and say why the truth is what it is."""
+    """Compare a guess with the truth, and say why the truth is what it is.
+
+    Percentages and scores have two ends, so their distance counts; of other units the ratio.
+    """
     number, shown = finite(plain(guess)), f"it is {truth:,.4g} {unit}."
     if number is None:
         return f"No score this time, for my_guess is {guess!r:.40}, no number; {shown} {because}"
-    said = f"You said {number:,.4g} {unit}; {shown} {_verdict(number, truth)}."
+    said = f"You said {number:,.4g} {unit}; {shown} {_verdict(number, truth, unit)}."
     meant = 100 * number if unit in ("%", "percent") and 0 < number <= 1 else number
     meant = number / 100 if unit == "ROUGE-L" and number > 1 else meant
     if abs(meant - truth) < abs(number - truth):  # 0.5 for 50 %, or 50 for 0.5
@@ -29,13 +32,20 @@ def predict(guess: Any, truth: float, unit: str, because: str) -> str:
     return f"{said} {because}"
 
 
-def _verdict(guess: float, truth: float) -> str:
+SCALES = {"%": 100, "percent": 100, "ROUGE-L": 1}  # units whose values go from 0 to this
+
+
+def _verdict(guess: float, truth: float, unit: str) -> str:
     if guess == truth:
         return "Spot on"
-    factor = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
-    verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
+    if unit in SCALES:
+        off = abs(guess - truth) / SCALES[unit]
+        verdicts = {0.03: "Spot on", 0.1: "Close", 0.25: "Not far off"}
+    else:
+        off = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
+        verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
     surprise = "A surprise, then: that is what a prediction is for"
-    return next((verdict for most, verdict in verdicts.items() if factor <= most), surprise)
+    return next((verdict for most, verdict in verdicts.items() if off <= most), surprise)
 
 
 def attempt(checker: Callable[[Any], str], answer: Any) -> None:

@@ -1,13 +1,6 @@
-"""Lesson 01: tokens lost to a limit, the leak of a split, a rule for footnote marks."""
+"""Lesson 01: tokens lost to a limit, a chain of links, a rule for footnote marks."""
 
 from medquad_utils.checks.common import NUMBER, TEXT, Exercise, number
-
-
-def _rows(names: str) -> list[dict[str, str]]:
-    return [{"question": "What is it ?", "answer": "", "focus": name} for name in names.split()]
-
-
-_SPLIT = (_rows("gout mumps mumps croup croup croup"), _rows("gout gout gout measles measles"))
 
 ex_01_1 = number(1200 / 1670, 5e-3, "It is a share, 0 to 1. "
     "Count the tokens of the rows that go, and divide by the tokens of all six rows.", [
@@ -18,16 +11,20 @@ ex_01_1 = number(1200 / 1670, 5e-3, "It is a share, 0 to 1. "
     (900 / 1670, "Count the tokens of every row longer than 256. Divide by those of all six."),
 ], "Right: two rows of six, and most of the tokens. Count both before you choose.")  # fmt: skip
 
-ex_01_2 = Exercise(NUMBER, "It gets two lists of rows; look at one row with splits.focus_of.", [
-    (_SPLIT, 3 / 5, [
-        (1 / 6, "That is a share of the training rows. The question is about the test rows."),
-        (1 / 2, "That is a share of diseases. Three test rows about one disease are three rows."),
-        (2 / 5, "That is the share that does not leak."),
-        (3, "Count the test rows whose disease is in training, and divide by all test rows."),
+ex_01_2 = Exercise(NUMBER, "It gets one list of names for each row.", [
+    (([["gout"], ["gout"], ["asthma"]],), 2, [
+        (1, "Asthma shares no name with the other rows: it is a group of its own."),
+        (3, "That is the number of rows. Rows that share a name are one group."),
     ]),
-    ((_rows("Gout"), _rows("gout GOUT")), 1, [(0, '"Gout" is "gout": see splits.focus_of(row).')]),
-    ((_rows("gout"), _rows("mumps")), 0, [(1, "If no disease is shared, the leak is 0.")]),
-], "Right: count test rows, compare normalised names, divide by all test rows.")  # fmt: skip
+    (([["gout", "page 1"], ["page 1", "podagra"], ["podagra"], ["asthma"]],), 2, [
+        (5, "That is the number of names. A row joins all its names."),
+        (3, "Joining is a chain: the first row and the third are linked by the second."),
+    ]),
+    (([["gout"], ["podagra"], ["asthma"], ["gout", "podagra"]],), 2, [
+        (3, "The last row joins two groups that were opened before: merge them."),
+    ]),
+    (([],), 0, [(1, "Without rows there is no group.")]),
+], "Right: a new row merges every group that it touches.")  # fmt: skip
 
 ex_01_3 = Exercise(TEXT, "It gets one text and returns a text.", [
     (("Drink  2 l.",), "Drink  2 l.", [("Drink 2 l.", "A text without any mark was changed.")]),
