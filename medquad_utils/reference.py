@@ -54,7 +54,7 @@ def label(about: Mapping[str, Any]) -> str:
 
 def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
-    places = (FOLDER / profile / "reference.json" for profile in reversed(PROFILES))
+    places = (FOLDER / profile / "reference.json" for profile in reversed(REAL))
     about = next((read_json(place) for place in places if place.is_file()), {})
     return {YOURS: yours} | ({label(about): about["data"]} if about else {})
 
