@@ -231,7 +231,8 @@ def intervals(
     ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    _finish(ax, title, alt or described(title, table), x=unit, save=save)
+    spans = {s: {g: tuple(span) for g, span in values.items()} for s, values in table.items()}
+    _finish(ax, title, alt or described(title, spans), x=unit, save=save)
 
 
 def dots(
@@ -379,36 +380,33 @@ def staircase(levels: Sequence[float], title: str, alt: str = "") -> None:
     left.fill_between(x, normal, color=SKY, alpha=0.35, label="where normal weights fall")
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
     left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)")
-    left.set(yticks=[], ylim=(0, 1.25), title="levels crowd where weights crowd")
+    left.set(yticks=[], ylim=(0, 1.25), title="Levels crowd where weights crowd")
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
     right.plot(x, x, color=GREY, linewidth=1, label="exact")
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
-    right.set(xlabel="weight / largest, before", ylabel="after", title="rounding is a staircase")
+    right.set(xlabel="weight / largest, before", ylabel="after", title="Rounding is a staircase")
     right.legend()
     show(fig, alt or described(title, {"levels": values}), heading=title)
 
 
-def rounding(before: Sequence[float], after: Sequence[float], title: str, alt: str = "") -> None:
-    """Draw the first 32 numbers before and after rounding; of more, also a histogram."""
+def rounding(
+    before: Sequence[float], after: Sequence[float], title: str, alt: str = "",
+    ruler: Sequence[float] = ()
+) -> None:  # fmt: skip
+    """Draw numbers before and after rounding; ``ruler`` draws a line at each allowed value."""
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
-    most = 32
-    ratios = (3, 2) if len(old) > most else (1,)
-    fig, axes = figure(7 + len(ratios), 3.6, len(ratios), squeeze=False, width_ratios=ratios)
-    left, x = axes[0][0], numpy.arange(min(most, len(old)))
-    left.vlines(x, old[:most], new[:most], color=GREY, linewidth=1.2)
-    left.plot(x, old[:most], "o", color=BLUE, markersize=6, label="exact")
-    left.plot(x, new[:most], "D", color=ORANGE, markersize=5, label="rounded")
-    left.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xlabel="place in the row", ylabel="value")
-    left.margins(y=0.18)
-    left.legend(loc="upper right", ncols=2, fontsize=9)
-    for right in axes[0][1:]:
-        right.hist(new - old, 61, histtype="stepfilled", color=SKY, edgecolor=BLUE)
-        right.set(xlabel="rounded minus exact", ylabel="weights (count)")
-        right.set_title(f"errors of all {len(old):,}", fontsize=10.5)
-        right.locator_params(axis="x", nbins=5)
-    show(fig, alt or described(title, {"exact": old, "rounded": new}), heading=title)
+    _, ax = figure(8, 3.9)
+    x = numpy.arange(len(old))
+    ax.grid(False)
+    for number, value in enumerate(numpy.asarray(ruler, dtype=float)):
+        label = "values of the ruler" if number == 0 else None
+        ax.axhline(value, color=GREY, linewidth=0.8, label=label)
+    ax.vlines(x, old, new, color=INK, linewidth=1.6)
+    ax.plot(x, old, "o", color=BLUE, markersize=6, label="exact")
+    ax.plot(x, new, "D", color=ORANGE, markersize=5, label="rounded")
+    alt = alt or described(title, {"exact": old, "rounded": new})
+    _finish(ax, title, alt, "place in the row", "value")
 
 
 Box = tuple[str, str, str, str]  # text, text below it, colour, colour of its frame

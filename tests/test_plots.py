@@ -35,7 +35,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "heat": {"matrices": {"B": [[0.0], [1.0]], "A": [[1.0, -2.0]]}},
     "score_map": {"table": {"right $x$": {"R-1": 1.0, "all $": 0.0}}},
     "staircase": {"levels": nf4_levels().tolist()},
-    "rounding": {"before": [n / 9 for n in range(40)], "after": [n // 9 for n in range(40)]},
+    "rounding": {"before": [n / 9 for n in range(9)], "after": [0] * 9, "ruler": [0, 1]},
     "word_heat": {"lines": {"$x$": [(word, n - 4) for n, word in enumerate(AWKWARD)], "none": []}},
     "attention": {"tokens": AWKWARD, "weights": LOWER},
     "token_strip": {"tokens": AWKWARD * 9, "in_loss": [True, False, True] * 27},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,12 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from conftest import tiny
+from conftest import REPO, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medquad_utils import quantization as q
+from medquad_utils.files import read_json
 from medquad_utils.generation import load_base
 from medquad_utils.machine import Hardware
 from medquad_utils.profiles import PROFILES, Shape, resolve
@@ -165,3 +167,15 @@ def test_loaded_weights_are_those_of_the_hand_made_code(tiny_base: Any) -> None:
         assert torch.equal(q.unpack_codes(layer.weight.data).reshape(-1, BLOCK), codes)
         found = scales_of(layer.weight.quant_state)
         torch.testing.assert_close(found, scales, atol=0.01 * float(scales.max()), rtol=0)
+
+
+def test_lesson_02_says_which_formats_transformers_trains() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    cells = read_json(REPO / "notebooks" / "02_quantize_to_4_bits.ipynb")["cells"]
+    rows = [line.split("|")[1:4] for cell in cells for line in cell["source"] if line[0] == "|"]
+    said = {name: trains for what, _, trains in rows for name in re.findall("`(.+?)`", what)}
+    assert said.pop("awq") == "with gptqmodel 5"  # asks for the version of a package
+    assert len(said) == 6
+    for name, trains in said.items():
+        assert trains == ("yes" if AUTO_QUANTIZER_MAPPING[name].is_trainable.fget(None) else "no")
