@@ -55,7 +55,7 @@ def label(about: Mapping[str, Any]) -> str:
 def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
     places = (FOLDER / profile / "reference.json" for profile in reversed(REAL))
-    about = next((read_json(place) for place in places if place.is_file()), {})
+    about: dict[str, Any] = next((read_json(place) for place in places if place.is_file()), {})
     return {YOURS: yours} | ({label(about): about["data"]} if about else {})
 
 
