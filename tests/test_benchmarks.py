@@ -83,6 +83,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         jobs.append(job)
         return {"flops": 1e9, "dtype": "float32"} if job["arm"] == "rate" else dict(made)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_speed, "apart", work)
     for name in ("save", "write_readme"):
         monkeypatch.setattr(common, name, lambda *_: None)
@@ -97,11 +98,23 @@ def test_a_budget_leaves_arms_and_levers_out(pretended: list[dict[str, Any]]) ->
     assert "no time was left" in train_speed.page({"cpu": {"tiny": run}})
 
 
+@pytest.mark.parametrize(("cuda", "work"), [(True, "here"), (False, "apart")])
+def test_arms_share_one_process_on_a_gpu_only(
+    cuda: bool, work: str, pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(train_speed, "measure", lambda options, work: given.append(work))
+    train_speed.main([])
+    assert given == [getattr(train_speed, work)]
+
+
 def test_no_arm_takes_five_minutes_wherever_it_hangs(
     pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_speed.main(["--levers"])
     assert len(pretended) > 10 and max(job["limit"] for job in pretended) < 300
+    monkeypatch.setattr(train_speed, "drawn_rows", lambda *_: ([], []))
     monkeypatch.setattr(train_speed, "our_trainer", lambda *_: time.sleep(60))
     began = time.monotonic()
     made = train_speed.here(pretended[1] | {"limit": 0.5})
