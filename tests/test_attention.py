@@ -58,15 +58,20 @@ def test_training_and_validation_have_sdpas_losses(tmp_path: Path) -> None:
 
 def test_padded_rows_and_left_padded_generation_go_through_sdpa(tiny_tokenizer: Any) -> None:
     questions = [*chat.THREE_QUESTIONS, "What causes gout, and how do doctors find out about it?"]
-    lengths = {len(chat.prompt_ids(tiny_tokenizer, chat.prompt_messages(q))) for q in questions}
-    assert len(lengths) > 1, "the prompts need padding"
+    prompts = [chat.prompt_ids(tiny_tokenizer, chat.prompt_messages(q)) for q in questions]
+    assert len(set(map(len, prompts))) > 1, "they need padding"
+    rows = [
+        tiny_tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
+        for side in ("left", "right")
+    ]
     answers, logits = [], []
-    padded = tiny_tokenizer(["gout", "what is gout?"], padding=True, return_tensors="pt")
-    for attention in ATTENTIONS:
-        model = generation.load_base(dataclasses.replace(tiny(), attention=attention))
-        assert model.config._attn_implementation == attention
-        answers.append(generation.ask(model, tiny_tokenizer, questions, 16))
-        with torch.inference_mode():
-            logits.append(model(**padded).logits)
+    with common.varlen_on_cpu() as calls:
+        for attention in ATTENTIONS:
+            model = generation.load_base(dataclasses.replace(tiny(), attention=attention))
+            assert model.config._attn_implementation == attention
+            answers.append(generation.ask(model, tiny_tokenizer, questions, 16))
+            with torch.inference_mode():
+                logits.append([model(**row).logits for row in rows])
     assert answers[0] == answers[1]
-    assert torch.equal(*logits)
+    assert all(map(torch.equal, *logits))
+    assert calls == [], "the kernel knows no padding"

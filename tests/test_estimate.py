@@ -324,6 +324,9 @@ def test_a_measured_run_is_shown_on_its_own_card() -> None:
 def test_the_page_of_costs_holds_the_table(repo: Path) -> None:
     text = (repo / "notebooks" / "COSTS.md").read_text(encoding="utf-8")
     assert stamp.between(text, stamp.COSTS) == stamp.cost_table()
+    measured = any(run.micro.cuda for run in estimate.read_runs())
+    for page in (text, (repo / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")):
+        assert ("No GPU has been measured yet" in " ".join(page.split())) != measured
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO
+from conftest import REPO, tiny
+from transformers import PreTrainedModel
 
-from medquad_utils import reference
+from medquad_utils import generation, reference
 
 NOTEBOOKS = REPO / "notebooks"
 LESSONS: dict[str, Any] = tomllib.loads((REPO / "tests" / "notebooks.toml").read_text("utf-8"))
@@ -27,12 +29,14 @@ RANGES = [
 ]
 # The quickstart, 00, has no exercises and no cell that prints the same everywhere.
 each_lesson = pytest.mark.parametrize("name", [name for name in LESSONS if name >= "01"])
+LIVE_BASES = REPO / "tests" / "live_bases"
 
 
-def medquad(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does; ``out`` is where it writes."""
+def medquad(*arguments: str, out: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; ``out`` is where it writes, ``more`` environment."""
     command = [sys.executable, "-m", "medquad_utils.cli", *arguments, "--runs", str(out)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1800)
+    env = os.environ | more
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=1800)
 
 
 def metrics(folder: Path, file: str) -> Any:
@@ -49,11 +53,15 @@ def cells(notebook: Path) -> list[Any]:
 def course_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``medquad run --profile tiny`` from nothing: its folder, and its output in ``log.txt``.
 
-    The reference run of it is in ``reference/tiny`` beside the folder.
+    The reference run of it is in ``reference/tiny`` beside the folder, and what tests/live_bases
+    counted on the way in ``live/loads.jsonl``.
     """
     out = tmp_path_factory.mktemp("course")
-    kept = str(out / "reference" / "tiny")
-    done = medquad("run", "--profile", "tiny", "--reference", kept, out=out)
+    kept, live = str(out / "reference" / "tiny"), out / "live"
+    live.mkdir()
+    path = os.pathsep.join([str(LIVE_BASES), os.environ.get("PYTHONPATH", "")])
+    counting = {"LIVE_BASES": str(live), "PYTHONPATH": path}
+    done = medquad("run", "--profile", "tiny", "--reference", kept, out=out, **counting)
     assert done.returncode == 0, done.stderr[-2000:]
     (out / "tiny" / "log.txt").write_text(done.stdout, "utf-8")
     return out / "tiny"
@@ -115,6 +123,37 @@ def test_the_course_leaves_a_reference_run_with_every_key_figure(
         "three questions": 3,
         "held out": 10,
     }
+
+
+@pytest.mark.full
+def test_a_lesson_holds_one_base_at_a_time(course_run: Path) -> None:
+    """A card has room for one base of 8 B: the one before is gone, here and in other processes."""
+    text = (course_run.parent / "live" / "loads.jsonl").read_text("utf-8")
+    loads = [json.loads(line) for line in text.splitlines()]
+    executed = {name: cells(course_run / "notebooks" / f"{name}.ipynb") for name in LESSONS}
+    lessons = {"".join(c["source"]).strip(): name for name, own in executed.items() for c in own}
+    assert [load for load in loads if load["here"] + load["elsewhere"]] == []
+    loading = {lessons.get(load["cell"].strip(), "a process of its own")[:2] for load in loads}
+    assert {"02", "03", "04", "05", "08", "09", "a "} <= loading, "each of these was counted"
+
+
+def test_live_bases_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVE_BASES", str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    spec = importlib.util.spec_from_file_location("counting", LIVE_BASES / "sitecustomize.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(counting := importlib.util.module_from_spec(spec))
+    plain = vars(PreTrainedModel)["from_pretrained"]
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", counting.counted(plain))
+    one, two = (generation.load_base(tiny()) for _ in range(2))
+    del one
+    (tmp_path / str(os.getppid())).write_text("1")  # another process that lives
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / str(ended.pid)).write_text("1")
+    assert generation.load_base(tiny()) is not two
+    lines = [json.loads(line) for line in (tmp_path / "loads.jsonl").read_text().splitlines()]
+    assert [(line["here"], line["elsewhere"]) for line in lines] == [(0, 0), (1, 0), (1, 1)]
 
 
 @pytest.mark.full

@@ -33,6 +33,7 @@ from medquad_utils import (
     evaluation,
     files,
     generation,
+    lora,
     machine,
     merging,
     profiles,
@@ -91,10 +92,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
-def new_trainer(run: Any, plan: Plan) -> Any:
+def new_trainer(run: Any, plan: Plan, **changes: Any) -> Any:
     """Build a trainer for another plan on the rows of ``run``."""
     rows = splits.Splits(run.rows, run.rows[:4], [])
-    return training.build_trainer(plan, generation.load_base(plan), run.tokenizer, rows)
+    return training.build_trainer(plan, generation.load_base(plan), run.tokenizer, rows, **changes)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +283,25 @@ def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(training, "base_id", lambda plan: "other weights")
     with pytest.raises(CourseError, match=r"base was .*, now 'other weights'"):
         training.resumable(plan)
+
+
+def test_a_resumed_run_in_bf16_has_the_adapters_and_losses_of_a_whole_one(
+    run: Any, tmp_path: Path
+) -> None:
+    """peft loads 16-bit adapters of a checkpoint as fp32: the run would go on as another one."""
+    planned = profiles.resolve("tiny", hardware=CPU_BF16)
+    dtypes = {name: getattr(planned, name) for name in ("compute_dtype", "adapter_dtype")}
+    assert dtypes["compute_dtype"] == "bfloat16"
+    plan = small_plan(tmp_path, **dtypes).with_fit(accumulation=1)
+    settings: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "save_total_limit": 3}
+    kinds, losses = [], []
+    for checkpoint in (None, plan.folder / "checkpoints" / "checkpoint-1"):
+        trainer = new_trainer(run, plan, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        kinds.append(lora.dtype_census(trainer.model)["trained"])
+        losses.append(training.curve(trainer, "loss"))
+    assert kinds[0] == kinds[1]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 KILLED = """

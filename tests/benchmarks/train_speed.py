@@ -1,8 +1,10 @@
 """How fast QLoRA trains: the course's plan beside the upstream recipe and TRL's defaults.
 
-    python tests/benchmarks/train_speed.py --levers     # a quarter of an hour on two idle cores
+    python tests/benchmarks/train_speed.py --levers                    # on two idle cores
+    python tests/benchmarks/train_speed.py --profile small --steps 2   # the real SmolLM2
 
-README.md says what each arm is and what the figures mean.
+README.md says what each arm is and what the figures mean. What one setting is worth on a GPU,
+on_gpu.py measures: it loads the base once.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,13 +43,14 @@ from medquad_utils.profiles import Plan, Shape, resolve
 
 LENGTHS = common.RESULTS / "lengths.json"
 MAX_LENGTH = 512  # the upstream recipe keeps no longer rows, and every arm trains on the same rows
-LIMIT = 240  # seconds of an arm
+LIMIT = 240  # seconds of an arm, loading included; a lever gets half of it
+REAL = ("tiny", "small")  # profiles whose own weights are loaded; the others get random ones
 ARMS = {
     "a": "upstream: one row x 4, rank 8 on q, k, v, dropout 0.2; the rest as TRL sets it",
     "b": "TRL's defaults for QLoRA: SFTConfig left alone, our rank on all linear layers",
     "c": "ours: the course's plan",
 }
-Row = dict[str, list[int]]
+Row, Work = dict[str, list[int]], Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def measure_lengths(folder: Path) -> dict[str, Any]:
@@ -168,30 +172,18 @@ def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": batch * plan.accumulation,
     }
-    full, half = plan.with_fit(checkpointing=True), {"every_n_layers": 2}
-    fields = (
-        ("attention", "attention", (plan.attention, "sdpa", "eager", "flex_attention")),
-        ("dropout", "lora_dropout", (0.0, 0.05)),
-        ("optimizer", "optimizer", ("adamw_torch", "adamw_torch_fused", "adamw_8bit")),
-        ("optimizer", "optimizer", ("paged_adamw_8bit",)),
-        ("adapter dtype", "adapter_dtype", ("float32", "bfloat16")),
-        ("compute dtype", "compute_dtype", ("bfloat16",)),
-    )
+    dtypes = (
+        ("adapter", "float32"), ("adapter", "bfloat16"),
+        ("compute", "float32"), ("compute", "bfloat16"),
+    )  # fmt: skip
     moved = dataclasses.replace
     return {
         "rows: packed (bfd_split, batch 1)": (plan, {}),
         "rows: padded": (plan, padded),
         "rows: one at a time": (plan, padded | one),
         "rows: padding-free": (plan, padded | {"padding_free": True, "max_length": None}),
-        **{
-            f"{kind}: {v}": (moved(plan, **{k: v}), {})
-            for kind, k, values in fields
-            for v in values
-        },
-        "checkpointing: off": (plan.with_fit(checkpointing=False), {}),
-        "checkpointing: every 2nd layer": (full, {"activation_checkpointing_kwargs": half}),
-        "checkpointing: full": (full, {}),
-        "compile: torch.compile": (plan, {"torch_compile": True}),
+        **{f"{part} dtype: {v}": (moved(plan, **{f"{part}_dtype": v}), {}) for part, v in dtypes},
+        "checkpointing: full": (plan.with_fit(checkpointing=True), {}),
     }
 
 
@@ -226,10 +218,7 @@ def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row], model: 
     """Build arm c: ``training.build_trainer`` on rows that are tokens already."""
     both = data.Splits(list(rows), list(rows[:1]), [], {}, [])
     model, tokenizer, config = model or load_base(plan), load_tokenizer(plan), HARNESS | config
-    # What TrainingArguments does when it is made with torch_compile.
-    compiled = {"ACCELERATE_DYNAMO_BACKEND": "inductor"} if config.get("torch_compile") else {}
-    as_they_are = patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part)))
-    with patch.dict(os.environ, compiled), as_they_are:
+    with patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part))):
         return training.build_trainer(plan, model, tokenizer, both, Path(plan.out), **config)
 
 
@@ -252,33 +241,54 @@ def train(trainer: Any, pad: int, limit: float = math.inf) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def here(job: dict[str, Any], limit: float = 0) -> dict[str, Any]:
-    """Run one arm or lever in this process; what stops it is its result."""
+@contextmanager
+def at_most(limit: float) -> Iterator[None]:
+    """Stop the block after ``limit`` seconds, whatever it does."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def here(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one arm or lever in this process; what stops it is its result.
+
+    A slow one ends with the step that it is at after two thirds of its time.
+    """
     try:
         if (arm := job["arm"]) == "rate":
             return matmul_rate()
         plan = plan_for(job["profile"], job["folder"], job["max_length"])
         moved, config = levers(plan)[job["lever"]] if job["lever"] else (plan, {})
         table = json.loads(LENGTHS.read_text())
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, at_most(job["limit"]):
             moved = dataclasses.replace(moved, out=place)
             first, rows = drawn_rows(plan, config, arm, table, job["steps"])
             build = partial(our_trainer, config) if arm == "c" else partial(plain_trainer, arm)
             trainer = build(moved, [*first, *rows])
-            made = train(trainer, load_tokenizer(plan).pad_token_id, limit or math.inf)
+            made = train(trainer, load_tokenizer(plan).pad_token_id, job["limit"] * 2 / 3)
+        if len(made["steps"]) < 2:
+            raise TimeoutError("no step after the one that warms up")
     except Exception as error:
         return {"error": common.first_line(error)}
     return made | {"rows": len(rows), "row_tokens": sum(len(row["input_ids"]) for row in rows)}
 
 
-def apart(job: dict[str, Any], limit: float) -> dict[str, Any]:
+def apart(job: dict[str, Any]) -> dict[str, Any]:
     """Run ``here`` in a process of its own, so that its peak of memory is its own."""
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=job["limit"] + 30)
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"error": f"stopped after {limit:.0f} s"}
+        return {"error": f"stopped after {job['limit'] + 30:.0f} s"}
     except (IndexError, json.JSONDecodeError):
         return {"error": f"ended with {done.returncode}"}
     return answer
@@ -314,14 +324,16 @@ def ratios(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
 class Session:
     """Runs of one profile; each stands between two of ours, because a shared machine drifts."""
 
-    def __init__(self, job: dict[str, Any], shape: Shape, work: Callable[..., dict[str, Any]]):
+    def __init__(self, job: dict[str, Any], shape: Shape, work: Work, budget: float) -> None:
         self.job, self.shape, self.work = job, shape, work
-        self.rate = work(job | {"arm": "rate"}, LIMIT)
+        self.end = time.monotonic() + budget
+        self.rate = work(job | {"arm": "rate", "limit": LIMIT})
         self.ours = [self.run("c")]
 
     def run(self, arm: str, lever: str = "") -> dict[str, Any]:
-        """Run one arm or lever and add its figures; a lever may take half as long."""
-        made = self.work(self.job | {"arm": arm, "lever": lever}, LIMIT / 2 if lever else LIMIT)
+        """Run one arm or lever and add its figures."""
+        limit = LIMIT / 2 if lever else LIMIT
+        made = self.work(self.job | {"arm": arm, "lever": lever, "limit": limit})
         if arm == "c" and not lever and "error" in made:
             raise CourseError(f"ours does not run: {made['error']}")
         made["figures"] = figures(made, self.shape, self.rate["flops"])
@@ -330,6 +342,8 @@ class Session:
 
     def beside(self, arm: str, lever: str = "") -> dict[str, Any]:
         """Run it, then ours once more, and note the mean of ours before and after."""
+        if time.monotonic() > self.end:
+            return {"error": "no time was left"}
         made = self.run(arm, lever)
         if made["figures"]:
             self.ours.append(self.run("c"))
@@ -338,26 +352,19 @@ class Session:
         return made
 
 
-def measure(options: argparse.Namespace, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def measure(options: argparse.Namespace, work: Work) -> dict[str, Any]:
     """Measure everything that the JSON holds of one profile."""
     profile, steps, most = options.profile, options.steps, min(options.max_length, MAX_LENGTH)
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        folder = ""
-        if profile != "tiny":
-            folder = str(random_llama.write(random_llama.SHAPES[profile], Path(place) / profile))
+        shape = random_llama.SHAPES[profile]
+        folder = "" if profile in REAL else str(random_llama.write(shape, Path(place) / profile))
         plan = plan_for(profile, folder, most=most)
         job = {"profile": profile, "folder": folder, "steps": steps, "max_length": most}
-        session = Session(job, shape_of(plan), work)
+        session = Session(job, shape_of(plan), work, options.budget)
         measured, moved = {arm: session.beside(arm) for arm in options.arms}, []
         for name, (other, config) in levers(plan).items() if options.levers else ():
             ours = not config and other.as_dict(fit=True) == plan.as_dict(fit=True)
-            if ours:
-                made: dict[str, Any] = {"ours": True}
-            elif time.perf_counter() - began > options.budget:
-                made = {"error": "no time was left"}
-            else:
-                made = session.beside("c", name)
+            made = {"ours": True} if ours else session.beside("c", name)
             moved.append(dict(zip(("group", "setting"), name.split(": "), strict=True)) | made)
     by_speed = sorted(session.ours, key=lambda run: run["figures"]["tokens_per_s"])
     measured["c"] = by_speed[(len(by_speed) - 1) // 2]
@@ -419,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     add("--max-length", type=int, default=MAX_LENGTH, metavar="N", help="tokens of a row at most")
     add("--arms", nargs="*", choices=("a", "b"), default=["a", "b"], help="the arms beside ours")
     add("--levers", action="store_true", help="also move one setting at a time")
-    add("--budget", type=float, default=math.inf, metavar="S", help="begin no lever after that")
+    add("--budget", type=float, default=math.inf, metavar="S", help="begin no arm after that")
     add("--lengths", type=Path, metavar="DIR", help="make lengths.json anew from the MedQuAD XML")
     add("--smoke", action="store_true", help="ours and TRL's, some steps; writes nothing")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # one arm, in this process
