@@ -325,7 +325,8 @@ def test_the_page_of_costs_holds_the_table(repo: Path) -> None:
     text = (repo / "notebooks" / "COSTS.md").read_text(encoding="utf-8")
     assert stamp.between(text, stamp.COSTS) == stamp.cost_table()
     measured = any(run.micro.cuda for run in estimate.read_runs())
-    for page in (text, (repo / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")):
+    others = (repo / "README.md", repo / "tests" / "benchmarks" / "README.md")
+    for page in (text, *(other.read_text(encoding="utf-8") for other in others)):
         assert ("No GPU has been measured yet" in " ".join(page.split())) != measured
 
 
