@@ -80,11 +80,24 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def ensure_adapter(plan: Plan) -> Path:
-    """Return the folder of lesson 04's adapter; train it if it is missing or of other data."""
+    """Return the folder of lesson 04's adapter; if it is missing or of other data, train it.
+
+    That takes a minute or two with the embedded base. With another it may take hours, and nothing
+    that long starts unasked.
+
+    Raises:
+        CourseError: the adapter of another base than the embedded one is missing.
+    """
     folder = plan.folder / "adapter"
     record = generation.adapter_record(folder)
     now = plan.as_dict() | {"base": base_id(plan)}  # not the sizes of a step: they may differ
     if any(record.get(k) != now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
+        if plan.model_id != "embedded":
+            raise CourseError(
+                f"no adapter of this plan is in {plan.folder.name}/adapter, and training one takes "
+                "minutes on a GPU to an hour on a CPU. Run lesson 04 first, or: medquad train "
+                f"--profile {plan.profile} (how long: medquad estimate)."
+            )
         train(plan)
     return folder
 

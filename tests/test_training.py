@@ -577,3 +577,16 @@ def test_columns_hold_the_scores_of_the_answers(
     assert found["stop_rate"].tolist() == [answer.stopped for answer in answers]
     assert numpy.isnan(found["facts_complete"]).tolist() == [False] * 3 + [True], "sample only"
     assert found["bytes"].tolist() == [len(text.encode()) for text in references]
+
+
+def test_a_missing_adapter_is_trained_unasked_for_the_embedded_base_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(training, "train", lambda plan: trained.append(plan.model_id))
+    plan = tiny(tmp_path)
+    assert training.ensure_adapter(plan) == plan.folder / "adapter"
+    other = dataclasses.replace(plan, model_id="somebody/a-large-model")
+    with pytest.raises(CourseError, match=r"Run lesson 04 first, or: medquad train --profile tiny"):
+        training.ensure_adapter(other)
+    assert trained == ["embedded"]
