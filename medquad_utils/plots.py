@@ -287,16 +287,20 @@ def histogram(
 
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str = "",
-    save: Path | None = None, markers: Sequence[str] = ()
+    save: Path | None = None, markers: Sequence[str] = (), points: Sequence[str] = ()
 ) -> None:  # fmt: skip
-    """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
+    """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots.
+
+    ``points`` are drawn as dots alone: too few values for a line that says what lies between them.
+    """
     _, ax = figure()
     colours = _colours(list(series))
-    for number, (name, points) in enumerate(series.items()):
-        look = {"color": colours[number], "marker": "o" if name in markers else ""}
-        pairs = zip(*points, strict=True)
-        ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
-    alt = alt or described(title, {name: _ends(points) for name, points in series.items()})
+    for number, (name, values) in enumerate(series.items()):
+        look = {"color": colours[number], "marker": "o" if name in (*markers, *points) else ""}
+        dash = "none" if name in points else DASHES[number % 4]
+        pairs = zip(*values, strict=True)
+        ax.plot(*pairs, linestyle=dash, label=name, linewidth=2, **look)
+    alt = alt or described(title, {name: _ends(values) for name, values in series.items()})
     _finish(ax, title, alt, x, y, save=save)
 
 

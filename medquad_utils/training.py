@@ -223,6 +223,29 @@ def watch(trainer: SFTTrainer) -> None:
     trainer.add_callback(Watch())
 
 
+def ask_while_training(
+    trainer: SFTTrainer, plan: Plan, question: str, steps: Sequence[int]
+) -> dict[int, str]:
+    """Add a callback that asks ``question`` after these ``steps`` and after the last one.
+
+    Returns step -> answer, which fills while the trainer runs. Asking draws no random number.
+    """
+    from transformers import TrainerCallback
+
+    answers: dict[int, str] = {}
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step, model = state.global_step, kwargs["model"]
+            if step in (*steps, state.max_steps):
+                model.eval()  # no dropout; the trainer switches back by itself
+                tokenizer, limit = trainer.processing_class, plan.max_new_tokens
+                answers[step] = generation.ask(model, tokenizer, [question], limit)[0].text
+
+    trainer.add_callback(Ask())
+    return answers
+
+
 def require_learning(model: torch.nn.Module) -> None:
     """Check that every ``lora_B`` is finite and has left zero; names the first that has not."""
     norms = lora.lora_b_norms(model)
