@@ -388,6 +388,9 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "validation_curve": validation,
         "plan": plan.as_dict(fit=True),
     }
+    if not plan.sharded:  # there a process holds parts of the matrices
+        spectrum = lora.singular_values(trainer.model)
+        metrics["singular_values"] = list(enumerate(spectrum, start=1))
     if trainer.is_world_process_zero():
         write_json(plan.folder / "metrics" / "train.json", metrics)
         shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
@@ -595,7 +598,7 @@ def run(options: argparse.Namespace) -> int:
         metrics = train(plan)
     finally:
         state.destroy_process_group()  # or the others wait for a process that has gone
-    long = ("plan", "train_curve", "validation_curve")
+    long = ("plan", "train_curve", "validation_curve", "singular_values")
     state.print({name: value for name, value in metrics.items() if name not in long})
     return 0
 
