@@ -469,20 +469,6 @@ def word_heat(
     _boxes(shaded, title, legend, alt, pitch=0.78, save=save)
 
 
-def token_strip(
-    tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str = "", per_line: int = 100
-) -> None:
-    """Draw every token in a box: orange in the loss, grey if only read.
-
-    ``per_line`` is in characters.
-    """
-    texts = [token.strip(" ").replace("\n", "\\n") or "(space)" for token in tokens]
-    learned, read = ("", "#FBD8A0", ORANGE), ("", "#E8E8E8", GREY)
-    boxes = [(t, *(learned if own else read)) for t, own in zip(texts, in_loss, strict=True)]
-    alt = alt or described(title, f"{len(tokens)} tokens, of which {sum(in_loss)} are in the loss")
-    _boxes({"": boxes}, title, "orange: learned     grey: only read", alt, 0.32, per_line)
-
-
 def split_tiles(
     splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str = ""
 ) -> None:
