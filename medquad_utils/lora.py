@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,8 +69,9 @@ def frozen_hash(model: torch.nn.Module) -> str:
 
 def singular_values(model: torch.nn.Module) -> list[float]:
     """Return the singular values of the updates B A as shares of the largest, mean over layers."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_B")]
     spectra = []
-    for layer in (module for module in model.modules() if hasattr(module, "lora_B")):
+    for layer in layers:
         a, b = (part["default"].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
         # Those of the small r by r product of the triangular factors are the same.
         values = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
