@@ -86,8 +86,9 @@ def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     """Convert rows to a data set with the columns ``prompt`` and ``completion``."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()  # every trainer would show eight short ones
     return Dataset.from_list([to_example(row) for row in rows])
 
 

@@ -6,8 +6,9 @@ y = W x + (alpha / r) B A x. B starts at 0, so an untrained adapter changes noth
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +56,28 @@ def lora_b_norms(model: torch.nn.Module) -> dict[str, float]:
     """Return the Frobenius norm of every ``lora_B``: 0 means that it has not learned (yet)."""
     parameters = model.named_parameters()
     return {name: float(p.detach().float().norm()) for name, p in parameters if ".lora_B." in name}
+
+
+def frozen_hash(model: torch.nn.Module) -> str:
+    """Hash every byte that is not an adapter's: 4-bit codes and scales, embeddings, norms."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():  # the scales have entries of their own
+        if ".lora_" not in name:
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def singular_values(model: torch.nn.Module) -> list[float]:
+    """Return the singular values of the updates B A as shares of the largest, mean over layers."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_B")]
+    spectra = []
+    for layer in layers:
+        a, b = (part["default"].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
+        # Those of the small r by r product of the triangular factors are the same.
+        values = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+        spectra.append(values / values[0])
+    shares: list[float] = torch.stack(spectra).mean(0).tolist()
+    return shares
 
 
 def cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:

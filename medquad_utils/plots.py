@@ -290,16 +290,20 @@ def histogram(
 
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str = "",
-    save: Path | None = None, markers: Sequence[str] = ()
+    save: Path | None = None, markers: Sequence[str] = (), points: Sequence[str] = ()
 ) -> None:  # fmt: skip
-    """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots."""
+    """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots.
+
+    ``points`` are drawn as dots alone: too few values for a line that says what lies between them.
+    """
     _, ax = figure()
     colours = _colours(list(series))
-    for number, (name, points) in enumerate(series.items()):
-        look = {"color": colours[number], "marker": "o" if name in markers else ""}
-        pairs = zip(*points, strict=True)
-        ax.plot(*pairs, DASHES[number % 4], label=name, linewidth=2, **look)
-    alt = alt or described(title, {name: _ends(points) for name, points in series.items()})
+    for number, (name, values) in enumerate(series.items()):
+        look = {"color": colours[number], "marker": "o" if name in (*markers, *points) else ""}
+        dash = "none" if name in points else DASHES[number % 4]
+        pairs = zip(*values, strict=True)
+        ax.plot(*pairs, linestyle=dash, label=name, linewidth=2, **look)
+    alt = alt or described(title, {name: _ends(values) for name, values in series.items()})
     _finish(ax, title, alt, x, y, save=save)
 
 
@@ -463,20 +467,6 @@ def word_heat(
     alt = alt or described(title, {name: dict(pairs) for name, pairs in lines.items()})
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
     _boxes(shaded, title, legend, alt, pitch=0.78, save=save)
-
-
-def token_strip(
-    tokens: Sequence[str], in_loss: Sequence[bool], title: str, alt: str = "", per_line: int = 100
-) -> None:
-    """Draw every token in a box: orange in the loss, grey if only read.
-
-    ``per_line`` is in characters.
-    """
-    texts = [token.strip(" ").replace("\n", "\\n") or "(space)" for token in tokens]
-    learned, read = ("", "#FBD8A0", ORANGE), ("", "#E8E8E8", GREY)
-    boxes = [(t, *(learned if own else read)) for t, own in zip(texts, in_loss, strict=True)]
-    alt = alt or described(title, f"{len(tokens)} tokens, of which {sum(in_loss)} are in the loss")
-    _boxes({"": boxes}, title, "orange: learned     grey: only read", alt, 0.32, per_line)
 
 
 def split_tiles(

@@ -236,6 +236,29 @@ def watch(trainer: SFTTrainer) -> None:
     trainer.add_callback(Watch())
 
 
+def ask_while_training(
+    trainer: SFTTrainer, plan: Plan, question: str, steps: Sequence[int]
+) -> dict[int, str]:
+    """Add a callback that asks ``question`` after these ``steps`` and after the last one.
+
+    Returns step -> answer, which fills while the trainer runs. Asking draws no random number.
+    """
+    from transformers import TrainerCallback
+
+    answers: dict[int, str] = {}
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step, model = state.global_step, kwargs["model"]
+            if step in (*steps, state.max_steps):
+                model.eval()  # no dropout; the trainer switches back by itself
+                tokenizer, limit = trainer.processing_class, plan.max_new_tokens
+                answers[step] = generation.ask(model, tokenizer, [question], limit)[0].text
+
+    trainer.add_callback(Ask())
+    return answers
+
+
 def require_learning(model: torch.nn.Module) -> None:
     """Check that every ``lora_B`` is finite and has left zero; names the first that has not."""
     norms = lora.lora_b_norms(model)
@@ -378,6 +401,9 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "validation_curve": validation,
         "plan": plan.as_dict(fit=True),
     }
+    if not plan.sharded:  # there a process holds parts of the matrices
+        spectrum = lora.singular_values(trainer.model)
+        metrics["singular_values"] = list(enumerate(spectrum, start=1))
     if trainer.is_world_process_zero():
         write_json(plan.folder / "metrics" / "train.json", metrics)
         shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
@@ -585,7 +611,7 @@ def run(options: argparse.Namespace) -> int:
         metrics = train(plan)
     finally:
         state.destroy_process_group()  # or the others wait for a process that has gone
-    long = ("plan", "train_curve", "validation_curve")
+    long = ("plan", "train_curve", "validation_curve", "singular_values")
     state.print({name: value for name, value in metrics.items() if name not in long})
     return 0
 

@@ -122,3 +122,40 @@ def test_casting_changes_adapters_only(odd: Any, plan: Plan, dtype: torch.dtype)
             assert p.dtype == dtype and torch.equal(p, value.to(dtype))
         else:
             assert p.dtype == torch.float16 and p.data_ptr() == pointer and torch.equal(p, value)
+
+
+def test_the_frozen_hash_covers_every_byte_of_the_base_and_no_adapter() -> None:
+    plan = tiny()
+    base = load_base(plan)
+    before = lora.frozen_hash(base)
+    adapted = get_peft_model(base, lora.lora_config(plan))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.fill_(1.0)
+    assert lora.frozen_hash(adapted) == before, "adapters are not frozen bytes"
+    assert lora.frozen_hash(adapted.unload()) == before
+    layer = base.model.layers[0]
+    state = layer.mlp.up_proj.weight.quant_state
+    frozen = {
+        "codes": layer.self_attn.q_proj.weight.data, "scales": state.absmax,
+        "scales of scales": state.state2.absmax, "norms": layer.input_layernorm.weight.data,
+        "embeddings": base.model.embed_tokens.weight.data,
+    }  # fmt: skip
+    for name, tensor in frozen.items():
+        kept = tensor.clone()
+        tensor.view(-1)[0] += 1
+        assert lora.frozen_hash(base) != before, name
+        tensor.copy_(kept)
+    assert lora.frozen_hash(base) == before
+
+
+def test_singular_values_are_those_of_the_product(odd: Any, plan: Plan) -> None:
+    adapted = get_peft_model(odd, lora.lora_config(plan))
+    expected = []
+    for layer in (m for m in adapted.modules() if hasattr(m, "lora_B")):
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        values = torch.linalg.svdvals(update.detach())[: plan.lora_r]
+        expected.append(values / values[0])
+    found = torch.tensor(lora.singular_values(adapted))
+    assert torch.allclose(found, torch.stack(expected).mean(0), atol=1e-5)

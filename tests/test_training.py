@@ -232,6 +232,20 @@ def test_a_nan_loss_stops_the_run_at_the_next_log(run: Any, tmp_path: Path) -> N
         trainer.train()
 
 
+def test_a_question_is_asked_after_the_given_steps_and_the_last(monkeypatch: Any) -> None:
+    callbacks: list[Any] = []
+    trainer: Any = SimpleNamespace(add_callback=callbacks.append, processing_class="tokenizer")
+    asked, model = Mock(return_value=[SimpleNamespace(text="so")]), Mock()
+    monkeypatch.setattr(training.generation, "ask", asked)
+    answers = training.ask_while_training(trainer, tiny(), "Why?", (2, 9))
+    for step in range(1, 5):
+        state = SimpleNamespace(global_step=step, max_steps=4)
+        callbacks[0].on_step_end(None, state, None, model=model)
+    assert answers == {2: "so", 4: "so"}
+    asked.assert_called_with(model, "tokenizer", ["Why?"], 64)
+    assert model.eval.call_count == 2, "no dropout while it answers"
+
+
 def test_an_idle_adapter_stops_a_run(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,26 @@
-"""Lesson 04: the labels of a row, the number of optimizer steps, a loss over tokens."""
+"""Lesson 04: the logits in the loss, the number of optimizer steps, a loss over tokens."""
 
 from medquad_utils.checks.common import NUMBER, NUMBERS, Exercise, number
 
-ex_04_1 = Exercise(NUMBERS, "ids is a list of whole numbers, prompt_length a number.", [
-    (([7, 8, 9, 4], 2), [-100, -100, 9, 4], [
-        ([9, 4], "Masked is not removed: 4 tokens need 4 labels.", lambda labels: len(labels) != 4),
-        ([7, 8, 9, 4], "Every token is learned still: which value makes the loss skip a label?"),
-        ([7, 8, -100, -100], "The mask is the wrong way round: the prompt is what is only read."),
-        ([-100, -100, 9, -100], "The last token is masked: the model would not learn to stop."),
-        ([-100, -100, 4, 9], "Each id stays in its own place.", lambda labels: sum(labels) == -187),
-        ([0, 0, 9, 4], "Prompt labels get the one value that the loss skips, the others their id."),
+ex_04_1 = Exercise(NUMBERS, "labels is a list of whole numbers, and so is the answer.", [
+    (([-100, -100, 9, 4],), [1, 2], [
+        ([2, 3], "Those are places of labels in the loss. Which logits are compared with them?"),
+        ([3, 4], "The shift goes the other way: logits are made before the token that they score."),
+        ([9, 4], "Those are labels. A position is a place in the list."),
+        ([0, 1, 2], "Where the next label is masked, nothing is compared.",
+         lambda places: isinstance(places, list) and 0 in places),
+        ([1, 2, 3], "The logits at the last position have no next label.",
+         lambda places: isinstance(places, list) and 3 in places),
+        ([1], "Each label that is not -100 needs one position, the end of turn too."),
     ]),
-    (([3, 1, 1, 4], 2), [-100, -100, 1, 4], [([-100] * 3 + [4], "Mask by place, not by id.")]),
-    (([5, 6, 4], 1), [-100, 6, 4], [([-100, -100, 4], "A prompt of one token has one mask.")]),
-], "The prompt is only read, and the answer is learned up to its last token.",
+    (([3, 0, 8],), [0, 1], [
+        ([1], "An id may be 0. Compare with -100."),
+        ([], "Without a mask, every token but the first is in the loss."),
+    ]),
+    (([-100, 5, 6, -100, -100, 8],), [0, 1, 4], [
+        ([0, 1, 2, 3, 4], "A chat of several turns has several masked parts."),
+    ]),
+], "One position to the left of every label that is not -100.",
     stub="Replace the dots: the function returns nothing yet.")  # fmt: skip
 
 ex_04_2 = Exercise(NUMBER, "The function returns the number of steps.", [
