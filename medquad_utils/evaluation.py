@@ -649,16 +649,23 @@ def measured() -> dict[str, Any]:
 
 
 def outcome(
-    rows: Sequence[Row], train: Sequence[Row], base: Sequence[Answer], tuned: Sequence[Answer]
+    rows: Sequence[Row],
+    train: Sequence[Row],
+    base: Sequence[Answer],
+    tuned: Sequence[Answer],
+    few_shot: Sequence[Answer] = (),
 ) -> dict[str, Any]:
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
     The gain is paired, tuned minus base; its interval resamples diseases, and is ``None`` for a
-    single one. Facts are ``None`` where the source lists none.
+    single one. Facts are ``None`` where the source lists none. ``few_shot`` are the base's answers
+    after a few examples in the prompt, if it was asked so.
     """
     diseases = [focus_of(row) for row in rows]
     nearest, references = nearest_training_answers(train, rows), [row["answer"] for row in rows]
-    texts = {"base": [a.text for a in base], "tuned": [a.text for a in tuned], "nearest": nearest}
+    arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})
+    texts = {arm: [a.text for a in answers] for arm, answers in arms.items()}
+    texts["nearest"] = nearest
     rouge = {arm: rouge_l(answers, references) for arm, answers in texts.items()}
     facts = {arm: facts_complete(answers, rows) for arm, answers in texts.items()}
     ends = paired_interval(rouge["base"], rouge["tuned"], diseases)[1:]
@@ -667,11 +674,26 @@ def outcome(
         "diseases": count_diseases(diseases),
         **{f"rouge_l_{arm}": values.mean() for arm, values in rouge.items()},
         "rouge_l_gain_ci95": ends if numpy.isfinite(ends).all() else None,
-        "stop_rate_base": float(numpy.mean([a.stopped for a in base])),
-        "stop_rate_tuned": float(numpy.mean([a.stopped for a in tuned])),
+        **{f"stop_rate_{arm}": numpy.mean([a.stopped for a in arms[arm]]) for arm in arms},
         **{f"facts_complete_{arm}": v.mean() if len(v) else None for arm, v in facts.items()},
     })  # fmt: skip
     return table
+
+
+def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[str, Any]:
+    """Score answers to ``rows`` for ``summary``: one value a row, NaN if there is none.
+
+    ROUGE-L, all facts present (embedded sample only), the disease of the row, and the stop rate
+    (not of texts that were looked up).
+    """
+    texts = [a if isinstance(a, str) else a.text for a in answers]
+    stops = [float(a.stopped) for a in answers if isinstance(a, Answer)]
+    return {
+        "disease": numpy.array([focus_of(row) for row in rows], dtype=object),
+        "rougeL": rouge_l(texts, [row["answer"] for row in rows]),
+        "facts_complete": facts_column(texts, rows),
+        **({"stop_rate": numpy.array(stops)} if stops else {}),
+    }
 
 
 def answer_columns(
@@ -679,19 +701,11 @@ def answer_columns(
 ) -> dict[str, numpy.ndarray]:
     """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
 
-    ROUGE-L, all facts present (embedded sample only), stop rate, the loss of the reference, and
-    the disease of the row.
+    The scores of ``score_columns``, and the loss of the reference.
     """
     references = [row["answer"] for row in rows]
     conversations = [prompt_messages(row["question"]) for row in rows]
     with unpacked(model):
         answers = generate(model, tokenizer, conversations, max_new_tokens)
         losses = scores.answer_loss(model, tokenizer, conversations, references)
-    texts = [answer.text for answer in answers]
-    return {
-        "disease": numpy.array([focus_of(row) for row in rows], dtype=object),
-        "rougeL": rouge_l(texts, references),
-        "facts_complete": facts_column(texts, rows),
-        "stop_rate": numpy.array([answer.stopped for answer in answers], dtype=float),
-        **losses._asdict(),
-    }
+    return {**score_columns(answers, rows), **losses._asdict()}

@@ -118,15 +118,19 @@ def test_outcome_of_a_training_equals_hand_values() -> None:
     rows, train = [known, row("symptoms", "alpha beta gamma delta")], [row("symptoms", "alpha")]
     base = [Answer("", 64, False), Answer("alpha beta", 2, False)]
     tuned = [Answer(known["answer"], 20, True), Answer("alpha beta gamma", 3, False)]
-    found = evaluation.outcome(rows, train, base, tuned)
+    few = [Answer(known["answer"], 9, True), Answer("", 0, True)]
+    found = evaluation.outcome(rows, train, base, tuned, few)
     rouge_l = {"base": (0 + 4 / 6) / 2, "tuned": (1 + 6 / 7) / 2, "nearest": (0 + 2 / 5) / 2}
+    rouge_l["few_shot"] = 1 / 2
     assert {arm: found[f"rouge_l_{arm}"] for arm in rouge_l} == pytest.approx(rouge_l, abs=1e-4)
     assert found["rouge_l_gain_ci95"] == pytest.approx([6 / 7 - 4 / 6, 1.0], abs=1e-4)
-    assert (found["stop_rate_base"], found["stop_rate_tuned"]) == (0, 0.5)
+    stops = [found[f"stop_rate_{arm}"] for arm in ("base", "tuned", "few_shot")]
+    assert stops == [0, 0.5, 1]
     assert found["facts_complete_tuned"] == 1, "of the one row whose source lists facts"
     assert found["diseases"] == 2
     one = evaluation.outcome([rows[1]] * 2, train, base, tuned)
     assert (one["diseases"], one["rouge_l_gain_ci95"]) == (1, None), "one disease, no interval"
+    assert "rouge_l_few_shot" not in evaluation.outcome(rows, train, base, tuned), "not asked"
 
 
 def test_an_arm_is_beaten_only_by_a_whole_interval_on_the_better_side() -> None:
