@@ -1,7 +1,7 @@
 """What matters in LoRA: learning rate, layers, rank or the variant's name? Lesson 03 shows it.
 
-    python tests/benchmarks/compare_adapters.py                  # tiny: TIME_TINY
-    python tests/benchmarks/compare_adapters.py --profile small  # on real data: TIME_SMALL
+    python tests/benchmarks/compare_adapters.py                  # tiny, about an hour (an estimate)
+    python tests/benchmarks/compare_adapters.py --profile small  # about four hours
     python tests/benchmarks/compare_adapters.py --quick          # a smoke test, writes nothing
 
 Each arm takes the best of its learning rates by the loss on validation rows, with seed 0. Then it
@@ -179,8 +179,9 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
     """
     by_name = {result["name"]: result for result in results}
     usual = by_name["LoRA of rank 16"]
+    tried = usual["validation"].items()
     table: dict[str, dict[str, tuple[float, float, float]]] = {
-        "learning rate": {f"rate {r}": span([v]) for r, v in usual["validation"].items()},
+        "learning rate": {f"rate {r}": span([v]) for r, v in tried if math.isfinite(v)},
         "layers": {}, "rank": {}, "name": {}, "base and method": {},
     }  # fmt: skip
     for result in results:
