@@ -1,6 +1,6 @@
 """What matters in LoRA: learning rate, layers, rank or the variant's name? Lesson 03 shows it.
 
-    python tests/benchmarks/compare_adapters.py                  # tiny, about an hour (an estimate)
+    python tests/benchmarks/compare_adapters.py                  # tiny: about 90 minutes
     python tests/benchmarks/compare_adapters.py --profile small  # about four hours
     python tests/benchmarks/compare_adapters.py --quick          # a smoke test, writes nothing
 
@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from medquad_utils import chat, files, generation, lora, scores, training
 from medquad_utils.data import prepare
 from medquad_utils.files import Row
+from medquad_utils.memory import ALL_LINEAR
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.splits import Splits
 
@@ -44,7 +45,7 @@ class Arm:
 
     method: str
     rank: int = 16
-    layers: tuple[str, ...] = lora.ALL_LINEAR
+    layers: tuple[str, ...] = ALL_LINEAR
     quantized: bool = True
 
     @property
@@ -52,7 +53,7 @@ class Arm:
         """Name the arm: "LoRA of rank 16, q_proj v_proj"."""
         if self.method == "full":
             return "full fine-tuning"
-        where = "" if self.layers == lora.ALL_LINEAR else f", {' '.join(self.layers)}"
+        where = "" if self.layers == ALL_LINEAR else f", {' '.join(self.layers)}"
         base = "" if self.quantized else ", base not quantised"
         return f"{self.method} of rank {self.rank}{where}{base}"
 
@@ -133,16 +134,18 @@ def bits(losses: scores.Losses) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def plain(plan: Plan, model: Any) -> float:
-    """Return the bits per byte of the texts that forgetting is measured on."""
-    return bits(scores.text_loss(model, generation.load_tokenizer(plan), scores.plain_texts(plan)))
+def plain(plan: Plan, model: Any, texts: int | None) -> float:
+    """Return the bits per byte of the first ``texts`` that forgetting is measured on."""
+    some = scores.plain_texts(plan)[:texts]
+    return bits(scores.text_loss(model, generation.load_tokenizer(plan), some))
 
 
 def measure(
-    plan: Plan, arm: Arm, rows: Splits, steps: int, seeds: int, rates: Sequence[float]
-) -> dict[str, Any]:
+    plan: Plan, arm: Arm, rows: Splits, steps: int, seeds: int, rates: Sequence[float],
+    texts: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Choose the arm's rate on validation rows, then score every seed on test rows."""
-    before = plain(plan, generation.load_base(plan, quantized=arm.quantized))
+    before = plain(plan, generation.load_base(plan, quantized=arm.quantized), texts)
     validation: dict[float, float] = {}
     tested: list[float] = []
     forgot: list[float] = []
@@ -151,15 +154,15 @@ def measure(
         model = trained(plan, arm, rate, 0, rows, steps)
         validation[rate] = held_out(plan, model, rows.validation)
         if kept is None or validation[rate] < validation[best]:
-            best, kept = rate, (held_out(plan, model, rows.test), plain(plan, model) - before)
+            best, kept = rate, (held_out(plan, model, rows.test), plain(plan, model, texts))
         parameters = lora.trainable_parameters(model)
     for seed in range(seeds):
         if seed:
             model = trained(plan, arm, best, seed, rows, steps)
-            kept = held_out(plan, model, rows.test), plain(plan, model) - before
+            kept = held_out(plan, model, rows.test), plain(plan, model, texts)
         assert kept
         tested.append(kept[0])
-        forgot.append(kept[1])
+        forgot.append(kept[1] - before)
     return {
         **dataclasses.asdict(arm), "name": arm.name, "parameters": parameters, "rate": best,
         "validation": {f"{rate:g}": value for rate, value in validation.items()},
@@ -185,7 +188,7 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
         "layers": {}, "rank": {}, "name": {}, "base and method": {},
     }  # fmt: skip
     for result in results:
-        usual_layers = tuple(result["layers"]) == lora.ALL_LINEAR
+        usual_layers = tuple(result["layers"]) == ALL_LINEAR
         value = span(result["bits_per_byte"])
         if result["method"] == "LoRA" and result["quantized"] and usual_layers:
             table["rank"][f"rank {result['rank']}"] = value
@@ -211,14 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     plan = dataclasses.replace(resolve(asked.profile, out=asked.out), compute_dtype="float32")
     rows = training.select(plan, generation.load_tokenizer(plan), prepare(plan))
     todo, steps, seeds = arms(core=asked.profile != "tiny"), asked.steps, asked.seeds
+    texts = 4 if asked.quick else None
     if asked.quick:
         todo, steps, seeds = [Arm("LoRA"), Arm("MiSS", 2)], 3, 2
         rows = dataclasses.replace(rows, validation=rows.validation[:4], test=rows.test[:4])
     results = []
     for arm in todo:
-        rates = FULL_RATES if arm.method == "full" else RATES
-        rates = rates[:2] if asked.quick else rates
-        results.append(measure(plan, arm, rows, steps, seeds, rates))
+        rates = list(FULL_RATES if arm.method == "full" else RATES)[: 2 if asked.quick else None]
+        results.append(measure(plan, arm, rows, steps, seeds, rates, texts))
         mean, low, high = span(results[-1]["bits_per_byte"])
         print(f"{arm.name:36} rate {results[-1]['rate']:g}: {mean:.3f} [{low:.3f}, {high:.3f}]")
         if not asked.quick:
