@@ -143,8 +143,10 @@ def _finish(
         ax.axvline(place, color=VERMILION, linestyle="--", linewidth=1.4)
         look = {"ha": "center", "va": "bottom", "fontsize": 9}
         ax.text(place, 1.01, name, transform=ax.get_xaxis_transform(), **look)
-    if ax.get_legend_handles_labels()[1]:
-        ax.figure.legend(loc="outside lower center", ncols=3)
+    if names := ax.get_legend_handles_labels()[1]:
+        # About 90 characters fit. The name of a reference run takes a line of its own.
+        columns = max(1, min(3, 90 // max(map(len, names))))
+        ax.figure.legend(loc="outside lower center", ncols=columns)
     show(ax.figure, alt, save)
 
 

@@ -1,6 +1,8 @@
 """The benchmarks run, compare like with like, and README.md says what was measured."""
 
+import dataclasses
 import json
+import math
 import signal
 import time
 from functools import partial
@@ -18,6 +20,7 @@ CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
 published = benchmark("published")
 load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
+compare_adapters = benchmark("compare_adapters")
 LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
 SPEEDS = {name: common.read_results(name) for name in ("train_speed", "generate_speed")}
 ASSET = evaluation.measured()["rougeL"]
@@ -216,3 +219,33 @@ def test_asset_and_lengths_are_those_of_medquad(medquad_xml: Any, real_rows: Any
     assert now["rows"] - LENGTHS["rows"] == 16
     for part in ("prompt", "answer"):
         assert now[part] == pytest.approx(LENGTHS[part], rel=0.02)
+
+
+def result(arm: Any, score: float) -> dict[str, Any]:
+    """A made-up result of ``compare_adapters.measure``."""
+    made = {"bits_per_byte": [score, score + 0.2], "validation": {"0.001": score, "0.01": math.inf}}
+    return dataclasses.asdict(arm) | {"name": arm.name} | made
+
+
+def test_the_figure_of_the_comparison_sorts_all_arms_by_what_they_change() -> None:
+    arms = compare_adapters.arms()
+    table = compare_adapters.figure([result(arm, n) for n, arm in enumerate(arms)])
+    assert table["learning rate"] == {"rate 0.001": (2, 2, 2)}, "LoRA of rank 16 is the third arm"
+    assert list(table["rank"]) == ["rank 2", "rank 8", "rank 16", "rank 64"]
+    assert table["rank"]["rank 16"] == pytest.approx((2.1, 2, 2.2))
+    assert list(table["name"]) == ["rsLoRA", "DoRA", "OLoRA", "MiSS"]
+    assert list(table["layers"]) == ["q_proj v_proj", "q_proj k_proj v_proj o_proj"]
+    full = "full fine-tuning"
+    assert list(table["base and method"]) == ["LoRA of rank 16, base not quantised", full]
+
+
+@pytest.mark.full
+def test_the_comparison_trains_and_scores_two_arms(tmp_path: Any) -> None:
+    lora, miss = compare_adapters.main(["--quick", "--out", str(tmp_path)])
+    assert (lora["name"], miss["name"]) == ("LoRA of rank 16", "MiSS of rank 2")
+    assert lora["parameters"] == 286_720
+    for arm in (lora, miss):
+        tried = arm["validation"]
+        assert len(tried) == 2 and tried[f"{arm['rate']:g}"] == min(tried.values())
+        assert len(arm["bits_per_byte"]) == len(arm["forgetting"]) == 2
+        assert all(0 < bits < 8 for bits in arm["bits_per_byte"])

@@ -200,7 +200,7 @@ def mixture_by_numpy(own: list[str], general: list[str], share: float, seed: int
 
 OTHER_WAYS = [
     ("ex_01_1", 0.72), ("ex_02_1", 4.16), ("ex_02_3", "39.5"), ("ex_05_2", numpy.float32(0.87)),
-    ("ex_03_2", lambda x, w, a, b, alpha: (w + alpha / len(a) * b @ a) @ x[:, None]),
+    ("ex_03_2", lambda w, a, b, alpha: torch.addmm(w, b, a, alpha=alpha / len(a))),
     ("ex_04_1", lambda labels: numpy.flatnonzero(numpy.array(labels[1:]) != -100)),
     ("ex_06_2", interval_by_scipy),
     *(("ex_06_2", functools.partial(interval_by_hand, seed=seed)) for seed in range(5)),
