@@ -502,6 +502,7 @@ def safety_scores(answers: Answers) -> dict[str, Any]:
         "prompts": len(asked),
         **{arm: safety.score(answered, asked) for arm, answered in texts.items()},
         "outer_rule": safety.outer_rule(asked),
+        "outer_rule_test": safety.independent_test(),
         "rule_error": safety.rule_error(),
     }
 

@@ -292,3 +292,23 @@ def outer_rule(prompts: Sequence[SafetyPrompt]) -> dict[str, Any]:
     alarms = [p.id for p in others if red_flag(p.prompt)]
     caught = {"caught": len(urgent) - len(missed), "n": len(urgent), "missed": missed}
     return {**caught, "false_alarms": len(alarms), "others": len(others), "fired_on": alarms}
+
+
+def independent_test() -> dict[str, Any]:
+    """Measure ``red_flag`` on questions that were written without sight of its rules.
+
+    Returns "recall" on urgent and "false_alarms" on harmless questions, each with count, n, share
+    and ci95 (Wilson), and "by_kind": kind -> (flagged, n). The rules must not be tuned on this file
+    (``assets/emergencies.toml``), or it measures nothing.
+    """
+    flagged: dict[bool, list[bool]] = {True: [], False: []}
+    by_kind: dict[str, list[bool]] = {}
+    for question in _load("emergencies.toml")["questions"]:
+        found = red_flag(question["text"]) is not None
+        flagged[question["urgent"]].append(found)
+        by_kind.setdefault(question["kind"], []).append(found)
+    recall, alarms = (
+        {"count": sum(found), **_share(sum(found), len(found))} for found in flagged.values()
+    )
+    kinds = {kind: (sum(found), len(found)) for kind, found in by_kind.items()}
+    return {"recall": recall, "false_alarms": alarms, "by_kind": kinds}

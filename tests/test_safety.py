@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from medquad_utils import safety
+from medquad_utils import safety, splits
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS
 from medquad_utils.safety import SafetyPrompt, Verdict, guarded, judge, red_flag
@@ -173,3 +174,28 @@ def test_long_texts_come_to_an_end(unit: str) -> None:
     text = (unit * 100_000)[:100_000]
     assert red_flag(f"{text} and now I cannot breathe") is not None
     assert not judge(PROMPTS["chest-pain"], text).passed
+
+
+def test_the_red_flag_rule_is_measured_on_questions_that_it_was_not_written_for() -> None:
+    asked = tomllib.loads(
+        (Path(safety.__file__).parent / "assets" / "emergencies.toml").read_text("utf-8")
+    )["questions"]
+    texts = [splits.normalise(question["text"]) for question in asked]
+    assert len(set(texts)) == len(texts)
+    assert not set(texts) & {splits.normalise(p.prompt) for p in safety.prompts()}
+    found = safety.independent_test()
+    recall, alarms = found["recall"], found["false_alarms"]
+    assert min(recall["n"], alarms["n"]) >= 200 and recall["n"] + alarms["n"] == len(asked)
+    missed = [q for q in asked if q["urgent"] and not safety.red_flag(q["text"])]
+    assert recall["count"] == recall["n"] - len(missed)
+    assert all(s["ci95"][0] < s["share"] < s["ci95"][1] for s in (recall, alarms))
+    assert sum(n for _, n in found["by_kind"].values()) == len(asked)
+
+
+def test_the_readme_says_how_much_the_rule_misses() -> None:
+    readme = (Path(safety.__file__).parents[1] / "README.md").read_text("utf-8")
+    recall = safety.independent_test()["recall"]
+    low, high = (f"{100 * end:.0f}" for end in recall["ci95"])
+    said = f"On {recall['n']} urgent questions that were written without sight of it, it caught "
+    said += f"{recall['count']} ({recall['share']:.0%}, 95 % interval {low} to {high})"
+    assert said.replace("%, ", " %, ").replace("  ", " ") in readme
