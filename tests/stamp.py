@@ -22,7 +22,6 @@ from medquad_utils import CourseError, course, estimate, plots, reference
 from medquad_utils.files import MEASURED, read_json, whole_file, whole_folder, write_json
 from medquad_utils.machine import default_out, versions
 from medquad_utils.profiles import PROFILES
-from medquad_utils.scores import SCORES
 
 ADAPTER = Path(__file__).parent / "adapter"
 COSTS, DIAL, FINDING, TIMINGS, VERIFIED = (
@@ -203,41 +202,39 @@ def cost_table(folder: Path = MEASURED) -> str:
     return "\n".join(lines)
 
 
-def ends(cell: Mapping[str, float]) -> tuple[float, float, float]:
-    """The mean of a score and both ends of its 95 % interval."""
-    return cell["mean"], cell["low"], cell["high"]
-
-
-def span(cell: Mapping[str, float], form: str = "{:.2f}") -> str:
-    """A score with its 95 % interval: 0.12 [0.10, 0.14]."""
-    mean, low, high = map(form.format, ends(cell))
+def span(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """A mean with its 95 % interval: 0.12 [0.10, 0.14]."""
+    mean, low, high = (form.format(value) for value in values)
     return f"{mean} [{low}, {high}]"
 
 
 def read_run(profile: str) -> dict[str, Any] | None:
     """The committed reference run of a profile: reference.json, and its metrics by name."""
     folder = reference.FOLDER / profile
-    if not (folder / "reference.json").is_file():
+    if not (folder / "metrics" / "ask.json").is_file():
         return None
     metrics = {path.stem: read_json(path) for path in (folder / "metrics").glob("*.json")}
     return {**read_json(folder / "reference.json"), "metrics": metrics}
 
 
+LOOK_UP = "nearest training answer"  # lesson 05's baseline
+
+
 def dial_table() -> str:
     """README's table: what each position of the dial gave, or that nobody has measured it."""
-    head = "profile | training rows | all lessons | peak RAM | ROUGE-L, base | look-up | tuned |"
+    head = "profile | training rows | lessons | peak RAM | ROUGE-L, base | look-up | tuned |"
     lines = [f"| {head} measured on |", "|---|" + "---|" * 7]
     for name in PROFILES:
         if not (run := read_run(name)):
             lines.append(f"| `{name}` | not measured" + " | " * 7)
             continue
-        arms = run["metrics"]["evaluate"]["overall"]["arms"]
-        scores = " | ".join(span(arms[arm]["rougeL"]) for arm in ("base", "nearest", "tuned"))
-        minutes = f"{sum(run['seconds'].values()) / 60:,.0f} min"
-        rows, where = run["metrics"]["train"]["rows"], run["hardware"].split(",")
+        arms = run["metrics"]["ask"]["arms"]
+        scores = " | ".join(span(arms[arm]["ROUGE-L"]) for arm in ("base", LOOK_UP, "tuned"))
+        took = f"{len(run['seconds'])} in {sum(run['seconds'].values()) / 60:,.0f} min"
+        rows, where = run["metrics"]["train"]["rows"], ",".join(run["hardware"].split(",")[:2])
         lines.append(
-            f"| `{name}` | {rows:,} | {minutes} | {run['peak_gb']:.1f} GB | {scores} "
-            f"| {','.join(where[:2])}, {run['date']} |"
+            f"| `{name}` | {rows:,} | {took} | {run['peak_gb']:.1f} GB | {scores} "
+            f"| {where}, {run['date']} |"
         )
     return "\n".join(lines)
 
@@ -252,44 +249,35 @@ def finding() -> str:
     """README's first picture and what it says."""
     if not (run := newest_run()):
         return "No reference run is in this checkout: `make real` makes one."
-    found, rows = run["metrics"]["evaluate"], run["metrics"]["train"]["rows"]
-    arms, overall = found["overall"]["arms"], found["overall"]
-    bits = overall["versus base"]["tuned"]["bits_per_byte"]
-    sides = {
-        arm: side(*ends(overall[f"versus {arm}"]["tuned"]["rougeL"])[1:])
-        for arm in ("base", "nearest")
-    }
-    shown = "; ".join(f"{arm} {span(cells['rougeL'])}" for arm, cells in arms.items())
-    alt = f"Dots with 95 % intervals for {len(arms)} ways to answer. ROUGE-L: {shown}."
-    stops = [f"{arms[arm]['stop_rate']['mean']:.0%}" for arm in ("base", "tuned")]
+    arms, outcome = run["metrics"]["ask"]["arms"], run["metrics"]["outcome"]
+    (_, before), *_, (_, after) = run["metrics"]["train"]["validation_curve"]
+    low, high = outcome["rouge_l_gain_ci95"]
+    side = "beats" if low > 0 else "loses to" if high < 0 else "cannot be told apart from"
+    rouge = {arm: span(cells["ROUGE-L"]) for arm, cells in arms.items()}
+    shown = "; ".join(f"{arm} {said}" for arm, said in rouge.items())
+    stops = [f"{outcome[f'stop_rate_{arm}']:.0%}" for arm in ("base", "tuned")]
     return "\n".join([
-        f"![{alt}](notebooks/figures/{PICTURE})",
+        f"![Dots with 95 % intervals for {len(arms)} ways to answer. ROUGE-L: {shown}.]"
+        f"(notebooks/figures/{PICTURE})",
         "",
-        f"*A real run: {reference.label(run)}. {found['questions']} questions about diseases that",
-        'are not in the training set. "nearest" is a look-up that needs no training.*',
+        f"*A real run: {reference.label(run)}. {outcome['rows']} questions about",
+        f"{outcome['diseases']} diseases that are not in the training set. The look-up returns the",
+        "answer to the most similar training question: it needs no training.*",
         "",
-        f"Training on {rows:,} rows changed held-out bits per byte by {span(bits, '{:+.3f}')}.",
-        f"Answers that end by themselves went from {stops[0]} to {stops[1]}. By ROUGE-L the tuned",
-        f"model {sides['base']} its base and {sides['nearest']} the look-up:",
-        f"{span(arms['tuned']['rougeL'])} against {span(arms['nearest']['rougeL'])}.",
+        f"Training on {run['metrics']['train']['rows']:,} rows took the validation loss from",
+        f"{before:.2f} to {after:.2f} nats a token. Answers that end by themselves went from",
+        f"{stops[0]} to {stops[1]}. By ROUGE-L the tuned model {side} its base:",
+        f"{rouge['tuned']} against {rouge['base']}. The look-up gets {rouge[LOOK_UP]}.",
     ])  # fmt: skip
-
-
-def side(low: float, high: float) -> str:
-    """What the interval of a paired difference says."""
-    return "beats" if low > 0 else "loses to" if high < 0 else "cannot be told apart from"
 
 
 def draw_finding(picture: Path) -> None:
     """Draw README's first picture from the newest reference run on real data."""
     if not (run := newest_run()):
         return
-    arms, measures = run["metrics"]["evaluate"]["overall"]["arms"], ("rougeL", "stop_rate")
-    table = {
-        arm: {SCORES[m].name: ends(cells[m]) for m in measures if m in cells}
-        for arm, cells in arms.items()
-    }
-    title = f"What training changed: {run['metrics']['evaluate']['questions']} held-out questions"
+    arms = run["metrics"]["ask"]["arms"]
+    table = {arm: {s: tuple(c) for s, c in cells.items()} for arm, cells in arms.items()}
+    title = f"{run['metrics']['outcome']['rows']} questions about diseases outside the training set"
     plots.intervals(table, title, "0 to 1; dots with 95 % intervals", save=picture, width=8)
 
 
