@@ -356,6 +356,29 @@ def score_map(table: Groups, title: str, alt: str = "") -> None:
     show(fig, alt or described(title, table), heading=title)
 
 
+def confusion(
+    tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str],
+    alt: str = ""
+) -> None:  # fmt: skip
+    """Draw tables of counts side by side: name -> counts by ``rows`` (the truth) and ``columns``.
+
+    A cell is darker for a larger share of its row.
+    """
+    fig, axes = figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
+    for number, (name, table) in enumerate(tables.items()):
+        counts, ax = numpy.asarray(table, dtype=float), axes[0][number]
+        shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+        _heatmap(ax, shares, (PAPER, tint(BLUE)), 0, 1, rows, columns, aspect="auto")
+        for (i, j), count in numpy.ndenumerate(counts):
+            ax.text(j, i, f"{count:,.0f}", ha="center", va="center", fontsize=12)
+        ax.set_title(name, fontsize=10.5)
+    named = {
+        name: {f"{r}, {c}": table[i][j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+        for name, table in tables.items()
+    }
+    show(fig, alt or described(title, named), heading=title)
+
+
 def attention(tokens: Sequence[str], weights: Any, title: str, alt: str = "") -> None:
     """Draw one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read."""
     size = 1.9 + 0.3 * len(tokens)

@@ -34,6 +34,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "curves": {"series": {str(n): [(1, n), (2, n + 1)] for n in range(6)}, "markers": ["1"]},
     "heat": {"matrices": {"B": [[0.0], [1.0]], "A": [[1.0, -2.0]]}},
     "score_map": {"table": {"right $x$": {"R-1": 1.0, "all $": 0.0}}},
+    "confusion": {"tables": {"$x$": [[3, 1], [0, 9]]}, "rows": "ab", "columns": ["no", "$y$"]},
     "staircase": {"levels": nf4_levels().tolist()},
     "rounding": {"before": [n / 9 for n in range(40)], "after": [n // 9 for n in range(40)]},
     "word_heat": {"lines": {"$x$": [(word, n - 4) for n, word in enumerate(AWKWARD)], "none": []}},
