@@ -98,7 +98,8 @@ def _ends(points: Sequence[tuple[float, float]]) -> str:
 
 # One meaning, one colour through the course: by the beginning of a series' name.
 ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
-         "baseline": GREEN, "look-up": GREEN}  # fmt: skip
+         "baseline": GREEN, "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
+         "by row": GREY, "by disease": INK}  # fmt: skip
 
 
 def _colours(names: Sequence[str]) -> list[str]:
