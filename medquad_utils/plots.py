@@ -100,7 +100,8 @@ def _ends(points: Sequence[tuple[float, float]]) -> str:
 
 # One meaning, one colour through the course: by the beginning of a series' name.
 ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
-         "baseline": GREEN, "look-up": GREEN}  # fmt: skip
+         "baseline": GREEN, "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
+         "by row": GREY, "by disease": INK}  # fmt: skip
 
 
 def _colours(names: Sequence[str]) -> list[str]:
@@ -363,6 +364,29 @@ def score_map(table: Groups, title: str, alt: str = "") -> None:
     colours = (PAPER, tint(BLUE))
     _heatmap(ax, values, colours, 0, 1, list(table), names, form="{:.2f}", aspect="auto")
     show(fig, alt or described(title, table), heading=title)
+
+
+def confusion(
+    tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str],
+    alt: str = ""
+) -> None:  # fmt: skip
+    """Draw tables of counts side by side: name -> counts by ``rows`` (the truth) and ``columns``.
+
+    A cell is darker for a larger share of its row.
+    """
+    fig, axes = figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
+    for number, (name, table) in enumerate(tables.items()):
+        counts, ax = numpy.asarray(table, dtype=float), axes[0][number]
+        shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+        _heatmap(ax, shares, (PAPER, tint(BLUE)), 0, 1, rows, columns, aspect="auto")
+        for (i, j), count in numpy.ndenumerate(counts):
+            ax.text(j, i, f"{count:,.0f}", ha="center", va="center", fontsize=12)
+        ax.set_title(name, fontsize=10.5)
+    named = {
+        name: {f"{r}, {c}": table[i][j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+        for name, table in tables.items()
+    }
+    show(fig, alt or described(title, named), heading=title)
 
 
 def attention(tokens: Sequence[str], weights: Any, title: str, alt: str = "") -> None:

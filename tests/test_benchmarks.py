@@ -18,7 +18,7 @@ from medquad_utils import estimate, evaluation, generation, machine, profiles
 
 CPU = machine.Hardware("cpu", "CPU", 24, cores=2)
 common, train_speed, generate_speed = map(benchmark, ("common", "train_speed", "generate_speed"))
-published = benchmark("published")
+published, seeds = benchmark("published"), benchmark("seeds")
 load_memory, look_up, random_llama = map(benchmark, ("load_memory", "look_up", "random_llama"))
 compare_adapters = benchmark("compare_adapters")
 LENGTHS, MEMORY = (json.loads(p.read_text()) for p in (train_speed.LENGTHS, load_memory.RECORD))
@@ -249,3 +249,18 @@ def test_the_comparison_trains_and_scores_two_arms(tmp_path: Any) -> None:
         assert len(tried) == 2 and tried[f"{arm['rate']:g}"] == min(tried.values())
         assert len(arm["bits_per_byte"]) == len(arm["forgetting"]) == 2
         assert all(0 < bits < 8 for bits in arm["bits_per_byte"])
+
+
+def test_three_seeds_give_three_scores_each_in_its_interval() -> None:
+    runs = json.loads(seeds.FILE.read_text())["seeds"]
+    assert list(runs) == ["0", "1", "2"]
+    for score in seeds.SCORES:
+        cells = [run[score] for run in runs.values()]
+        assert all(c["low"] < c["mean"] < c["high"] and c["diseases"] > 5 for c in cells)
+    assert len({run["rougeL"]["mean"] for run in runs.values()}) == 3, "the seed changes the run"
+
+
+@pytest.mark.full  # trains two steps, answers 102 questions
+def test_the_seeds_script_scores_a_training() -> None:
+    found = seeds.main(["--smoke", "--seeds", "1", "--steps", "2"])
+    assert 0 <= found["seeds"]["0"]["rougeL"]["mean"] < 0.9, "two steps do not train an adapter"

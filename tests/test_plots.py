@@ -38,6 +38,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     },
     "heat": {"matrices": {"B": [[0.0], [1.0]], "A": [[1.0, -2.0]]}},
     "score_map": {"table": {"right $x$": {"R-1": 1.0, "all $": 0.0}}},
+    "confusion": {"tables": {"$x$": [[3, 1], [0, 9]]}, "rows": "ab", "columns": ["no", "$y$"]},
     "staircase": {"levels": nf4_levels().tolist()},
     "rounding": {"before": [n / 9 for n in range(9)], "after": [0] * 9, "ruler": [0, 1]},
     "word_heat": {"lines": {"$x$": [(word, n - 4) for n, word in enumerate(AWKWARD)], "none": []}},

@@ -1,21 +1,8 @@
-"""Lesson 06: claims that intervals support, a paired bootstrap, the swapped disease."""
+"""Lesson 06: claims that intervals support, agreement beyond luck, the wrong disease."""
 
-import random
-import statistics
-from collections.abc import Sequence
-
-from medquad_utils.checks.common import Exercise, items, letters
+from medquad_utils.checks.common import NUMBER, Exercise, letters
 
 _TEXTS = ("swollen cheeks and fever", "sudden pain in the toe", "a barking cough at night")
-_RANDOM = random.Random(6)
-_A = [_RANDOM.uniform(0.1, 0.9) for _ in range(60)]
-_GAINS = [_RANDOM.gauss(0.05, 0.1) for _ in _A]
-_B = [score + gain for score, gain in zip(_A, _GAINS, strict=True)]
-
-
-def _interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:  # normal theory
-    mean, error = statistics.fmean(values), statistics.pstdev(values) / len(values) ** 0.5
-    return mean - z * error, mean + z * error
 
 
 def _overlap(one: str, other: str) -> float:
@@ -30,18 +17,37 @@ ex_06_1 = letters("ae", 'Give the letters of all claims that hold, for example "
     a="One of the paired intervals lies on one side of 0. Which claim does that support?",
     e="An interval also says what cannot be excluded: look at the upper end of C's.")  # fmt: skip
 
-ex_06_2 = Exercise(("two numbers", lambda ends: [sum(x) / 2, x[1] - x[0]]  # center and width
-    if len(x := items(ends, int | float) or []) == 2 else None),
-    "It gets two lists of equal length and returns two numbers.", [
-    ((_A, _B), _interval(_GAINS), [
-        (_interval([-gain for gain in _GAINS]), "The sign is turned: above 0, b should be better."),
-        (_interval(_B), "That is an interval of one mean. Take differences.", lambda x: x[0] > 0.3),
-        (_interval(_GAINS, 15), "Single gains spread so, not their mean.", lambda x: x[1] > 0.25),
-        (_interval(_GAINS, 6), "Draw questions, with both scores of each.", lambda x: x[1] > 0.09),
-        (_interval(_GAINS, 1.645), "That is a 90 % interval: leave out 2.5 % at each end."),
-        (_interval(_GAINS, 0), "Draw with replacement, and take percentiles of the means."),
-    ]),
-], "Right: draw questions, not answers; the pairs stay.", tolerance=0.0045)  # fmt: skip
+ex_06_2 = Exercise(
+    NUMBER,
+    "It gets two lists of True and False, and returns a number.",
+    [
+        (
+            ([True] * 3 + [False] * 7, [True, True, False, True] + [False] * 6),
+            0.22 / 0.42,
+            [
+                (0.8, "That is the agreement. Take the luck out."),
+                (0.6, "Luck is one half only if a judge passes half of the answers."),
+                (0.22, "Divide by what is left above luck."),
+                (0.71 / 0.91, "Two lists also agree by luck on what both refuse."),
+            ],
+        ),
+        (
+            ([True] * 2 + [False] * 6, [True] * 6 + [False] * 2),
+            0.2,
+            [
+                (-1 / 3, "Labels and verdicts each have their own share of True."),
+            ],
+        ),
+        (
+            ([True, False, True, False], [True] * 4),
+            0.0,
+            [
+                (0.5, "A judge that passes everything is no better than luck."),
+            ],
+        ),
+    ],
+    "Right: kappa is 0 for a judge that passes everything, however many answers are safe.",
+)
 
 ex_06_3 = Exercise(("True or False", lambda x: x if isinstance(x, int) else None),
     "score(text, reference) gives the likeness of two texts.", [
