@@ -131,6 +131,7 @@ def bare_base(plan: Plan, base: PreTrainedModel | None = None) -> PreTrainedMode
             "this base carries adapters already: expected a bare one. Take them off with "
             "generation.unload(model), or load the base again."
         )
+    free_memory()  # the optimizer of an earlier run is a part of reference cycles
     return base
 
 

@@ -86,7 +86,7 @@ TWINS = {
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
     "explain": {"faithfulness"},
-    "specialise": {"score", "changes"},
+    "specialise": {"score", "changes", "single"},
 }
 
 
