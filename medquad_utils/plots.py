@@ -257,6 +257,8 @@ def trade_off(
             ax.plot(*run, MARKERS[number], color=colours[number], markersize=3.5, alpha=0.6)
     ax.axhline(0, color=INK, linestyle="--", linewidth=1)
     ax.axvline(0, color=INK, linestyle="--", linewidth=1)
+    ax.margins(0.08)
+    ax.autoscale_view()
     ax.grid(True, axis="both")
     x_name, y_name = next(iter(points.values()))
     said = {name: {k: tuple(s) for k, s in both.items()} for name, both in points.items()}
