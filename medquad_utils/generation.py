@@ -85,12 +85,16 @@ def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
 
 
 def load_adapters(
-    plan: Plan, adapters: Mapping[str, Path], trainable: bool = False
+    plan: Plan,
+    adapters: Mapping[str, Path],
+    trainable: bool = False,
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
-    in fp32. Others are in the compute dtype, in which training multiplied by them, too.
+    in fp32. Others are in the compute dtype, in which training multiplied by them, too. ``base`` is
+    a loaded base to put them on; ``unload`` takes them off again.
 
     Raises:
         CourseError: an adapter is missing, damaged, or was trained on another base.
@@ -100,7 +104,7 @@ def load_adapters(
     check_same_base(adapters)
     for folder in adapters.values():
         check_adapter(plan, folder)
-    model: Any = load_base(plan)
+    model: Any = bare_base(plan, base)
     for name, folder in adapters.items():
         options: dict[str, Any] = {"adapter_name": name, "is_trainable": trainable}
         try:
@@ -116,6 +120,29 @@ def load_adapters(
     if not trainable:
         lora.cast_adapters(model, getattr(torch, plan.compute_dtype))
     return model.eval()
+
+
+def bare_base(plan: Plan, base: PreTrainedModel | None = None) -> PreTrainedModel:
+    """Return ``base`` if it carries no adapter, else raise; without one, load the plan's."""
+    if base is None:
+        return load_base(plan)
+    if hasattr(base, "peft_config"):
+        raise CourseError(
+            "this base carries adapters already: expected a bare one. Take them off with "
+            "generation.unload(model), or load the base again."
+        )
+    free_memory()  # the optimizer of an earlier run is a part of reference cycles
+    return base
+
+
+def unload(model: Any) -> PreTrainedModel:
+    """Take all adapters off a model and return its base, as it was loaded."""
+    base: PreTrainedModel = model.unload()
+    vars(base).pop("forward", None)  # TRL's, which returns no logits
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()
+    return base.eval()
 
 
 def adapter_record(folder: Path) -> dict[str, Any]:

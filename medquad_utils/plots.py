@@ -85,6 +85,8 @@ def _said(values: Any) -> str:
     if numpy.ndim(values) == 0:
         return f"{values:,.3g}"
     if isinstance(values, tuple) and len(values) == 3:
+        if values[1] is None:
+            return f"{values[0]:,.3g} (no interval)"
         return "{:,.3g} [{:,.3g}, {:,.3g}]".format(*values)
     table = numpy.asarray(values, dtype=float)
     if table.size == 1:
@@ -236,6 +238,38 @@ def intervals(
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
     spans = {s: {g: tuple(span) for g, span in values.items()} for s, values in table.items()}
     _finish(ax, title, alt or described(title, spans), x=unit, save=save)
+
+
+def trade_off(
+    points: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str = "",
+    single: Mapping[str, Sequence[Sequence[float]]] | None = None
+) -> None:  # fmt: skip
+    """Draw one dot a series in a plane, with whiskers both ways and lines at zero.
+
+    ``points``: series -> x's name, then y's name -> (mean, low, high), low and high ``None`` where
+    there is no interval. ``single``: series -> (x, y) of the runs behind the mean, as small dots.
+    """
+    _, ax = figure(8, 4.6)
+    colours = _colours(list(points))
+    for number, (name, both) in enumerate(points.items()):
+        (x, x_low, x_high), (y, y_low, y_high) = (numpy.array(s, float) for s in both.values())
+        errors = {  # a rounded end may lie beyond the mean
+            "xerr": numpy.maximum(0, [[x - x_low], [x_high - x]]),
+            "yerr": numpy.maximum(0, [[y - y_low], [y_high - y]]),
+        }
+        look = {"color": colours[number], "markersize": 8, "capsize": 2.5}
+        ax.errorbar([x], [y], **errors, fmt=MARKERS[number], label=name, **look)
+        for run in (single or {}).get(name, ()):
+            ax.plot(*run, MARKERS[number], color=colours[number], markersize=3.5, alpha=0.6)
+    ax.axhline(0, color=INK, linestyle="--", linewidth=1)
+    ax.axvline(0, color=INK, linestyle="--", linewidth=1)
+    ax.margins(0.08)
+    ax.autoscale_view()
+    ax.grid(True, axis="both")
+    x_name, y_name = next(iter(points.values()))
+    said = {name: {k: tuple(s) for k, s in both.items()} for name, both in points.items()}
+    alt = alt or described(title, said)
+    _finish(ax, title, alt, f"{x_name}: {unit}", f"{y_name}: {unit}")
 
 
 def dots(

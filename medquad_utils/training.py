@@ -47,6 +47,7 @@ from medquad_utils.profiles import PROFILES, Plan, resolve
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -58,6 +59,7 @@ WATCHED = 10
 # Fields of a plan that do not change what is learned: a run may resume with other values.
 OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
 HELD_OUT = 5  # rows: evaluation gives no interval for fewer
+FIELD = 6  # lesson 09 trains often: it takes one in six of the plan's rows, on each side
 
 
 # ---- the whole run -------------------------------------------------------------------------------
@@ -474,9 +476,10 @@ def parts(
     own = data.select(splits.train, specialty)
     field = data.SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
     held_out, draw_rows = splits.validation + splits.test, partial(_draw, plan, tokenizer)
+    most = math.ceil(plan.rows / FIELD)  # 0 stays 0: all rows
     divided = Parts(
-        own=draw_rows(own, (plan.rows + 1) // 2),  # half: lesson 09 trains on them often
-        general=draw_rows([row for row in splits.train if not field.holds(row)], plan.rows),
+        own=draw_rows(own, most),
+        general=draw_rows([row for row in splits.train if not field.holds(row)], most),
         inside=draw_rows([row for row in held_out if field.holds(row)], plan.eval_rows),
         outside=draw_rows([row for row in held_out if not field.holds(row)], plan.eval_rows),
     )
@@ -490,13 +493,19 @@ def parts(
 
 
 def ensure(
-    plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None, **settings: Any
+    plan: Plan,
+    name: str,
+    rows: Sequence[Row],
+    start: Path | None = None,
+    base: PreTrainedModel | None = None,
+    **settings: Any,
 ) -> Path:
     """Return ``runs/<profile>/specialties/<name>``: an adapter trained on ``rows``, now or before.
 
     Training continues the adapter in ``start``, or begins on the base. ``settings`` replace fields
-    of the ``SFTConfig``. The adapter is used again if plan, rows, start and settings are the same.
-    An interrupted run resumes.
+    of the ``SFTConfig``; ``disable_tqdm=True`` prints nothing. The adapter is used again if plan,
+    rows, start and settings are the same. An interrupted run resumes. ``base`` is a loaded 4-bit
+    base to train on instead of another one; afterwards it carries no adapter.
     """
     folder = plan.folder / "specialties" / name
     work = folder.with_name(f".{name}.checkpoints")
@@ -514,21 +523,34 @@ def ensure(
     write_json(work / "plan.json", wanted)
     tokenizer, split = load_tokenizer(plan), Splits(list(rows), [], [])
     if start:
-        model = generation.load_adapters(plan, {"default": start}, trainable=True)
+        model = generation.load_adapters(plan, {"default": start}, trainable=True, base=base)
     else:
-        model = load_base(plan)
+        model = generation.bare_base(plan, base)
     settings = {"eval_strategy": "no", "save_strategy": "no"} | settings  # ``watch`` still saves
     trainer = build_trainer(plan, model, tokenizer, split, work, **settings)
-    require(preflight(plan, tokenizer, rows, trainer))
-    if plan.max_steps:  # a limit, which never makes a run longer than its epochs
-        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
-        trainer.args.max_steps = min(math.ceil(needed), plan.max_steps)
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
-    require_learning(trainer.model)
-    steps, losses = trainer.state.global_step, curve(trainer, "loss")
-    save_adapter(plan, trainer, folder, recipe=wanted, steps=steps, losses=losses)
+    try:
+        require(preflight(plan, tokenizer, rows, trainer))
+        _limit_steps(plan, trainer, settings.get("max_steps", 0))
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        require_learning(trainer.model)
+        steps, losses = trainer.state.global_step, curve(trainer, "loss")
+        save_adapter(plan, trainer, folder, recipe=wanted, steps=steps, losses=losses)
+    finally:
+        if base is not None:
+            generation.unload(trainer.model)
     shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
+    """Apply the plan's limit, which makes no run longer than ``steps``, or than its epochs."""
+    from transformers import PrinterCallback
+
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # transformers' replacement of the progress bar
+    if plan.max_steps:
+        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
+        trainer.args.max_steps = min(steps or math.ceil(needed), plan.max_steps)
 
 
 # ---- several processes, and the command line -----------------------------------------------------

@@ -94,7 +94,7 @@ TWINS = {
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
     "explain": {"faithfulness"},
-    "specialise": {"score", "changes"},
+    "specialise": {"score", "changes", "single"},
     "explore": {
         "cleaning",
         "words",

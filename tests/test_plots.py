@@ -28,6 +28,13 @@ DRAWN: dict[str, dict[str, Any]] = {
     "bars": {"values": {"one & only": 3, "$x$ < y": 1e9}, "highlight": ["$x$ < y"], "log": True},
     "grouped_bars": {"table": {str(s): {"a": s / 9, "b": 0.5} for s in range(6)}},
     "intervals": {"table": {f"arm {s}": {"a $x$": (0.5, 0.4, 0.7 + s / 9)} for s in range(6)}},
+    "trade_off": {
+        "points": {
+            "a $x$": {"in": [0.1, -0.1, 0.2], "out": [0.3, None, None]},
+            "<b>": {"in": [0.0, -0.1, 0.2], "out": [-0.3, -0.4, 0.1]},
+        },
+        "single": {"<b>": [[0.1, -0.2], [-0.1, -0.4]]},
+    },
     "dots": {"table": {"a": {"x & y": [0.1, 0.2], "$z$": [0.0]}}, "lines": {"10 %": 0.1}},
     "stacked_bars": {"table": {"fp32": {"a": 3, "b": 1}, "NF4": {"a": 0.5}}, "lines": {"T4": 2.0}},
     "histogram": {"series": {"a": [1, 2, 2, 3], "b": [2.5, 9]}, "lines": {"cut": 3}},

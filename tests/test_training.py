@@ -430,7 +430,7 @@ def test_a_full_disk_keeps_the_older_adapter_whole(run: Any) -> None:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Few rows, one row of 256 tokens a step, two steps."""
-    made = tiny(tmp_path_factory.mktemp("runs"), rows=14, max_steps=2)
+    made = tiny(tmp_path_factory.mktemp("runs"), rows=42, max_steps=2)
     made = made.with_fit(pack_length=256, accumulation=1)
     return dataclasses.replace(made, eval_rows=6, max_new_tokens=8)
 
@@ -465,7 +465,7 @@ def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: training.Pa
         fit = [r for r in given if len(chat.encode(tiny_tokenizer, r).ids) <= plan.max_length]
         assert sorted(map(str, found)) == sorted(map(str, fit)) and len(fit) < len(given)
     assert splits.leakage(train, held_out)["focus"] == 0
-    assert rows.sizes() == {"own": 7, "general": 14, "inside": 6, "outside": 6}
+    assert rows.sizes() == {"own": 7, "general": 7, "inside": 6, "outside": 6}
 
 
 def test_a_specialty_with_too_few_rows_is_refused(plan: Plan, tiny_tokenizer: Any) -> None:
@@ -520,6 +520,29 @@ def test_an_adapter_is_used_again_until_rows_start_or_settings_differ(
         with pytest.raises(RuntimeError, match="it trains"):
             training.ensure(**known | change)
     assert saved(trained), "a run that failed leaves the older adapter"
+
+
+def test_a_base_is_trained_on_twice_and_given_back_as_it_was(
+    plan: Plan, rows: training.Parts, trained: Path, tiny_adapter: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = generation.load_base(plan)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    shared = {"rows": rows.own, "base": base, "disable_tqdm": True}
+    fresh = training.ensure(plan, "new", **shared, max_steps=9)
+    many = dataclasses.replace(plan, max_steps=50)
+    capsys.readouterr()
+    again = training.ensure(many, "again", **shared, start=tiny_adapter, max_steps=2)
+    assert capsys.readouterr().out == ""
+    assert record(fresh)["steps"] == record(again)["steps"] == 2, "the lower limit counts"
+    after, alone = saved(again), saved(trained)
+    assert all(torch.equal(after[name], alone[name]) for name in alone | after)
+    now = base.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in now)
+    assert not base.training and base(torch.tensor([[5, 6]])).logits.shape[1] == 2
+    generation.load_adapters(plan, {"default": tiny_adapter}, base=base)
+    with pytest.raises(CourseError, match="carries adapters already"):
+        training.ensure(plan, "third", **shared)
 
 
 @pytest.mark.full  # one more run
