@@ -105,8 +105,8 @@ def check_name(repo: str, model_id: str) -> None:
         )
     if "llama" not in model_id.lower() and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
         raise CourseError(
-            f"--repo {repo!r}: {model_id} is not a Llama of Meta, so the name must not say so. "
-            f"Take for example {example}."
+            f"--repo {repo!r}: the base {model_id!r} is not a Llama of Meta, so the name must not "
+            f"say so. Take for example {example}."
         )
 
 

@@ -86,6 +86,7 @@ TWINS = {
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
     "explain": {"faithfulness"},
+    "merge": {"best", "routes"},
     "specialise": {"score", "changes"},
     "explore": {
         "cleaning",

@@ -290,8 +290,8 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 ORDER = """
 medquad_utils files memory machine profiles attention assets assets.sample assets.raw chat cleaning
 splits tables data fetch reference safety retrieval scores estimate quantization lora plots checks
-generation merging training
-evaluation report explanation publishing serving demo course
+generation training
+evaluation report merging explanation publishing serving demo course
 cli"""
 
 
