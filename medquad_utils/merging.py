@@ -220,8 +220,12 @@ def drift(
         gaps = [distance(*pair) for pair in zip(trained[0], logits, strict=True)]
         columns |= {key: [gap[key] for gap in gaps] for key in ("kl", "top1")}
         columns["same"] = [float(a == b) for a, b in zip(trained[1], texts, strict=True)]
+        near = [_cell(key, columns) for key in ("kl", "top1", "same")]
+        if columns is trained[2]:  # compared with itself: no other sample could differ
+            near = [values | {"low": None, "high": None} for values in near]
         results[route] = Drift(
-            *(_cell(key, columns) for key in ("kl", "top1", "same", "bits_per_byte")),
+            *near,
+            _cell("bits_per_byte", columns),
             _cell("bits_per_byte", columns, trained[2]),
             _cell("rougeL", columns),
             _cell("rougeL", columns, trained[2]),

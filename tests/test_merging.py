@@ -88,10 +88,12 @@ def test_layers_that_the_card_cannot_hold_are_merged_in_ram(
 
 def test_dequantising_drifts_least(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", int)  # most of the time, and this model is small
+    monkeypatch.setattr("medquad_utils.evaluation.FEW", 1)
     report = merging.drift(plan(), ROWS, tiny_adapter)
     assert list(report) == list(merging.ROUTES)
     kept, least = report["adapter"], report["dequantised"]
     assert [cell["mean"] for cell in (kept.kl, kept.top1, kept.same_answers)] == [0, 1, 1]
+    assert {cell["high"] for cell in (kept.kl, kept.top1, kept.same_answers)} == {None}
     assert kept.bits_change["mean"] == kept.rouge_l_change["mean"] == 0
     assert least.kl["mean"] < 1e-9 and least.same_answers["mean"] == 1
     for route in ("16-bit", "4-bit"):
@@ -110,7 +112,7 @@ def cell(mean: float, half: float | None = None) -> dict[str, Any]:
 
 
 def route(kl: float, bits: dict[str, Any], rouge: dict[str, Any]) -> merging.Drift:
-    return merging.Drift(cell(kl), cell(1), cell(1), cell(1), bits, cell(1), rouge, 1.0, 1.0)
+    return merging.Drift(cell(kl), *[cell(1.0)] * 3, bits, cell(1.0), rouge, 1.0, 1.0)
 
 
 def test_the_recommended_route_is_near_and_not_measurably_worse() -> None:
