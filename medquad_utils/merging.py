@@ -220,15 +220,17 @@ def drift(
         gaps = [distance(*pair) for pair in zip(trained[0], logits, strict=True)]
         columns |= {key: [gap[key] for gap in gaps] for key in ("kl", "top1")}
         columns["same"] = [float(a == b) for a, b in zip(trained[1], texts, strict=True)]
-        near = [_cell(key, columns) for key in ("kl", "top1", "same")]
+        kl, top1, same = (_cell(key, columns) for key in ("kl", "top1", "same"))
         if columns is trained[2]:  # compared with itself: no other sample could differ
-            near = [values | {"low": None, "high": None} for values in near]
+            kl, top1, same = (c | {"low": None, "high": None} for c in (kl, top1, same))
         results[route] = Drift(
-            *near,
-            _cell("bits_per_byte", columns),
-            _cell("bits_per_byte", columns, trained[2]),
-            _cell("rougeL", columns),
-            _cell("rougeL", columns, trained[2]),
+            kl=kl,
+            top1=top1,
+            same_answers=same,
+            bits_per_byte=_cell("bits_per_byte", columns),
+            bits_change=_cell("bits_per_byte", columns, trained[2]),
+            rouge_l=_cell("rougeL", columns),
+            rouge_l_change=_cell("rougeL", columns, trained[2]),
             megabytes=saved_bytes(model) / 1e6,
             tokens_per_second=speed,
         )
