@@ -117,7 +117,7 @@ def route(kl: float, bits: dict[str, Any], rouge: dict[str, Any]) -> merging.Dri
 
 def test_the_recommended_route_is_near_and_not_measurably_worse() -> None:
     fine, unsure = route(0.3, cell(0.1), cell(0.0)), route(0.2, cell(0.1, 0.2), cell(-0.1, 0.2))
-    bits, rouge = route(0.1, cell(0.2, 0.1), cell(0, 0.1)), route(0.1, cell(0), cell(-0.2, 0.1))
+    bits, rouge = route(0.1, cell(0.2, 0.1), cell(0.0, 0.1)), route(0.1, cell(0), cell(-0.2, 0.1))
     assert [merging.worse(r) for r in (fine, unsure, bits, rouge)] == [False, False, True, True]
     report = {"adapter": route(0, cell(0), cell(0)), "dequantised": bits, "4-bit": fine}
     assert merging.best(report) == "4-bit", "the nearer one is measurably worse"
