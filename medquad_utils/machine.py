@@ -16,6 +16,7 @@ import tempfile
 import timeit
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def free_memory() -> None:
 
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def peak_memory_gb() -> float | None:
+    """Return the most memory of this process so far, in GB: of its GPU, else its RAM, else None."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    with suppress(ImportError):  # Windows has no such module
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    return None
 
 
 def triton_needs() -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""Merge base and adapter into one model by four routes, and measure how far each drifts.
+"""Merge base and adapter into one model by four routes, and measure how each drifts and answers.
 
 LoRA, arXiv 2106.09685: y = W x + (alpha / r) B A x, so W + (alpha / r) B A is one matrix that needs
 no adapter. QLoRA, arXiv 2305.14314, trains the adapter beside W *as 4 bits hold it*. So it matters
@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils import CourseError
-from medquad_utils.chat import encode, end_ids
+from medquad_utils.chat import encode, end_ids, prompt_messages
+from medquad_utils.evaluation import Cell, measure
 from medquad_utils.files import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
-from medquad_utils.quantization import measured_memory
+from medquad_utils.quantization import measured_memory, unpacked
+from medquad_utils.report import cell
+from medquad_utils.scores import answer_loss, rouge_l
+from medquad_utils.splits import focus_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,12 +182,19 @@ def check_folder(folder: Path, allowed: re.Pattern[str]) -> None:
 
 @dataclass(frozen=True)
 class Drift:
-    """The distance between a route's model and the model as trained, on held-out rows."""
+    """How far a route's model is from the model as trained, on held-out rows.
 
-    logit_mean: float  # mean absolute difference over the mean magnitude
-    kl: float  # KL(trained || route) of the next token, in nats, mean over answer tokens
-    top1: float  # share of tokens with the same most probable token
-    same_answers: float  # share of questions with equal greedy answers
+    A cell holds mean, low, high, n and diseases (``evaluation.measure``). A change is paired: this
+    route minus the model as trained.
+    """
+
+    kl: Cell  # KL(trained || route) of the next token, in nats: mean over the tokens of an answer
+    top1: Cell  # share of an answer's tokens with the same most probable token
+    same_answers: Cell  # share of questions with equal greedy answers
+    bits_per_byte: Cell  # of the reference answers
+    bits_change: Cell
+    rouge_l: Cell  # of the greedy answers
+    rouge_l_change: Cell
     megabytes: float  # of the weights that `save` writes, in 1e6 bytes
     tokens_per_second: float
 
@@ -192,29 +203,60 @@ def drift(
     plan: Plan, rows: Sequence[Row], adapter: Path | None = None, routes: Sequence[str] = MERGED,
     most: int = 64, report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Drift]:  # fmt: skip
-    """Measure ``routes`` against the model as trained, on the first ``most`` tokens of each answer.
+    """Measure ``routes`` against the model as trained, and how well each does its task.
 
-    One model at a time is in memory. The trained model's logits wait in RAM in its own dtype:
-    0.26 GB for 16 rows and a vocabulary of 128,256 in 16 bits.
+    KL is over the first ``most`` tokens of each answer. One model at a time is in memory. The
+    trained model's logits wait in RAM in its own dtype: 0.26 GB for 16 rows and a vocabulary of
+    128,256 in 16 bits.
     """
-    tokenizer, trained, results = load_tokenizer(plan), None, {}
+    tokenizer, results = load_tokenizer(plan), {}
+    trained: tuple[list[torch.Tensor], list[str], dict[str, Any]] | None = None
     for route in ("adapter", *routes):
         report(f"{route}: {ROUTES.get(route)}")
         model = merge(plan, route, adapter)
         logits = [_answer_logits(model, tokenizer, row, most) for row in rows]
-        started = time.perf_counter()
-        answers = ask(model, tokenizer, [row["question"] for row in rows], plan.max_new_tokens)
-        seconds = time.perf_counter() - started
-        texts = [answer.text for answer in answers]
-        trained = trained or (logits, texts)
+        columns, texts, speed = _task(model, tokenizer, rows, plan.max_new_tokens)
+        trained = trained or (logits, texts, columns)
+        gaps = [distance(*pair) for pair in zip(trained[0], logits, strict=True)]
+        columns |= {key: [gap[key] for gap in gaps] for key in ("kl", "top1")}
+        columns["same"] = [float(a == b) for a, b in zip(trained[1], texts, strict=True)]
+        kl, top1, same = (_cell(key, columns) for key in ("kl", "top1", "same"))
+        if columns is trained[2]:  # compared with itself: no other sample could differ
+            kl, top1, same = (c | {"low": None, "high": None} for c in (kl, top1, same))
         results[route] = Drift(
-            **distance(trained[0], logits),
-            same_answers=sum(a == b for a, b in zip(trained[1], texts, strict=True)) / len(rows),
+            kl=kl,
+            top1=top1,
+            same_answers=same,
+            bits_per_byte=_cell("bits_per_byte", columns),
+            bits_change=_cell("bits_per_byte", columns, trained[2]),
+            rouge_l=_cell("rougeL", columns),
+            rouge_l_change=_cell("rougeL", columns, trained[2]),
             megabytes=saved_bytes(model) / 1e6,
-            tokens_per_second=sum(a.tokens + a.stopped for a in answers) / seconds,
+            tokens_per_second=speed,
         )
         del model, logits  # before the next one is loaded
     return results
+
+
+def _cell(score: str, columns: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Cell:
+    return measure(score, columns, before) or {"mean": None, "low": None, "high": None}
+
+
+def _task(
+    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], most: int
+) -> tuple[dict[str, Any], list[str], float]:
+    """Answer and score ``rows``: columns for ``measure``, the answers, tokens a second."""
+    references = [row["answer"] for row in rows]
+    conversations = [prompt_messages(row["question"]) for row in rows]
+    with unpacked(model):  # a 4-bit base answers faster on a CPU; the weights are the same
+        started = time.perf_counter()
+        answers = ask(model, tokenizer, [row["question"] for row in rows], most)
+        seconds = time.perf_counter() - started
+        losses = answer_loss(model, tokenizer, conversations, references)
+    texts = [answer.text for answer in answers]
+    columns = losses._asdict() | {"rougeL": rouge_l(texts, references)}
+    columns["disease"] = [focus_of(row) for row in rows]
+    return columns, texts, sum(a.tokens + a.stopped for a in answers) / seconds
 
 
 def _answer_logits(model: PreTrainedModel, tokenizer: Any, row: Row, most: int) -> torch.Tensor:
@@ -228,16 +270,11 @@ def _answer_logits(model: PreTrainedModel, tokenizer: Any, row: Row, most: int) 
     return logits
 
 
-def distance(expected: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Compare logits, a tensor (tokens, vocabulary) a row: the first three fields of ``Drift``."""
-    totals = torch.zeros(5, dtype=torch.float64)
-    for one, two in zip(expected, other, strict=True):
-        a, b = one.double(), two.double()  # the smallest divergences vanish in fp32
-        same, tokens = a.argmax(-1) == b.argmax(-1), torch.tensor(len(a))
-        sums = [(a - b).abs().sum(), a.abs().sum(), divergence(a, b).sum(), same.sum(), tokens]
-        totals += torch.stack(sums)
-    gaps, size, kl, top, count = totals.tolist()
-    return {"logit_mean": gaps / size, "kl": kl / count, "top1": top / count}
+def distance(expected: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+    """Compare the logits of one answer, (tokens, vocabulary): ``kl`` and ``top1`` of ``Drift``."""
+    a, b = expected.double(), other.double()  # the smallest divergences vanish in fp32
+    same = (a.argmax(-1) == b.argmax(-1)).double()
+    return {"kl": float(divergence(a, b).mean()), "top1": float(same.mean())}
 
 
 def divergence(expected: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -255,20 +292,59 @@ def saved_bytes(model: torch.nn.Module) -> int:
     return sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
 
 
+TABLE = {  # field of a ``Drift`` -> column
+    "kl": "KL, nats", "same_answers": "same answers", "bits_change": "bits per byte, change",
+    "rouge_l_change": "ROUGE-L, change", "megabytes": "MB", "tokens_per_second": "tokens per s",
+}  # fmt: skip
+
+
+def table(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[list[Any]], list[str]]:
+    """Return rows and header of a table: run -> route -> the fields of a ``Drift``."""
+    rows = []
+    for run, routes in runs.items():
+        for route, fields in routes.items():
+            values = (fields[name] for name in TABLE)
+            rows.append([run, route, *(cell(v) if isinstance(v, dict) else v for v in values)])
+    return rows, ["run", "route", *TABLE.values()]
+
+
+def changes(report: Mapping[str, Drift]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Return score -> route -> change at the task with its ends, of those that have an interval."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for route, measured in report.items():
+        cells = {"bits per byte (lower is better)": measured.bits_change}
+        cells |= {"ROUGE-L (higher is better)": measured.rouge_l_change}
+        for score, values in cells.items():
+            if values["low"] is not None:
+                ends = values["mean"], values["low"], values["high"]
+                found.setdefault(score, {})[route] = ends
+    return found
+
+
+def worse(route: Drift) -> bool:
+    """Return whether a route's model is measurably worse at its task than the model as trained."""
+    low, high = route.bits_change["low"], route.rouge_l_change["high"]
+    return (low is not None and low > 0) or (high is not None and high < 0)
+
+
 def best(report: Mapping[str, Drift]) -> str:
-    """Return the merged route with the smallest divergence, the first in ``ROUTES`` of equals."""
-    return min((route for route in MERGED if route in report), key=lambda r: report[r].kl)
+    """Return the merged route to take: not measurably worse, and then the smallest divergence."""
+    merged = [route for route in MERGED if route in report]
+    return min(merged, key=lambda r: (worse(report[r]), report[r].kl["mean"]))
 
 
 def recommendation(report: Mapping[str, Drift]) -> str:
     """Recommend a route for exactness, for size, and for a server that needs one plain folder."""
     routes = {
-        "exactness": min(report, key=lambda r: report[r].kl),
+        "exactness": min(report, key=lambda r: report[r].kl["mean"]),
         "size": min(report, key=lambda r: report[r].megabytes),
         "a server that needs one plain folder": best(report),
     }
-    return " ".join(
+    lines = [
         f"For {goal}: {ROUTES[route]} "
-        f"({report[route].megabytes:,.1f} MB, {report[route].kl:.2g} nats per token)."
+        f"({report[route].megabytes:,.1f} MB, {report[route].kl['mean']:.2g} nats per token)."
         for goal, route in routes.items()
-    )
+    ]
+    bad = [route for route in report if worse(report[route])]
+    lines.append(f"Measurably worse at the task: {', '.join(bad) or 'no route'}.")
+    return " ".join(lines)

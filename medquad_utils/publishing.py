@@ -28,6 +28,7 @@ from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import Plan
 from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_missing
 from medquad_utils.scores import SCORES
+from medquad_utils.splits import BOILERPLATE
 
 ASSETS = Path(__file__).with_name("assets")
 # The only names in a published folder: no pickle, no optimizer state, no file of another program.
@@ -42,9 +43,10 @@ PAPER = (
     f"Answering, BMC Bioinformatics 2019, 20:511, https://doi.org/{DOI}"
 )
 COLUMNS = ("base", "tuned", "nearest", "another disease")
-# Score -> the Hub's name of the metric. The card's metadata hold only these.
-HUB_METRICS = {"rougeL": "rouge", "rouge1": "rouge", "rouge2": "rouge", "bleu": "bleu",
-               "chrf": "chrf", "bert_score": "bertscore"}  # fmt: skip
+# Score -> the Hub's name of the metric. The card's metadata hold these, and the safety prompts.
+HUB_METRICS = {"facts_complete": "accuracy", "rougeL": "rouge", "rouge1": "rouge",
+               "rouge2": "rouge", "bleu": "bleu", "chrf": "chrf",
+               "bert_score": "bertscore"}  # fmt: skip
 
 
 # ---- licences -----------------------------------------------------------------------------------
@@ -60,6 +62,13 @@ class Licence:
     agreement: str = ""  # title of the agreement that must be copied along; "" = none
     notice: str = ""  # required text of NOTICE
     built: str = ""  # required words in the card
+    begins: str = ""  # required beginning of the model's name
+    policy: str = ""  # address of the acceptable use policy
+
+    @property
+    def prefix(self) -> str:
+        """Return ``begins`` as the beginning of a repository name: "llama-3-", or ""."""
+        return "-".join([*self.begins.lower().split(), ""])
 
 
 LICENCES = {
@@ -88,11 +97,16 @@ def check_name(repo: str, model_id: str) -> None:
             f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', "
             "for example me/my-model."
         ) from error
-    licence = licence_of(model_id)
-    if licence.agreement and not re.match(r"llama[-_. ]?3", name, re.IGNORECASE):
+    licence, example = licence_of(model_id), f"{user}/{licence_of(model_id).prefix}medquad-qlora"
+    if not re.match(licence.begins.replace(" ", "[-_.]?"), name, re.IGNORECASE):
         raise CourseError(
             f"--repo {repo!r}: {model_id} is under the {licence.name}, so the name of a derived "
-            f"model must begin with 'Llama 3'. Take for example {user}/llama-3-medquad-qlora."
+            f"model must begin with {licence.begins!r}. Take for example {example}."
+        )
+    if "llama" not in model_id.lower() and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
+        raise CourseError(
+            f"--repo {repo!r}: the base {model_id!r} is not a Llama of Meta, so the name must not "
+            f"say so. Take for example {example}."
         )
 
 
@@ -198,10 +212,13 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
         merged=merged, revision=revision, trained=metrics.plan, train=metrics.train,
         data=metrics.data, evaluation=metrics.evaluation,
         columns=COLUMNS, scores=SCORES,
-        hub_metrics={score: HUB_METRICS[score] for score in tuned if score in HUB_METRICS},
+        hub_metrics={
+            score: metric for score, metric in HUB_METRICS.items()
+            if score in tuned and tuned[score]["mean"] is not None
+        },
         tag=TAG, dataset=HUB_DATASET, notice=NOTICE,
         system_prompt=SYSTEM_PROMPT, question=THREE_QUESTIONS[0], sentence=sentence,
-        why_missing=why_missing,
+        why_missing=why_missing, most_foci=BOILERPLATE,
     )  # fmt: skip
 
 

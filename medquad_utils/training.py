@@ -41,7 +41,7 @@ from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
 from medquad_utils.files import Row, read_json, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.machine import local_rank, triton_needs
+from medquad_utils.machine import local_rank, peak_memory_gb, triton_needs
 from medquad_utils.memory import Shape, adapter_parameters
 from medquad_utils.profiles import PROFILES, Plan, resolve
 from medquad_utils.splits import Splits, draw
@@ -395,6 +395,7 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "rows": sum(map(len, packed["seq_lengths"])),  # examples; a packed row holds several
         "packed_rows": len(packed),
         "seconds": round(seconds, 1),
+        "peak_memory_gb": peak_memory_gb(),
         "loss_first": round(losses[0][1], 4),
         "loss_last": round(losses[-1][1], 4),
         "validation_loss": round(validation[-1][1], 4),

@@ -94,6 +94,7 @@ TWINS = {
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
     "explain": {"faithfulness"},
+    "merge": {"best", "routes"},
     "specialise": {"score", "changes", "single"},
     "explore": {
         "cleaning",

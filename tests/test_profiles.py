@@ -289,9 +289,9 @@ HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplo
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
 medquad_utils files memory machine profiles attention assets assets.sample assets.raw chat cleaning
-splits tables data fetch reference safety retrieval scores estimate quantization lora plots checks
-generation merging training
-evaluation report explanation publishing serving demo course
+splits tables data fetch reference retrieval scores safety estimate quantization lora plots checks
+generation training
+evaluation report merging explanation publishing serving demo course
 cli"""
 
 

@@ -26,15 +26,22 @@ from medquad_utils.files import write_json
 from medquad_utils.profiles import TINY_MODEL, Plan
 
 Patch, Run = pytest.MonkeyPatch, tuple[Plan, Path]  # a run, and the folder made of it
-NAME, COMMIT = "me/llama-3-medquad-qlora", "0123456789abcdef0123456789abcdef01234567"
+NAME, OPEN = "me/llama-3-medquad-qlora", "me/medquad-qlora"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2
-DATA = {"rows_loaded": 77777, "sizes": {"train": 5, "validation": 6, "test": 7}}
+DATA = {
+    "rows_loaded": 77777, "sizes": {"train": 5, "validation": 6, "test": 7},
+    "cleaning": {"link list": {"dropped": 20}, "phenotype list": {"dropped": 16}},
+}  # fmt: skip
 SAFETY = {"overall": {"passed": 3, "n": 8, "share": 0.375, "ci95": [0.1, 0.7]}}
+FACTS = {"facts_complete": {"mean": 0.5, "low": None, "high": None}}
 ROUGE = {"rougeL": {"mean": 0.4321, "low": 0.3333, "high": 0.5556}}
+NEAREST = {"rougeL": {"mean": 0.25, "low": None, "high": None}}
 UNSAFE = {"count": 2, "n": 84, "share": 0.0238, "ci95": [0.0066, 0.0827]}
 EVALUATION = {
-    "questions": 9, "diseases": 4, "overall": {"arms": {"tuned": ROUGE}},
+    "questions": 9, "diseases": 4,
+    "overall": {"arms": {"tuned": FACTS | ROUGE, "nearest": NEAREST}},
     "safety": {"prompts": 8, "tuned": SAFETY, "rule_error": {"unsafe_passed": UNSAFE}},
 }  # fmt: skip
 
@@ -69,7 +76,7 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
 
 @pytest.fixture(scope="module")
 def published(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publishing.build(plan, NAME, tmp_path_factory.mktemp("hub") / NAME)
+    return publishing.build(plan, OPEN, tmp_path_factory.mktemp("hub") / OPEN)
 
 
 @pytest.fixture
@@ -118,10 +125,31 @@ def test_the_card_holds_every_section_and_the_runs_numbers(published: Path) -> N
     assert "Questions: 9 about 4 diseases (" in flat
     assert r"pass 2 of 84 unsafe answers (0.024 \[0.007, 0.083\]) and refuse safe" in flat
     assert "refuse safe answers at a rate that was not measured." in flat
-    (rouge,) = ModelCard(text).data.eval_results
-    assert (rouge.metric_name, rouge.metric_value) == ("ROUGE-L", 0.4321)
-    assert rouge.metric_args == {"interval_95": [0.3333, 0.5556]}
     assert ModelCard(text).data.license == "apache-2.0"
+
+
+def test_the_model_index_has_facts_safety_and_what_needs_no_training(published: Path) -> None:
+    facts, rouge, safety = ModelCard.load(published / "README.md").data.eval_results
+    assert (facts.metric_type, facts.metric_value) == ("accuracy", 0.5)
+    missing = dict.fromkeys(("base", "another disease"), "not measured")
+    assert facts.metric_args == {"without_training": missing | {"nearest": "n/a"}}
+    assert (rouge.metric_name, rouge.metric_value) == ("ROUGE-L", 0.4321)
+    known = {"interval_95": [0.3333, 0.5556], "without_training": missing | {"nearest": 0.25}}
+    assert rouge.metric_args == known
+    assert (safety.metric_value, safety.metric_args["interval_95"]) == (0.375, [0.1, 0.7])
+    assert safety.metric_args["without_training"] == {"base": "not measured"}
+
+
+def test_the_limits_on_the_card_are_those_of_its_data(plan: Plan, tmp_path: Path) -> None:
+    real = dataclasses.replace(plan, source="xml", out=str(tmp_path))
+    measured = publishing.Metrics({}, {}, DATA, EVALUATION, ())
+    text = {p.source: publishing.card(OPEN, p, measured, True, "") for p in (plan, real)}
+    of_medquad = ("in the manner of the US", "genetic and rare", "2016 to 2019", "come from the")
+    of_sample = ("that the course wrote", "The course planted defects", "wrong on purpose")
+    for words in (*of_medquad, *of_sample):
+        sources = {source for source, card in text.items() if words in card}
+        assert sources == ({"sample"} if words in of_sample else {"xml"}), words
+    assert "| answers that are link lists / phenotype lists (dropped) | 20 / 16 |" in text["xml"]
 
 
 def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> None:
@@ -132,7 +160,7 @@ def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> 
     write_json(other.folder / "metrics" / "train.json", {"steps": 4321, "plan": {"seed": 99}})
     metrics = publishing.read_metrics(other, adapter)
     assert (metrics.evaluation, metrics.train, metrics.data) == ({}, {}, DATA)
-    text = publishing.card(NAME, other, metrics, True, "")
+    text = publishing.card(OPEN, other, metrics, True, "")
     assert f"| ROUGE-L (up) {'| not measured ' * 4}|" in text and "None" not in text
     assert "| steps | not measured |" in text and ModelCard(text).data.eval_results is None
 
@@ -140,11 +168,11 @@ def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> 
 def test_a_number_typed_into_the_card_is_refused(plan: Plan, copy: Path) -> None:
     card, text = copy / "README.md", (copy / "README.md").read_text()
     card.write_text(text + "\nWe like it.\n")
-    publishing.check_numbers(plan, NAME, copy)
+    publishing.check_numbers(plan, OPEN, copy)
     for typed in (text.replace("0.432", "0.932"), text + "\nIt is right 99 % of the time.\n"):
         card.write_text(typed)
         with pytest.raises(CourseError, match=r"README\.md line \d+ holds a number that no metric"):
-            publishing.check_numbers(plan, NAME, copy)
+            publishing.check_numbers(plan, OPEN, copy)
 
 
 def instead_of_merging(monkeypatch: Patch, copy: Path) -> None:
@@ -157,7 +185,7 @@ def instead_of_merging(monkeypatch: Patch, copy: Path) -> None:
 def test_the_code_on_both_cards_runs_as_it_stands(
     published: Path, trained_adapter: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    assert publishing.run_snippet(published, NAME)
+    assert publishing.run_snippet(published, OPEN)
     monkeypatch.chdir(tmp_path)
     run = run_of("somebody/a-base", trained_adapter, tmp_path)
     code = publishing.snippet_of(publishing.build(run, "me/tuned", tmp_path / "me" / "tuned"))
@@ -171,26 +199,32 @@ def test_a_failed_build_keeps_the_old_folder(plan: Plan, copy: Path, monkeypatch
     instead_of_merging(monkeypatch, copy)
     monkeypatch.setattr(publishing, "card", lambda *args: "no card")
     with pytest.raises(CourseError, match=r"README\.md is no card"):
-        publishing.build(plan, NAME, copy)
+        publishing.build(plan, OPEN, copy)
     assert contents(copy) == before and len(list(copy.parent.iterdir())) == 1
     (copy / "thesis.docx").write_text("mine")
     with pytest.raises(CourseError, match=r"in use: it holds thesis\.docx"):
-        publishing.build(plan, NAME, copy)
+        publishing.build(plan, OPEN, copy)
 
 
-BEGIN, SHAPE = "begin with 'Llama 3'", "expected USER/NAME"
+BEGIN, SHAPE, OTHER = "begin with 'Llama 3'", "expected USER/NAME", "is not a Llama of Meta"
+SMALL, SMOLLM = "meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize(("repo", "message"), [
-    ("me/llama-3-medquad", ""), ("me/LLAMA-3.2-x", ""), ("me/Llama3-x", ""), ("me/llama_3", ""),
-    ("me/Meta-Llama-3-x", BEGIN), ("me/my-llama", BEGIN), ("me/llama-2-x", BEGIN),
-    ("name", SHAPE), ("me/a b", SHAPE), ("me/..", SHAPE), ("", SHAPE), ("https://a.b/c", SHAPE),
+@pytest.mark.parametrize(("base", "repo", "message"), [
+    (LLAMA, "me/llama-3-medquad", ""), (LLAMA, "me/LLAMA-3.2-x", ""), (LLAMA, "me/Llama3-x", ""),
+    (LLAMA, "me/llama_3", ""), (LLAMA, "me/Meta-Llama-3-x", BEGIN), (LLAMA, "me/my-llama", BEGIN),
+    (LLAMA, "me/llama-2-x", BEGIN), (LLAMA, "me/llama-medquad", BEGIN),
+    (SMALL, "me/llama-medquad", ""), (SMALL, "me/Llama-3.2-x", ""),
+    (SMALL, "me/medquad-llama", "begin with 'Llama'"),
+    (SMOLLM, "me/medquad-llama", ""), (SMOLLM, "me/llama-medquad", OTHER),
+    ("embedded", "me/Llama-3-x", OTHER), ("somebody/tiny-llama", "me/llama-x", ""),
+    (LLAMA, "name", SHAPE), (LLAMA, "me/a b", SHAPE), (LLAMA, "me/..", SHAPE), (LLAMA, "", SHAPE),
+    (LLAMA, "https://a.b/c", SHAPE),
 ])  # fmt: skip
-def test_a_repository_name_is_valid_and_allowed_by_the_licence(repo: str, message: str) -> None:
+def test_a_name_is_valid_and_what_the_licence_allows(base: str, repo: str, message: str) -> None:
     with pytest.raises(CourseError, match=message) if message else nullcontext():
-        publishing.check_name(repo, LLAMA)
-    if message != SHAPE:
-        publishing.check_name(repo, "HuggingFaceTB/SmolLM2-135M-Instruct")
+        publishing.check_name(repo, base)
+    publishing.check_name(f"me/{publishing.licence_of(base).prefix}x", base)
 
 
 def test_a_llama_names_its_base_and_carries_its_agreement(
@@ -260,12 +294,12 @@ def test_the_command_sends_only_without_dry_run(
     monkeypatch.setattr(publishing, "push", lambda *args: sent.append(args) or "its address")
     instead_of_merging(monkeypatch, copy)
     out = copy.with_name("out")
-    given = ["publish", "--profile", "tiny", "--runs", plan.out, "--out", str(out), "--repo", NAME]
+    given = ["publish", "--profile", "tiny", "--runs", plan.out, "--out", str(out), "--repo", OPEN]
     assert cli.main([*given, "--dry-run"]) == 0
     assert "nothing was sent" in capsys.readouterr().out and sent == []
     assert contents(out) == contents(copy)
     assert cli.main(given) == 0
-    assert "published: its address" in capsys.readouterr().out and sent == [(out, NAME)]
+    assert "published: its address" in capsys.readouterr().out and sent == [(out, OPEN)]
 
 
 # ---- a Hub on this machine ------------------------------------------------------------------
