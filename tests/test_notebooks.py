@@ -85,7 +85,7 @@ TWINS = {
     "train": {"train_curve", "validation_curve", "answers", "singular_values"},
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
-    "explain": {"faithfulness"},
+    "explain": {"reading", "faithfulness"},
     "specialise": {"score", "changes"},
     "explore": {
         "cleaning",
