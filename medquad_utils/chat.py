@@ -77,9 +77,12 @@ def grounded_messages(question: str, passages: Sequence[str] = ()) -> list[dict[
 
 
 def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Convert a row to TRL's prompt and completion; only the completion enters the loss."""
+    """Convert a row to TRL's prompt and completion; only the completion enters the loss.
+
+    A row may carry "passages", a list of texts: they stand before its question.
+    """
     return {
-        "prompt": prompt_messages(row["question"]),
+        "prompt": grounded_messages(row["question"], row.get("passages", ())),
         "completion": [{"role": "assistant", "content": without_tokens(row["answer"])}],
     }
 

@@ -423,19 +423,6 @@ def confusion(
     show(fig, alt or described(title, named), heading=title)
 
 
-def attention(tokens: Sequence[str], weights: Any, title: str, alt: str = "") -> None:
-    """Draw one attention head, shape (tokens, tokens), 0 to 1: a row reads, a column is read."""
-    size = 1.9 + 0.3 * len(tokens)
-    fig, ax = figure(size + 0.9, size)
-    names = [token.strip() or "\u2423" for token in tokens]
-    drawn = _heatmap(ax, weights, (PAPER, BLUE, INK), 0, None, names, names)
-    ax.tick_params(labelsize=9, labelfontfamily="monospace")
-    ax.tick_params(axis="x", rotation=90)
-    ax.set(xlabel="is read", ylabel="reads")
-    fig.colorbar(drawn, ax=ax, shrink=0.8, label="weight")
-    show(fig, alt or described(title, {"weights": numpy.asarray(weights)}), heading=title)
-
-
 def staircase(levels: Sequence[float], title: str, alt: str = "") -> None:
     """Draw the levels of a 4-bit code under the normal curve, and what values are rounded to."""
     fig, (left, right) = figure(9, 3.6, 2)

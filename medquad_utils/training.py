@@ -38,7 +38,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
-from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, prompt_messages, to_dataset
+from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
 from medquad_utils.files import Row, read_json, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.machine import local_rank, peak_memory_gb, triton_needs
@@ -290,7 +290,7 @@ def preflight(
     padded, in_loss = int((labels[ids == pad] != IGNORED).sum()), int((labels != IGNORED).sum())
     share = in_loss / int((ids != pad).sum())
     stops = Counter(sum(int((y == end).sum()) for end in ends) for _, y in examples)
-    asked = {tuple(prompt_ids(tokenizer, prompt_messages(row["question"]))) for row in rows}
+    asked = {tuple(prompt_ids(tokenizer, to_example(row)["prompt"])) for row in rows}
     fed = {tuple(x[: int((y != IGNORED).int().argmax())].tolist()) for x, y in examples}
     # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
     turns = max(1, encode(tokenizer, rows[0]).ids.count(bos))
@@ -510,7 +510,8 @@ def ensure(
     """
     folder = plan.folder / "specialties" / name
     work = folder.with_name(f".{name}.checkpoints")
-    texts = json.dumps([[row["question"], row["answer"]] for row in rows]).encode()
+    shown = ([row["question"], row["answer"], *row.get("passages", ())] for row in rows)
+    texts = json.dumps(list(shown)).encode()
     weights = (start / "adapter_model.safetensors").read_bytes() if start else b""
     wanted = recipe(plan) | {
         "examples": hashlib.sha256(texts).hexdigest()[:16],

@@ -93,6 +93,18 @@ def test_labels_hold_only_the_answer_and_its_end_of_turn(
     assert cut.labels == [IGNORED] * len(prompt) + learned[:1]
 
 
+def test_passages_of_a_row_stand_before_its_question_in_training_as_in_use(
+    tiny_tokenizer: Any,
+) -> None:
+    asked = row("What causes Gout ?", "Uric acid.") | {"passages": ["Gout: acid.", "Mumps: rest."]}
+    (turns, *_) = chat.to_dataset([asked])["prompt"]
+    assert turns == chat.grounded_messages("What causes Gout ?", asked["passages"])
+    assert turns[-1]["content"].startswith("Passages:\n[1] Gout: acid.\n[2] Mumps: rest.\n\nWhat")
+    encoded = encode(tiny_tokenizer, asked)
+    learned = [i for i, own in zip(encoded.ids, encoded.in_loss, strict=True) if own]
+    assert tiny_tokenizer.decode(learned) == f"Uric acid.{EOT}"
+
+
 def test_trl_trains_on_the_same_tokens_and_labels(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     rows = [row("What is (are) Asthma ?"), row("What causes Gout ?", "It can be due to crystals.")]

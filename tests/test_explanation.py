@@ -1,4 +1,4 @@
-"""Attributions against leave-one-out by hand, faithfulness, and the page."""
+"""Attributions against leave-one-out by hand, and the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conftest import NASTY, Markup, tiny
 from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
-from medquad_utils.explanation import Case, Prompt
+from medquad_utils.explanation import Prompt
 from medquad_utils.generation import Answer
 
 QUESTION, NAME = "What are the treatments for Celiac disease ?", "celiac disease"
@@ -64,8 +64,8 @@ def test_leave_one_out_equals_captum_and_deletions_by_hand(lm: Any, log_p: Any) 
 
     found = LLMAttribution(FeatureAblation(model), tokenizer).attribute(
         TextTemplateInput(render, prompt.units),
-        target=torch.tensor(explanation.answer_ids(tokenizer, ANSWER)),
-        forward_in_tokens=False,  # its default gives other numbers: lesson 07 shows them
+        target=torch.tensor(tokenizer(ANSWER, add_special_tokens=False)["input_ids"]),
+        forward_in_tokens=False,  # with transformers 5, its default gives wrong numbers
     )
     assert found.seq_attr.numpy() == pytest.approx(expected, abs=1e-3)
 
@@ -75,9 +75,10 @@ def test_a_left_out_passage_renumbers_the_others(lm: Any, log_p: Any) -> None:
     left = [grounded_messages(asked, [text]) for text in reversed(PASSAGES)]
     left += [grounded_messages("What are the treatments for?", PASSAGES)]
     expected = [log_p(grounded_messages(asked, PASSAGES)) - log_p(messages) for messages in left]
-    assert [prompt.units[n] for n in (-2, -1, prompt.named)] == ["[1]", "[2]", "Celiac disease"]
+    named = prompt.words.index("Celiac disease")
+    assert prompt.units[-2:] == ["[1]", "[2]"]
     found = explanation.leave_one_out(*lm, prompt, ANSWER)
-    assert found[[-2, -1, prompt.named]] == pytest.approx(expected, abs=1e-3)
+    assert found[[-2, -1, named]] == pytest.approx(expected, abs=1e-3)
 
 
 def test_shapley_sampling_averages_over_orders_of_joining(lm: Any, log_p: Any) -> None:
@@ -103,88 +104,20 @@ def test_shapley_sampling_averages_over_orders_of_joining(lm: Any, log_p: Any) -
     found(2, 0, pairs)
 
 
-def test_gradient_is_the_slope_along_a_words_vectors(lm: Any) -> None:
-    """Shrinking a word's embeddings by a hair changes log p by the attribution times that hair."""
-    (model, tokenizer), prompt = lm, Prompt(QUESTION, name=NAME)
-    ids, owners = prompt.tokens(tokenizer)
-    target = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    vectors = model.get_input_embeddings()(torch.tensor([ids + target])).detach()
-    owners += [None] * len(target)
-    expected = []
-    for unit in range(len(prompt.units)):
-        step = 0.01 * torch.tensor([owner == unit for owner in owners])[None, :, None]
-        both = (of_last(model, target, inputs_embeds=vectors * (1 + s)) for s in (step, -step))
-        expected.append(numpy.subtract(*both) / 0.02)
-    found = explanation.gradient(*lm, prompt, ANSWER)
-    assert found == pytest.approx(expected, abs=0.01, rel=0.03)
-    assert numpy.abs(expected).max() > 0.02
-
-
 @pytest.mark.parametrize("text", ["é?!., (a)'-b\n🙂 a<|>", "  b (🙂)?)", "a.b: c, d!?  "])
-def test_units_cover_a_question_and_its_tokens(tiny_tokenizer: Any, text: str) -> None:
+def test_units_cover_a_question(text: str) -> None:
     passages = [text[::-1], ""]
     prompt, turns = Prompt(text, passages), grounded_messages(text, passages)
-    bare = prompt.text.replace(" ", "")
-    assert "".join(prompt.words) == bare and prompt.messages(set())[-1]["content"] == ""
+    assert "".join(prompt.words) == prompt.text.replace(" ", "")
+    assert prompt.messages(set())[-1]["content"] == ""
     assert prompt.messages(range(len(prompt.units))) == prompt.messages() == turns
-    ids, owners = prompt.tokens(tiny_tokenizer)
-    assert ids == prompt_ids(tiny_tokenizer, turns)
-    own = [i for i, o in zip(ids, owners, strict=True) if o in range(len(prompt.words))]
-    assert tiny_tokenizer.decode(own).replace(" ", "").strip() == bare
 
 
-def test_a_name_is_one_unit_and_a_word_owns_its_tokens(tiny_tokenizer: Any) -> None:
+def test_a_name_is_one_unit() -> None:
     named = Prompt("What is (are) Parkinson's disease ?", name="parkinson's Disease")
     assert named.words == ["What", "is", "(are)", "Parkinson's disease", "?"]
-    assert explanation.outranks(named, numpy.array([1, 2, 1, 3, 0]))
-    assert not explanation.outranks(named, numpy.array([1, 4, 1, 3, 0]))
-    prompt = Prompt("a?", PASSAGES)  # the letter stands in template, system turn and passages too
-    ids, owners = prompt.tokens(tiny_tokenizer)
-    for unit, text in enumerate(["a", "?", *PASSAGES]):
-        own = [i for i, owner in zip(ids, owners, strict=True) if owner == unit]
-        assert tiny_tokenizer.decode(own).strip() == text
     with pytest.raises(CourseError, match="does not hold 'gout'"):
         Prompt(QUESTION, name="gout")
-
-
-def test_faithfulness_equals_deletions_by_hand(lm: Any, log_p: Any) -> None:
-    prompt = Prompt("What causes gout?")
-    ranked = Case(prompt, ANSWER, numpy.array([0.0, 1.0, 3.0, 2.0]))  # gout, ?, causes, What
-    found = explanation.faithfulness(*lm, [ranked], most=2, draws=3)
-    expected = {
-        ("comprehensiveness", "attribution"): ("What causes?", "What causes"),
-        ("comprehensiveness", "reverse"): ("causes gout?", "gout?"),
-        ("sufficiency", "attribution"): ("gout", "gout?"),
-    }
-    for (measure, order), left in expected.items():
-        fall = log_p("What causes gout?") - numpy.mean([log_p(text) for text in left])
-        assert found[measure][order] == pytest.approx([fall], abs=1e-3)
-    alone = explanation.leave_one_out(*lm, prompt, ANSWER)
-    best = explanation.faithfulness(*lm, [Case(prompt, ANSWER, alone)], 1)["comprehensiveness"]
-    assert best["attribution"] == best["leave-one-out"] == pytest.approx([alone.max()], abs=1e-3)
-    with pytest.raises(CourseError, match="2 values for 4 words"):
-        explanation.faithfulness(*lm, [Case(prompt, ANSWER, numpy.zeros(2))])
-
-
-def test_faithfulness_intervals_are_paired() -> None:
-    shifts = zip(explanation.ORDERS, (1.0, 1.0, 0.0, -1.0), strict=True)
-    values = {name: numpy.array([1.0, 5.0, 9.0]) + shift for name, shift in shifts}
-    found = explanation.faithfulness_intervals({"sufficiency": values})["sufficiency"]
-    assert found["attribution - random"] == pytest.approx((1, 1, 1))
-    assert found["attribution"][1] < 6 < found["attribution"][2]
-
-
-def test_an_attention_map_holds_one_heads_weights(lm: Any) -> None:
-    (model, _), messages = lm, Prompt("What causes gout?").messages()
-    kernel = model.config._attn_implementation
-    with pytest.raises(CourseError, match="keeps no weights"):
-        explanation.attention_map(*lm, messages, 0, 0)
-    model.set_attn_implementation("eager")
-    tokens, weights = explanation.attention_map(*lm, messages, 0, 1)
-    model.set_attn_implementation(kernel)
-    assert "".join(tokens).endswith("assistant<|end_header_id|>\n\n")
-    assert weights == pytest.approx(numpy.tril(weights)) and weights.shape == 2 * (len(tokens),)
-    assert weights.sum(axis=1) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:

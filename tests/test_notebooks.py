@@ -93,7 +93,7 @@ TWINS = {
     "train": {"train_curve", "validation_curve", "answers", "singular_values"},
     "ask": {"answers"},
     "evaluate": {"questions", "arms"},
-    "explain": {"faithfulness"},
+    "explain": {"reading", "faithfulness"},
     "merge": {"best", "routes"},
     "specialise": {"score", "changes", "single"},
     "explore": {

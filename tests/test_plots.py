@@ -20,7 +20,6 @@ from medquad_utils.quantization import nf4_levels
 
 ALT = "Bars: the first is twice as long as the second one."
 AWKWARD = ["<|begin_of_text|>", "\n\n", " ", "$", "_x^2$", "Sjögren", "<b>", "{}", "\\alpha"]
-LOWER = [[1 / (row + 1) if column <= row else 0.0 for column in range(9)] for row in range(9)]
 TITLES = {"title": "t", "unit": "u", "x": "x", "y": "y", "alt": ALT}
 
 # The data of one call of every drawing function; names and tokens as awkward as real ones.
@@ -49,7 +48,6 @@ DRAWN: dict[str, dict[str, Any]] = {
     "staircase": {"levels": nf4_levels().tolist()},
     "rounding": {"before": [n / 9 for n in range(9)], "after": [0] * 9, "ruler": [0, 1]},
     "word_heat": {"lines": {"$x$": [(word, n - 4) for n, word in enumerate(AWKWARD)], "none": []}},
-    "attention": {"tokens": AWKWARD, "weights": LOWER},
     "distribution": {"series": {"T": {" a": 0.7, "$": 0.2, "\n": 0.1}}, "cut": {"T": 1}},
     "split_tiles": {"splits": {"by row": {"train": [("a", "g"), ("b", "h")], "test": []}}},
 }

@@ -157,7 +157,7 @@ METHODS: dict[str, set[str]] = {
     ".train": taken(transformers.Trainer.train), ".evaluate": taken(transformers.Trainer.evaluate),
     ".from_filename": taken(HTMLExporter.from_filename), ".decode": DECODE, "pipe()": GENERATION,
     "tokenizer()": taken(TOKENIZER.__call__), "base()": FORWARD, "tuned()": FORWARD,
-    "model()": FORWARD | taken(transformers.PreTrainedConfig) | {"output_attentions"},
+    "model()": FORWARD | taken(transformers.PreTrainedConfig),
 }  # fmt: skip
 
 

@@ -516,7 +516,8 @@ def test_an_adapter_is_used_again_until_rows_start_or_settings_differ(
     assert training.ensure(**known | {"plan": elsewhere}) == trained
     other = dataclasses.replace(plan, seed=1)
     settings = {"learning_rate": 1e-5}
-    for change in ({"rows": rows.own[1:]}, {"start": None}, settings, {"plan": other}):
+    read = {"rows": [row | {"passages": ["Gout: rest."]} for row in rows.own]}
+    for change in ({"rows": rows.own[1:]}, read, {"start": None}, settings, {"plan": other}):
         with pytest.raises(RuntimeError, match="it trains"):
             training.ensure(**known | change)
     assert saved(trained), "a run that failed leaves the older adapter"

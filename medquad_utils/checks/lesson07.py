@@ -1,11 +1,10 @@
-"""Lesson 07: support by a passage, Shapley values, comprehensiveness."""
+"""Lesson 07: two errors of refusing, Shapley values, sufficiency."""
 
 from collections.abc import Iterable, Sequence
 
-from medquad_utils.checks.common import NUMBER, Exercise, items
+from medquad_utils.checks.common import NUMBER, NUMBERS, Exercise, items
 
-_weight = {"gout": 3.5, "needs": 0.5, "is": 0, "rest": 2, "and": 0.5, "ice": 5}.get
-_QUESTION = (["is", "gout", "croup or", "is", "mumps"], [0.5, 3.0, -4.0, 2.0, 1.0])
+_QUESTION = (["is", "gout", "croup or", "is", "mumps"], [0.5, 2.0, -4.0, 3.0, 1.0])
 _WORDS = ("a dictionary, word -> number", lambda found: items(
     [found.get(word) for word in "abcd"] if isinstance(found, dict) and len(found) == 4 else None,
     int | float))  # fmt: skip
@@ -20,18 +19,19 @@ def _log_p(words: Sequence[str]) -> float:
     return sum(2.0**place * len(word) for place, word in enumerate(words)) - 20
 
 
-ex_07_1 = Exercise(NUMBER, "weight(word) gives the weight of one word.", [
-    (("gout needs rest and rest", "gout needs ice and ice and ice", _weight), 4.5 / 6.5, [
-        (3 / 4, "Every word counts alike there. A rare word weighs more: weight(word)."),
-        (4.5, "That is the weight that was found. Divide it by the weight that was looked for."),
-        (4.5 / 8.5, 'A word that the sentence repeats ("rest") counts once.'),
-        (4.5 / 9.5, "Divide by the weight of the sentence's words, not the passage's."),
-        (2 / 6.5, "That is the share that is missing."),
-        (1 / 2, "Which words do both hold, and what do they weigh?"),
+ex_07_1 = Exercise(NUMBERS, "Return two numbers: the share of questions with an answer that were "
+    "refused, and the share of the others that were answered.", [
+    (([1, 1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0, 1, 0]), [0.2, 0.75], [
+        ([0.2, 0.25], "The second number is the share that was answered, not refused."),
+        ([0.8, 0.75], "The first number is the share that was refused, not answered."),
+        ([0.75, 0.2], "Right numbers, in the other order."),
+        ([1 / 9, 3 / 9], "Divide each count by the questions of its own kind, not by all."),
+        ([1 / 2, 3 / 7], "Divide by the questions with (without) an answer, not by the refusals "
+         "(answers)."),
+        ([1, 3], "These are counts. Divide each by the questions of its kind."),
     ]),
-    (("rest", "resting arrest", _weight), 0, [(1, '"rest" does not stand as a word in "arrest".')]),
-    (("is", "is", _weight), 0, [(1, "A sentence that weighs nothing has support 0.")]),
-], "Right: this is the score under every cited sentence.")  # fmt: skip
+    (([0, 1], [0, 1]), [1, 1], [([0, 0], "To refuse is an error only where the answer is.")]),
+], "Right: a model that always refuses has the errors 1 and 0.")  # fmt: skip
 
 ex_07_2 = Exercise(_WORDS, "worth(frozenset(...)) gives log p with these words only.", [
     ((("a", "b", "c", "d"), _worth), {"a": 1.625, "b": 3.125, "c": 1.625, "d": 1.125}, [
@@ -44,14 +44,14 @@ ex_07_2 = Exercise(_WORDS, "worth(frozenset(...)) gives log p with these words o
 ], "Right: the shares add up, and two words that do the same get the same.")  # fmt: skip
 
 ex_07_3 = Exercise(NUMBER, "log_p(list_of_words) gives log p of the fixed answer.", [
-    ((*_QUESTION, _log_p, 2), 100, [  # log p: 118, without "gout" and the second "is" 18
-        (-100, "The sign is turned: before minus after."),
-        (130, "That keeps the first k words: it is sufficiency. Delete them."),
-        (112, "A large value below 0 speaks against the answer: it is not the first to go."),
-        (120, '"is" stands there twice: delete the one with the large value, by its place.'),
-        (97, "The words that stay must keep their order."),
-        (18, "Compare log_p(words) with log_p of the words that stay."),
+    ((*_QUESTION, _log_p, 2), 130, [  # log p: 118, with "gout" and the second "is" alone -12
+        (-130, "The sign is turned: before minus after."),
+        (100, "That deletes the first k words: it is comprehensiveness. Keep only them."),
+        (126, "A large value below 0 speaks against the answer: it is not among the first."),
+        (120, '"is" stands there twice: keep the one with the large value, by its place.'),
+        (128, "The words that stay must keep their order."),
+        (-12, "Compare log_p(words) with log_p of the words that stay."),
     ]),
-    ((*_QUESTION, _log_p, 0), 0, [(100, "With no word deleted, nothing falls.")]),
-    ((*_QUESTION, _log_p, 5), 138, [(114, "With all words deleted, log_p gets an empty list.")]),
-], "Right: deleted, not zeroed, and the answer says whether the words mattered.")  # fmt: skip
+    ((*_QUESTION, _log_p, 0), 138, [(0, "With no word kept, log_p gets an empty list.")]),
+    ((*_QUESTION, _log_p, 5), 0, [(138, "With all words kept, nothing falls.")]),
+], "Right: a small fall means that these words are enough.")  # fmt: skip
