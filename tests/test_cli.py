@@ -46,7 +46,7 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["run", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),
-    ([*RUN, "--only", "99"], "no lesson 99: there are 01, 02, 03, 04, 05"),
+    ([*RUN, "--only", "99"], "no lesson 99: there are 00, 01, 02, 03, 04, 05"),
     ([*RUN, "--only", "01", "--reference", "kept"], "--reference needs all lessons: leave --only"),
     ([*RUN, "--reference", "."], "--reference .: it holds other files, and would be replaced"),
     ([*RUN, "-p", "temperatur=1"], "unknown parameter temperatur: the lessons take data_path"),

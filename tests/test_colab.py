@@ -38,6 +38,7 @@ FREEZE = (REPO / "tests" / "fake_colab" / "pip-freeze.txt").read_text(encoding="
 COLAB = dict(line.split("==") for line in FREEZE.splitlines() if "==" in line)
 # The command line runs notebooks and the demo, and neither runs on Colab.
 NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette", "gguf"}
+NOT_ON_COLAB |= {"kaggle_secrets"}
 COMMAND_LINE = {"jupyter_client", "traitlets", "zmq"}
 
 

@@ -115,14 +115,19 @@ def test_a_reference_run_names_no_place_of_this_machine(finished: Any, tmp_path:
         assert not {"out", "data_path", "model_path"} & set(texts(content)), name
 
 
-@pytest.mark.parametrize("lost", ["metrics/train.json", "evaluation/answers.parquet"])
-def test_what_is_missing_is_named_and_nothing_is_written(
-    finished: Any, tmp_path: Path, lost: str
-) -> None:
-    (finished.folder / lost).unlink()
-    with pytest.raises(CourseError, match=f"lacks {Path(lost).name} in tiny/: run all lessons"):
+def test_what_is_missing_is_named_and_nothing_is_written(finished: Any, tmp_path: Path) -> None:
+    (finished.folder / "metrics" / "train.json").unlink()
+    with pytest.raises(CourseError, match=r"lacks train.json in tiny/: run all lessons"):
         reference.write(finished, tmp_path / "kept", SECONDS)
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_run_that_ends_before_lesson_06_has_no_held_out_answers(
+    finished: Any, tmp_path: Path
+) -> None:
+    (finished.folder / "evaluation" / "answers.parquet").unlink()
+    reference.write(finished, tmp_path / "kept", SECONDS)
+    assert list(kept(tmp_path / "kept")["answers.json"]) == ["three questions"]
 
 
 def test_the_largest_profile_is_the_reference(

@@ -174,8 +174,9 @@ def unknown_keywords(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_imported_name_and_keyword_exists(path: Path) -> None:
+    only_there = ("google.colab", "kaggle_secrets")
     for dotted in imported(path).values():
-        if not dotted.startswith("google.colab"):  # there on Colab alone
+        if not dotted.startswith(only_there):
             resolve_name(dotted)
     assert unknown_keywords(path) == []
 
