@@ -226,7 +226,7 @@ def dial_table() -> str:
     lines = [f"| {head} measured on |", "|---|" + "---|" * 7]
     for name in PROFILES:
         if not (run := read_run(name)):
-            lines.append(f"| `{name}` | not measured" + " | " * 7)
+            lines.append(f"| `{name}` | not measured |" + " |" * 6)
             continue
         arms = run["metrics"]["ask"]["arms"]
         scores = " | ".join(span(arms[arm]["ROUGE-L"]) for arm in ("base", LOOK_UP, "tuned"))
