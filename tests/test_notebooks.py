@@ -200,7 +200,8 @@ def exact(notebook: Path) -> list[tuple[str, str]]:
 @each_lesson
 def test_exact_cells_print_what_is_committed(course_run: Path, name: str) -> None:
     committed = exact(NOTEBOOKS / f"{name}.ipynb")
-    assert len(committed) >= 2
+    # Every cell of 05 and 08 depends on the model.
+    assert len(committed) >= (0 if name[:2] in ("05", "08") else 2)
     assert exact(course_run / "notebooks" / f"{name}.ipynb") == committed
 
 
