@@ -39,10 +39,16 @@ def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def newest(name: str) -> tuple[str, dict[str, Any]] | None:
     """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
-    for folder in (FOLDER / profile for profile in reversed(REAL)):
-        if (metrics := folder / "metrics" / f"{name}.json").is_file():
-            return label(read_json(folder / "reference.json")), read_json(metrics)
-    return None
+    folder = folder_with(file := f"metrics/{name}.json")
+    return (
+        (label(read_json(folder / "reference.json")), read_json(folder / file)) if folder else None
+    )
+
+
+def folder_with(file: str) -> Path | None:
+    """Return the folder of the largest profile's committed run on real data that holds ``file``."""
+    folders = (FOLDER / profile for profile in reversed(REAL))
+    return next((folder for folder in folders if (folder / file).is_file()), None)
 
 
 def label(about: Mapping[str, Any]) -> str:
@@ -54,9 +60,10 @@ def label(about: Mapping[str, Any]) -> str:
 
 def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return counts of rows by run, as ``beside``: ``by_source`` and ``by_qtype``."""
-    places = (FOLDER / profile / "reference.json" for profile in reversed(REAL))
-    about: dict[str, Any] = next((read_json(place) for place in places if place.is_file()), {})
-    return {YOURS: yours} | ({label(about): about["data"]} if about else {})
+    if not (folder := folder_with("reference.json")):
+        return {YOURS: yours}
+    about = read_json(folder / "reference.json")
+    return {YOURS: yours, label(about): about["data"]}
 
 
 def check(folder: Path) -> None:
@@ -75,11 +82,13 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float
     memory that one of them took (0: not measured).
 
     Raises:
-        CourseError: a lesson left no metrics.
+        CourseError: a lesson left no metrics, or lesson 06 no answers.
     """
     needed = [plan.folder / "data" / "data.json"]
     # 04_train_with_sft writes metrics/train.json.
     needed += [plan.folder / "metrics" / f"{title.split()[1]}.json" for title in seconds]
+    if any(title.startswith("06") for title in seconds):
+        needed.append(plan.folder / "evaluation" / "answers.parquet")
     if missing := [path.name for path in needed if not path.is_file()]:
         raise CourseError(
             f"the reference run lacks {', '.join(missing)} in {plan.folder.name}/: "

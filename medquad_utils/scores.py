@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 References = Sequence[str] | Sequence[Sequence[str]]
 Values = numpy.ndarray | Sequence[float]
-Groups = (
-    Sequence[Hashable] | numpy.ndarray | None
-)  # what each row is about; None: each row for itself
+Groups = Sequence[Hashable] | numpy.ndarray | None  # of the rows; None: each row for itself
 Interval = tuple[float, float, float]  # the value, and both ends of its 95 % interval
 
 BATCH_TOKENS = 8192  # in one forward pass, padding included

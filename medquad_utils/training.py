@@ -494,13 +494,9 @@ def parts(
 
 
 def ensure(
-    plan: Plan,
-    name: str,
-    rows: Sequence[Row],
-    start: Path | None = None,
-    base: PreTrainedModel | None = None,
-    **settings: Any,
-) -> Path:
+    plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None,
+    base: PreTrainedModel | None = None, **settings: Any,
+) -> Path:  # fmt: skip
     """Return ``runs/<profile>/specialties/<name>``: an adapter trained on ``rows``, now or before.
 
     Training continues the adapter in ``start``, or begins on the base. ``settings`` replace fields
@@ -510,14 +506,7 @@ def ensure(
     """
     folder = plan.folder / "specialties" / name
     work = folder.with_name(f".{name}.checkpoints")
-    shown = ([row["question"], row["answer"], *row.get("passages", ())] for row in rows)
-    texts = json.dumps(list(shown)).encode()
-    weights = (start / "adapter_model.safetensors").read_bytes() if start else b""
-    wanted = recipe(plan) | {
-        "examples": hashlib.sha256(texts).hexdigest()[:16],
-        "start": hashlib.sha256(weights).hexdigest()[:16] if start else "base",
-        "settings": settings,
-    }
+    wanted = recipe(plan) | _ingredients(rows, start) | {"settings": settings}
     if generation.adapter_record(folder).get("recipe") == wanted:
         return folder
     if generation.adapter_record(work) != wanted:
@@ -542,6 +531,16 @@ def ensure(
             generation.unload(trainer.model)
     shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _ingredients(rows: Sequence[Row], start: Path | None) -> dict[str, str]:
+    """Hash what ``ensure`` trains from: its examples, and the adapter in ``start``."""
+    shown = ([row["question"], row["answer"], *row.get("passages", ())] for row in rows)
+    made_from = {"examples": json.dumps(list(shown)).encode()}
+    if start:
+        made_from["start"] = (start / "adapter_model.safetensors").read_bytes()
+    hashes = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in made_from.items()}
+    return {"start": "base"} | hashes
 
 
 def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:

@@ -241,8 +241,8 @@ def dial_table() -> str:
 
 def newest_run() -> dict[str, Any] | None:
     """The reference run on real data of the largest profile."""
-    runs = (read_run(name) for name in reversed(reference.REAL))
-    return next((run for run in runs if run), None)
+    folder = reference.folder_with("metrics/ask.json")
+    return read_run(folder.name) if folder else None
 
 
 def finding() -> str:

@@ -122,6 +122,16 @@ def test_what_is_missing_is_named_and_nothing_is_written(finished: Any, tmp_path
     assert not (tmp_path / "kept").exists()
 
 
+def test_lesson_06_owes_the_answers_to_the_held_out_questions(
+    finished: Any, tmp_path: Path
+) -> None:
+    write_json(finished.folder / "metrics" / "evaluate.json", {"headline": "evaluated"})
+    (finished.folder / "evaluation" / "answers.parquet").unlink()
+    with pytest.raises(CourseError, match=r"lacks answers.parquet in tiny/: run all lessons"):
+        reference.write(finished, tmp_path / "kept", SECONDS | {"06 evaluate honestly": 9.0})
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_run_that_ends_before_lesson_06_has_no_held_out_answers(
     finished: Any, tmp_path: Path
 ) -> None:
@@ -147,6 +157,5 @@ def test_the_largest_profile_is_the_reference(
 @pytest.mark.full
 def test_no_committed_reference_run_holds_a_sentence_of_medquad(real_rows: list[Row]) -> None:
     runs = [path.parent for path in (REPO / "notebooks" / "reference").glob("*/reference.json")]
-    if not runs:
-        pytest.skip("no reference run is committed yet: make real")
+    assert runs
     assert not shared([kept(run) for run in runs], real_rows)
