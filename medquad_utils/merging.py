@@ -19,15 +19,14 @@ import torch
 
 from medquad_utils import CourseError
 from medquad_utils.chat import encode, end_ids, prompt_messages
-from medquad_utils.evaluation import Cell, measure
+from medquad_utils.evaluation import Cell, measure, score_columns
 from medquad_utils.files import Row, whole_folder
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory, unpacked
 from medquad_utils.report import cell
-from medquad_utils.scores import answer_loss, rouge_l
-from medquad_utils.splits import focus_of
+from medquad_utils.scores import answer_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -253,9 +252,7 @@ def _task(
         answers = ask(model, tokenizer, [row["question"] for row in rows], most)
         seconds = time.perf_counter() - started
         losses = answer_loss(model, tokenizer, conversations, references)
-    texts = [answer.text for answer in answers]
-    columns = losses._asdict() | {"rougeL": rouge_l(texts, references)}
-    columns["disease"] = [focus_of(row) for row in rows]
+    columns, texts = losses._asdict() | score_columns(answers, rows), [a.text for a in answers]
     return columns, texts, sum(a.tokens + a.stopped for a in answers) / seconds
 
 
