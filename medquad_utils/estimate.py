@@ -37,7 +37,7 @@ class Card:
     """A GPU (or a CPU) from its data sheet."""
 
     name: str
-    memory_gb: float  # GB of 1e9 bytes that torch sees, which is less than the name promises
+    memory_gb: float  # to plan with, in GB of 1e9 bytes: what torch sees, rounded down
     capability: tuple[int, int] | None  # CUDA compute capability
     tflops: float  # dense 16-bit products with 32-bit sums; on a CPU 32-bit ones
     bandwidth: float  # GB/s

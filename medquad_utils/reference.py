@@ -33,7 +33,7 @@ def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     found = newest(name)
     if not found:
-        print("No reference run is in this checkout.")
+        print("No reference run of this lesson is in this checkout.")
     return {YOURS: yours} | dict([found] if found else [])
 
 

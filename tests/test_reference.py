@@ -145,7 +145,7 @@ def test_the_largest_profile_is_the_reference(
 ) -> None:
     monkeypatch.setattr(reference, "FOLDER", tmp_path)
     assert reference.beside("ask", {"n": 1}) == {"your run": {"n": 1}}
-    assert capsys.readouterr().out == "No reference run is in this checkout.\n"
+    assert capsys.readouterr().out == "No reference run of this lesson is in this checkout.\n"
     about = {"hardware": "Card X, 80 GB", "date": "2026-11-30", "data": {"source": "xml"}}
     for profile, model in {"llama-8b": "a/Llama-8B", "small": "b/Smol"}.items():
         write_json(tmp_path / profile / "reference.json", about | {"model": model})
