@@ -147,7 +147,6 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter
-    "medquad_utils.plots.figure": taken(resolve_name("matplotlib.figure.Figure.subplots")),
     "huggingface_hub.SpaceCardData": SPACE,
     "starlette.middleware.Middleware": taken(BaseHTTPMiddleware),
 }
