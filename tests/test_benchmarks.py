@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,17 +100,6 @@ def test_a_budget_leaves_arms_and_levers_out(pretended: list[dict[str, Any]]) ->
     assert "no time was left" in train_speed.page({"cpu": {"tiny": run}})
 
 
-@pytest.mark.parametrize(("cuda", "work"), [(True, "here"), (False, "apart")])
-def test_arms_share_one_process_on_a_gpu_only(
-    cuda: bool, work: str, pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(train_speed, "measure", lambda options, work: given.append(work))
-    train_speed.main([])
-    assert given == [getattr(train_speed, work)]
-
-
 def test_no_arm_takes_five_minutes_wherever_it_hangs(
     pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,20 +111,6 @@ def test_no_arm_takes_five_minutes_wherever_it_hangs(
     made = train_speed.here(pretended[1] | {"limit": 0.5})
     assert made == {"error": "stopped after 0 s"} and time.monotonic() - began < 10
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "the next arm has its own time"
-
-
-def test_small_is_measured_on_its_real_weights_and_others_on_random_ones(
-    pretended: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MEDQUAD_CACHE", str(tmp_path))
-    real = profiles.Shape(64, 2, 128, 4, 2, 3100)  # told apart from the profile's
-    random_llama.write(real, tmp_path / "HuggingFaceTB--SmolLM2-135M-Instruct")
-    monkeypatch.setitem(random_llama.SHAPES, "20m", real)
-    for profile, drawn in (("small", False), ("20m", True)):
-        run = train_speed.main(["--profile", profile, "--arms", "b"])
-        assert profiles.Shape(**run["shape"]) == real
-        assert bool(pretended[-1]["folder"]) == drawn
-    assert train_speed.plan_for("small").model_source.startswith(str(tmp_path))
 
 
 @pytest.mark.full  # trains three times

@@ -179,9 +179,7 @@ def test_the_plan_names_the_command_for_several_gpus() -> None:
         assert plan.launch == (command if count else "")
 
 
-def test_fsdp_stores_codes_in_the_compute_dtype(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fsdp_stores_codes_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = profiles.resolve("llama-8b", hardware=H100)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     cut = profiles.resolve("llama-8b", hardware=H100)
