@@ -26,9 +26,9 @@ def register() -> None:
 
 def attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int = 0, **others: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    attention_mask: torch.Tensor | None, *, cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0, **others: Any,
+) -> Any:  # fmt: skip
     """Attend within each example of a packed row: (1, heads, tokens, size) -> (1, tokens, ...).
 
     TRL's collator passes ``cu_seq_lens_q``, where each example begins, and the longest of them.
@@ -38,15 +38,10 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:
-        settings = {"dropout": dropout, "scaling": scaling, **others}
-        output: torch.Tensor = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **settings
-        )[0]
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     starts, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2  # of queries and of keys
-    causal = (-1, 0)  # a window: all tokens to the left, none to the right
-    alone: Any = varlen.varlen_attn(
-        q, k, v, *starts, *longest, scale=scaling, window_size=causal, enable_gqa=True
-    )
+    # A window of all tokens to the left and none to the right is the causal mask.
+    how: Any = {"scale": others["scaling"], "window_size": (-1, 0), "enable_gqa": True}
+    alone: Any = varlen.varlen_attn(q, k, v, *starts, *longest, **how)
     return alone[None], None

@@ -113,9 +113,8 @@ def prompt_ids(
 ) -> list[int]:
     """Tokenize ``messages`` and the header of the answer."""
     # The template writes the BOS token. A call of the tokenizer on rendered text adds a second one.
-    encoded = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True
-    )
+    turns = list(messages)
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 

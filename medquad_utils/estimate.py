@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +139,8 @@ class Run:
 
     def on(self, card: Card) -> bool:
         """Whether this card took the run: torch calls an A100-40 "NVIDIA A100-SXM4-40GB"."""
-        words = re.split("[ -]", self.device.replace("GB", ""))
-        return set(re.split("[ -]", card.name)) <= set(words)
+        device = self.device.replace("GB", "")
+        return {*re.split("[ -]", card.name)} <= {*re.split("[ -]", device)}
 
 
 def read_runs(folder: Path = MEASURED) -> list[Run]:
@@ -241,11 +240,7 @@ class Estimate:
         times = ", ".join(f"{name} {1000 * part:.0f}" for name, part in self.seconds.items())
         does_not = "does not fit: try --length, --rank or --checkpointing full, or another card"
         verdict = "fits" if total <= card.memory_gb else does_not
-        digits = 2 if total > 5 else 3
-
-        def row(name: str, gb: float) -> str:
-            return f"  {name:<24} {gb:7.{digits}f} GB"
-
+        row = ("  {:<24} {:7.2f} GB" if total > 5 else "  {:<24} {:7.3f} GB").format
         lines = [
             f"{self.name}, {self.shape.parameters / 1e6:,.0f} M parameters, "
             f"on {card.name} ({card.memory_gb:g} GB)",
@@ -280,7 +275,7 @@ class Estimate:
         return f"{sum(ram.values()):.1f} GB: {parts}"
 
 
-def _checked(gpu: str, numbers: Mapping[str, float]) -> Card:
+def _checked(gpu: str, **numbers: float) -> Card:
     """Return the card called ``gpu``; refuse an unknown one, and numbers out of range."""
     for name, number in numbers.items():
         if not 0 <= number <= 10**15:  # NaN is neither
@@ -311,9 +306,8 @@ def estimate(
     Raises:
         CourseError: unknown profile, card or model, or a number out of range.
     """
-    numbers = {"length": length, "rank": rank, "checkpointing": checkpointing or 0,
-               "price": price, "tokens": tokens}  # fmt: skip
-    card = _checked(gpu, numbers)
+    sizes = {"length": length, "rank": rank, "checkpointing": checkpointing or 0}
+    card = _checked(gpu, **sizes, price=price, tokens=tokens)
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
     shape, shortest = plan.shape, plan.recipe.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
@@ -322,13 +316,11 @@ def estimate(
     length = length or (pack if packing else longest)
     micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
     longest = longest if packing else length
-    rows, known = next(sizes for most, sizes in TRAINING_PART.items() if most >= longest)
+    rows, known = next(part for most, part in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
     context = min(CONTEXT, mean / 2) if micro.varlen else mean
-    same = [
-        run
-        for run in (read_runs() if runs is None else runs)
-        if run.on(card) and (run.profile, run.shape, run.micro) == (plan.profile, shape, micro)
-    ]
+    asked = plan.profile, shape, micro
+    taken = [r for r in (read_runs() if runs is None else runs) if r.on(card)]
+    same = [r for r in taken if (r.profile, r.shape, r.micro) == asked]
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
     return Estimate(name, shape, card, micro, packing, tokens or known, mean, context, price, run)

@@ -25,22 +25,14 @@ def lora_config(plan: Plan) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=plan.lora_r,
-        lora_alpha=plan.lora_alpha,
-        lora_dropout=plan.lora_dropout,
-        target_modules=list(ALL_LINEAR),
-    )
+        task_type="CAUSAL_LM", target_modules=list(ALL_LINEAR),
+        r=plan.lora_r, lora_alpha=plan.lora_alpha, lora_dropout=plan.lora_dropout,
+    )  # fmt: skip
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
     """Count the parameters that training updates."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def adapted_modules(model: torch.nn.Module) -> dict[str, int]:
-    """Count the layers that carry an adapter, by kind, for example ``{"q_proj": 32}``."""
-    return dict(Counter(n.split(".")[-4] for n, _ in model.named_parameters() if ".lora_A." in n))
 
 
 def dtype_census(model: torch.nn.Module) -> dict[str, dict[str, int]]:

@@ -165,8 +165,7 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
 
 def weights_gb(parts: Mapping[str, float]) -> float:
     """Sum the frozen model's parts of ``training_memory``: 5.70 GB for Llama-3-8B."""
-    names = ("4-bit weights", "quantisation constants", "embeddings and head")
-    return sum(parts[name] for name in names)
+    return sum(parts[n] for n in ("4-bit weights", "quantisation constants", "embeddings and head"))
 
 
 def grouped(parts: Mapping[str, float]) -> dict[str, float]:

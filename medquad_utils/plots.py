@@ -7,6 +7,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy
 from IPython import display, get_ipython
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from medquad_utils.files import whole_file
 
@@ -27,7 +28,7 @@ PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS, DASHES = "oDs^vP", ("-", "--", "-.", ":")
 
 Groups = Mapping[str, Mapping[str, float]]  # series -> group -> value
-Lines = Mapping[str, float] | None  # named limits, by their name
+Spans = Mapping[str, Mapping[str, Sequence[float]]]  # series -> group -> mean, low and high
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
@@ -40,22 +41,23 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def figure(
-    width: float = 8, height: float = 3.9, columns: int = 1, **kwargs: Any
-) -> tuple[Figure, Any]:
-    """Create a figure in the course's style, in inches, with ``columns`` axes side by side."""
+def _figure(width: float = 8, height: float = 3.9, columns: int = 1, **kwargs: Any) -> Any:
+    """Return a figure in the course's style, in inches, and its ``columns`` axes side by side."""
     matplotlib.rcParams.update(STYLE)
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(1, columns, **kwargs)
 
 
-def show(fig: Figure, alt: str, save: Path | None = None, heading: str = "") -> None:
+def _show(
+    fig: Figure, title: str, values: Any, alt: str = "", save: Path | None = None, above: str = ""
+) -> None:
     """Display ``fig`` as a PNG with its alt text, and write it to ``save`` if given.
 
-    ``heading`` is a title above all axes. Outside a notebook a saved figure is not displayed: a
-    terminal would print its bytes.
+    Without ``alt``, the text says ``title`` and ``values``. ``above`` stands above all axes.
+    Outside a notebook a saved figure is not displayed: a terminal would print its bytes.
     """
-    fig.suptitle(heading, x=0.02, ha="left")
+    fig.suptitle(above, x=0.02, ha="left")
+    alt = alt or described(title, values)
     if len(alt.split()) < 6:
         raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
     buffer = BytesIO()
@@ -75,29 +77,20 @@ def described(what: str, values: Any) -> str:
 
 
 def _said(values: Any) -> str:
-    """Say nested mappings of numbers, intervals (value, low, high) and matrices in words."""
+    """Say nested mappings of numbers, intervals (value, low, high) and lists in words."""
     if isinstance(values, Mapping):
         nested = any(isinstance(value, Mapping) for value in values.values())
         parts = [f"{' '.join(k.split())} {_said(v)}" for k, v in values.items()]
         return ("; " if nested else ", ").join(parts)
     if isinstance(values, str):
         return values
-    if numpy.ndim(values) == 0:
-        return f"{values:,.3g}"
     if isinstance(values, tuple) and len(values) == 3:
-        if values[1] is None:
-            return f"{values[0]:,.3g} (no interval)"
-        return "{:,.3g} [{:,.3g}, {:,.3g}]".format(*values)
-    table = numpy.asarray(values, dtype=float)
-    if table.size == 1:
-        return f"{table.item():,.3g}"
-    size = " by ".join(map(str, table.shape))
-    return f"({size} values from {table.min():,.3g} to {table.max():,.3g})"
-
-
-def _ends(points: Sequence[tuple[float, float]]) -> str:
-    (first, start), (last, end) = points[0], points[-1]
-    return f"from {start:,.3g} at {first:,.3g} to {end:,.3g} at {last:,.3g}"
+        form = "{:,.3g} (no interval)" if values[1] is None else "{:,.3g} [{:,.3g}, {:,.3g}]"
+        return form.format(*values)
+    several = numpy.asarray(values, dtype=float)
+    if several.size == 1:
+        return f"{several.item():,.3g}"
+    return f"({several.size} values from {several.min():,.3g} to {several.max():,.3g})"
 
 
 # One meaning, one colour through the course: by the beginning of a series' name.
@@ -109,8 +102,8 @@ ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "neares
 def _colours(names: Sequence[str]) -> list[str]:
     """Give each series the colour of its role, and the others those that are left."""
     if len(names) > len(PALETTE):
-        most = f"{len(names)} series in one figure, and {len(PALETTE)} colours"
-        raise ValueError(f"{most}: draw two.")
+        most = len(PALETTE)
+        raise ValueError(f"{len(names)} series in one figure, and {most} colours: draw two.")
     found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
     taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
     free = (colour for colour in PALETTE if colour not in taken)
@@ -133,8 +126,8 @@ def shade(value: float, most: float) -> str:
 
 
 def _finish(
-    ax: Any, title: str, alt: str, x: str = "", y: str = "", lines: Lines = None,
-    save: Path | None = None
+    ax: Any, title: str, values: Any, x: str = "", y: str = "", lines: Mapping[str, float] = {},
+    alt: str = "", save: Path | None = None
 ) -> None:  # fmt: skip
     """Label the axes, list named series below them, and show the figure.
 
@@ -142,7 +135,7 @@ def _finish(
     """
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title, pad=20 if lines else 6)
-    for name, place in (lines or {}).items():
+    for name, place in lines.items():
         ax.axvline(place, color=VERMILION, linestyle="--", linewidth=1.4)
         look = {"ha": "center", "va": "bottom", "fontsize": 9}
         ax.text(place, 1.01, name, transform=ax.get_xaxis_transform(), **look)
@@ -150,63 +143,48 @@ def _finish(
         # About 90 characters fit. The name of a reference run takes a line of its own.
         columns = max(1, min(3, 90 // max(map(len, names))))
         ax.figure.legend(loc="outside lower center", ncols=columns)
-    show(ax.figure, alt, save)
+    _show(ax.figure, title, values, alt, save)
 
 
 def bars(
-    values: Mapping[str, float], title: str, unit: str, alt: str = "",
-    highlight: Sequence[str] = (), form: str = "{:,.0f}", log: bool = False
+    values: Mapping[str, float], title: str, unit: str, highlight: Sequence[str] = (),
+    form: str = "{:,.0f}"
 ) -> None:  # fmt: skip
     """Draw horizontal bars with numbers, the first on top; ``highlight`` names the orange ones."""
-    alt = alt or described(title, values)
-    _, ax = figure(8, 0.9 + 0.34 * len(values))
+    _, ax = _figure(8, 0.9 + 0.34 * len(values))
     colours = [ORANGE if name in highlight else BLUE for name in values]
-    drawn = ax.barh(list(values), list(values.values()), color=colours)
-    ax.bar_label(drawn, fmt=form, padding=4)
+    ax.bar_label(ax.barh(list(values), list(values.values()), color=colours), fmt=form, padding=4)
     ax.invert_yaxis()
     ax.grid(False)
     if form.endswith("%}"):
         ax.xaxis.set_major_formatter(PercentFormatter(1))
-    if log:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
-        ax.xaxis.set_minor_formatter(LogFormatter())
     ax.margins(x=0.14)
-    _finish(ax, title, alt, x=unit)
+    _finish(ax, title, values, x=unit)
 
 
-def grouped_bars(
-    table: Groups,
-    title: str,
-    unit: str,
-    alt: str = "",
-    form: str = "{:.0%}",
-    save: Path | None = None,
-) -> None:
-    """Draw upright bars in groups: series -> group -> value; all series have the same groups."""
-    alt = alt or described(title, table)
+def grouped_bars(table: Groups, title: str, unit: str) -> None:
+    """Draw shares as upright bars: series -> group -> share; all series have the same groups."""
     groups, width = list(next(iter(table.values()))), 0.8 / len(table)
-    _, ax = figure()
+    _, ax = _figure()
     colours = _colours(list(table))
     for number, (name, values) in enumerate(table.items()):
         places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
         heights = [values[group] for group in groups]
         drawn = ax.bar(places, heights, width * 0.94, label=name, color=colours[number])
-        ax.bar_label(drawn, fmt=form, padding=2, fontsize=9)
+        ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
     # About 80 characters fit. Longer names are turned, or they would touch.
     crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
     turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     ax.set_xticks(range(len(groups)), groups, **turned)
-    if form.endswith("%}"):
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(y=0.12)
-    _finish(ax, title, alt, y=unit, save=save)
+    _finish(ax, title, table, y=unit)
 
 
 def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
     """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
     groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
-    _, ax = figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
+    _, ax = _figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
     colours = _colours(list(points))
     for number, (name, pairs) in enumerate(points.items()):
         offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
@@ -226,8 +204,8 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
 
 
 def intervals(
-    table: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str, unit: str,
-    alt: str = "", save: Path | None = None, width: float = 6.4, zero: bool = False
+    table: Spans, title: str, unit: str, alt: str = "", save: Path | None = None,
+    width: float = 6.4, zero: bool = False
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
@@ -236,20 +214,23 @@ def intervals(
     ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    spans = {s: {g: tuple(span) for g, span in values.items()} for s, values in table.items()}
-    _finish(ax, title, alt or described(title, spans), x=unit, save=save)
+    _finish(ax, title, _tuples(table), x=unit, alt=alt, save=save)
+
+
+def _tuples(table: Spans) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Make the intervals of a table tuples, by which ``_said`` knows them."""
+    return {s: {g: tuple(span) for g, span in values.items()} for s, values in table.items()}
 
 
 def trade_off(
-    points: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str = "",
-    single: Mapping[str, Sequence[Sequence[float]]] | None = None
-) -> None:  # fmt: skip
+    points: Spans, title: str, unit: str, single: Mapping[str, Sequence[Sequence[float]]] = {}
+) -> None:
     """Draw one dot a series in a plane, with whiskers both ways and lines at zero.
 
     ``points``: series -> x's name, then y's name -> (mean, low, high), low and high ``None`` where
     there is no interval. ``single``: series -> (x, y) of the runs behind the mean, as small dots.
     """
-    _, ax = figure(8, 4.6)
+    _, ax = _figure(8, 4.6)
     colours = _colours(list(points))
     for number, (name, both) in enumerate(points.items()):
         (x, x_low, x_high), (y, y_low, y_high) = (numpy.array(s, float) for s in both.values())
@@ -259,7 +240,7 @@ def trade_off(
         }
         look = {"color": colours[number], "markersize": 8, "capsize": 2.5}
         ax.errorbar([x], [y], **errors, fmt=MARKERS[number], label=name, **look)
-        for run in (single or {}).get(name, ()):
+        for run in single.get(name, ()):
             ax.plot(*run, MARKERS[number], color=colours[number], markersize=3.5, alpha=0.6)
     ax.axhline(0, color=INK, linestyle="--", linewidth=1)
     ax.axvline(0, color=INK, linestyle="--", linewidth=1)
@@ -267,35 +248,23 @@ def trade_off(
     ax.autoscale_view()
     ax.grid(True, axis="both")
     x_name, y_name = next(iter(points.values()))
-    said = {name: {k: tuple(s) for k, s in both.items()} for name, both in points.items()}
-    alt = alt or described(title, said)
-    _finish(ax, title, alt, f"{x_name}: {unit}", f"{y_name}: {unit}")
+    _finish(ax, title, _tuples(points), f"{x_name}: {unit}", f"{y_name}: {unit}")
 
 
-def dots(
-    table: Mapping[str, Mapping[str, Sequence[float]]], title: str, unit: str, alt: str = "",
-    lines: Lines = None
-) -> None:  # fmt: skip
-    """Draw shares as dots: series -> group -> values; ``lines`` draws named limits."""
-    points = {
-        name: [(group, (v, v, v)) for group, several in values.items() for v in several]
-        for name, values in table.items()
-    }
-    ax = _dots(points, width=8)
+def dots(table: Spans, title: str, unit: str) -> None:
+    """Draw shares as dots: series -> group -> values."""
+    several = {s: [(g, (v,) * 3) for g in row for v in row[g]] for s, row in table.items()}
+    ax = _dots(several, width=8)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    _finish(ax, title, alt or described(title, table), unit, lines=lines)
+    _finish(ax, title, table, unit)
 
 
 def stacked_bars(
-    table: Groups,
-    title: str,
-    unit: str,
-    alt: str = "",
-    lines: Lines = None,
-    save: Path | None = None,
-) -> None:
+    table: Groups, title: str, unit: str, alt: str = "", lines: Mapping[str, float] = {},
+    save: Path | None = None
+) -> None:  # fmt: skip
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
-    _, ax = figure(8, 1.5 + 0.42 * len(table))
+    _, ax = _figure(8, 1.5 + 0.42 * len(table))
     parts = list(dict.fromkeys(part for values in table.values() for part in values))
     left = numpy.zeros(len(table))
     for part, colour in zip(parts, _colours(parts), strict=True):
@@ -308,124 +277,83 @@ def stacked_bars(
     ax.invert_yaxis()
     ax.grid(False)
     ax.margins(x=0.12)
-    _finish(ax, title, alt or described(title, table), unit, lines=lines, save=save)
+    _finish(ax, title, table, unit, lines=lines, alt=alt, save=save)
 
 
 def histogram(
-    series: Mapping[str, Sequence[float]], title: str, unit: str, alt: str = "",
-    lines: Lines = None, bins: int = 60, top: float | None = None,
-    y: str = "rows"
+    series: Mapping[str, Sequence[float]], title: str, unit: str, lines: Mapping[str, float] = {},
+    bins: int = 60, top: float | None = None, y: str = "rows"
 ) -> None:  # fmt: skip
     """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
-    _, ax = figure(8, 3.4)
+    _, ax = _figure(8, 3.4)
     edges = numpy.linspace(0, top or max(max(values) for values in series.values()), bins)
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
-    _finish(ax, title, alt or described(title, series), unit, y, lines)
+    _finish(ax, title, series, unit, y, lines)
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str, alt: str = "",
-    save: Path | None = None, markers: Sequence[str] = (), points: Sequence[str] = ()
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str,
+    markers: Sequence[str] = (), points: Sequence[str] = ()
 ) -> None:  # fmt: skip
     """Draw lines through (x, y) points, each with its own dash and colour; ``markers`` get dots.
 
     ``points`` are drawn as dots alone: too few values for a line that says what lies between them.
     """
-    _, ax = figure()
-    colours = _colours(list(series))
+    _, ax = _figure()
+    colours, ends = _colours(list(series)), {}
     for number, (name, values) in enumerate(series.items()):
         look = {"color": colours[number], "marker": "o" if name in (*markers, *points) else ""}
         dash = "none" if name in points else DASHES[number % 4]
-        pairs = zip(*values, strict=True)
-        ax.plot(*pairs, linestyle=dash, label=name, linewidth=2, **look)
-    alt = alt or described(title, {name: _ends(values) for name, values in series.items()})
-    _finish(ax, title, alt, x, y, save=save)
+        ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
+        said = "from {1:,.3g} at {0:,.3g} to {3:,.3g} at {2:,.3g}"
+        ends[name] = said.format(*values[0], *values[-1])
+    _finish(ax, title, ends, x, y)
 
 
-def distribution(
-    series: Groups, title: str, alt: str = "", cut: Mapping[str, int] | None = None
-) -> None:
+def distribution(series: Groups, title: str, cut: Mapping[str, int]) -> None:
     """Draw next-token probabilities: panel -> token -> value; ``cut``: tokens a panel keeps."""
-    fig, axes = figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
+    fig, axes = _figure(3.1 * len(series), 3.6, len(series), squeeze=False, sharex=True)
     for ax, (name, values) in zip(axes[0], series.items(), strict=True):
-        keep = (cut or {}).get(name, len(values))
-        colours = [BLUE if place < keep else "#C9C9C9" for place in range(len(values))]
+        colours = [BLUE if place < cut[name] else "#C9C9C9" for place in range(len(values))]
         ax.barh(range(len(values)), list(values.values()), color=colours)
         ax.set_yticks(range(len(values)), list(values), family="monospace")
         ax.invert_yaxis()
         ax.grid(False)
         ax.set(xlabel="probability")
         ax.set_title(name, fontsize=10.5)
-    show(fig, alt or described(title, series), heading=title)
-
-
-def _heatmap(
-    ax: Any, values: Any, colours: Sequence[str], low: float, high: float | None,
-    rows: Sequence[str] = (), columns: Sequence[str] = (), form: str = "", **kwargs: Any
-) -> Any:  # fmt: skip
-    """Draw cells shaded from ``low`` to ``high``, with their numbers if ``form`` is given."""
-    ax.grid(False)
-    ax.tick_params(length=0)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    for (i, j), value in numpy.ndenumerate(values) if form else ():
-        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9)
-    shades = LinearSegmentedColormap.from_list("course", colours)
-    return ax.imshow(values, cmap=shades, vmin=low, vmax=high, **kwargs)
-
-
-def heat(matrices: Mapping[str, Any], title: str, alt: str = "") -> None:
-    """Draw small matrices side by side, blue below zero and orange above, with their numbers."""
-    widths = [max(1.0, len(matrix[0])) for matrix in matrices.values()]
-    size = min(10, 1.2 + 0.62 * sum(widths)), 3.2
-    fig, axes = figure(*size, len(matrices), width_ratios=widths, squeeze=False)
-    most = max(numpy.abs(numpy.asarray(matrix)).max() for matrix in matrices.values()) or 1.0
-    colours = (tint(BLUE), PAPER, tint(ORANGE))
-    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        _heatmap(ax, matrix, colours, -most, most, form="{:z.1f}")  # z: no minus before 0.0
-        ax.set_title(name, fontsize=10.5)
-    show(fig, alt or described(title, matrices), heading=title)
-
-
-def score_map(table: Groups, title: str, alt: str = "") -> None:
-    """Draw scores from 0 to 1 as coloured cells with their numbers: line -> column -> value."""
-    columns = list(next(iter(table.values())))
-    values = [[row[column] for column in columns] for row in table.values()]
-    names = [column.replace(" ", "\n") for column in columns]
-    fig, ax = figure(8, 1.25 + 0.36 * len(table))
-    colours = (PAPER, tint(BLUE))
-    _heatmap(ax, values, colours, 0, 1, list(table), names, form="{:.2f}", aspect="auto")
-    show(fig, alt or described(title, table), heading=title)
+    _show(fig, title, series, above=title)
 
 
 def confusion(
-    tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str],
-    alt: str = ""
-) -> None:  # fmt: skip
+    tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str]
+) -> None:
     """Draw tables of counts side by side: name -> counts by ``rows`` (the truth) and ``columns``.
 
     A cell is darker for a larger share of its row.
     """
-    fig, axes = figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
-    for number, (name, table) in enumerate(tables.items()):
-        counts, ax = numpy.asarray(table, dtype=float), axes[0][number]
+    fig, axes = _figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
+    shades, named = LinearSegmentedColormap.from_list("course", (PAPER, tint(BLUE))), {}
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        counts = numpy.asarray(table, dtype=float)
         shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
-        _heatmap(ax, shares, (PAPER, tint(BLUE)), 0, 1, rows, columns, aspect="auto")
+        ax.imshow(shares, cmap=shades, vmin=0, vmax=1, aspect="auto")
+        ax.grid(False)
+        ax.tick_params(length=0)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
         for (i, j), count in numpy.ndenumerate(counts):
             ax.text(j, i, f"{count:,.0f}", ha="center", va="center", fontsize=12)
         ax.set_title(name, fontsize=10.5)
-    named = {
-        name: {f"{r}, {c}": table[i][j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
-        for name, table in tables.items()
-    }
-    show(fig, alt or described(title, named), heading=title)
+        pairs = numpy.ndenumerate(counts)
+        named[name] = {f"{rows[i]}, {columns[j]}": count for (i, j), count in pairs}
+    _show(fig, title, named, above=title)
 
 
-def staircase(levels: Sequence[float], title: str, alt: str = "") -> None:
+def staircase(levels: Sequence[float], title: str) -> None:
     """Draw the levels of a 4-bit code under the normal curve, and what values are rounded to."""
-    fig, (left, right) = figure(9, 3.6, 2)
+    fig, (left, right) = _figure(9, 3.6, 2)
     values, x = numpy.array(levels), numpy.linspace(-1, 1, 2001)
     normal = numpy.exp(-((x * 2.6) ** 2) / 2)
     left.fill_between(x, normal, color=SKY, alpha=0.35, label="where normal weights fall")
@@ -438,16 +366,15 @@ def staircase(levels: Sequence[float], title: str, alt: str = "") -> None:
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
     right.set(xlabel="weight / largest, before", ylabel="after", title="Rounding is a staircase")
     right.legend()
-    show(fig, alt or described(title, {"levels": values}), heading=title)
+    _show(fig, title, {"levels": values}, above=title)
 
 
 def rounding(
-    before: Sequence[float], after: Sequence[float], title: str, alt: str = "",
-    ruler: Sequence[float] = ()
-) -> None:  # fmt: skip
+    before: Sequence[float], after: Sequence[float], title: str, ruler: Sequence[float]
+) -> None:
     """Draw numbers before and after rounding; ``ruler`` draws a line at each allowed value."""
     old, new = numpy.asarray(before, dtype=float), numpy.asarray(after, dtype=float)
-    _, ax = figure(8, 3.9)
+    _, ax = _figure()
     x = numpy.arange(len(old))
     ax.grid(False)
     for number, value in enumerate(numpy.asarray(ruler, dtype=float)):
@@ -456,23 +383,22 @@ def rounding(
     ax.vlines(x, old, new, color=INK, linewidth=1.6)
     ax.plot(x, old, "o", color=BLUE, markersize=6, label="exact")
     ax.plot(x, new, "D", color=ORANGE, markersize=5, label="rounded")
-    alt = alt or described(title, {"exact": old, "rounded": new})
-    _finish(ax, title, alt, "place in the row", "value")
+    _finish(ax, title, {"exact": old, "rounded": new}, "place in the row", "value")
 
 
 Box = tuple[str, str, str, str]  # text, text below it, colour, colour of its frame
 
 
 def _boxes(
-    lines: Mapping[str, Sequence[Box]], title: str, legend: str, alt: str, pitch: float,
-    width: int = 96, save: Path | None = None
+    lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: Any, pitch: float,
+    width: int = 96
 ) -> None:  # fmt: skip
     """Draw each line as a row of boxes under its name; a line longer than ``width`` wraps.
 
     ``width`` is in characters, and ``pitch`` is the distance of two rows in inches.
     """
     inches = 0.0815  # of a character
-    fig, ax = figure(inches * width)
+    fig, ax = _figure(inches * width)
     row = 0
     for name, boxes in lines.items():
         ax.text(0.2, row - 0.38, name, fontsize=9.5, fontweight="bold", va="center")
@@ -491,15 +417,10 @@ def _boxes(
     ax.set(xlim=(0, width), ylim=(row - 0.5, -0.6), title=title)
     ax.axis("off")
     fig.supxlabel(legend, fontsize=9.5, x=0.01, ha="left")
-    show(fig, alt, save)
+    _show(fig, title, values)
 
 
-def word_heat(
-    lines: Mapping[str, Sequence[tuple[str, float]]],
-    title: str,
-    alt: str = "",
-    save: Path | None = None,
-) -> None:
+def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str) -> None:
     """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs.
 
     Each line has its own scale, from 0 to its largest magnitude.
@@ -511,24 +432,19 @@ def word_heat(
             (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
             for word, value in pairs
         ]
-    alt = alt or described(title, {name: dict(pairs) for name, pairs in lines.items()})
+    values = {name: dict(pairs) for name, pairs in lines.items()}
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
-    _boxes(shaded, title, legend, alt, pitch=0.78, save=save)
+    _boxes(shaded, title, legend, values, pitch=0.78)
 
 
-def split_tiles(
-    splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str, alt: str = ""
-) -> None:
+def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str) -> None:
     """Draw rows as tiles: split -> part -> (label, group); a group keeps its colour."""
     lines = {f"{s}, {part}": rows for s, parts in splits.items() for part, rows in parts.items()}
-    groups = list(dict.fromkeys(group for rows in lines.values() for _, group in rows))
-    colours = {group: PALETTE[number % len(PALETTE)] for number, group in enumerate(groups)}
-    tiles = {
-        line: [(label, "", tint(colours[group], 0.33), colours[group]) for label, group in rows]
-        for line, rows in lines.items()
-    }
-    alt = alt or described(title, {line: f"{len(rows)} rows" for line, rows in lines.items()})
-    _boxes(tiles, title, "one colour for each group", alt, pitch=0.62, width=64)
+    groups = dict.fromkeys(group for rows in lines.values() for _, group in rows)
+    frames = {group: (tint(c, 0.33), c) for group, c in zip(groups, cycle(PALETTE))}
+    tiles = {n: [(label, "", *frames[g]) for label, g in rows] for n, rows in lines.items()}
+    counts = {line: f"{len(rows)} rows" for line, rows in lines.items()}
+    _boxes(tiles, title, "one colour for each group", counts, pitch=0.62, width=64)
 
 
 def _short(text: str, most: int) -> str:
@@ -539,10 +455,8 @@ class Cards:
     """Rows as cards: HTML in a notebook, plain text elsewhere; empty fields are left out."""
 
     def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
-        self.cards = [
-            {k: _short(str(v), 320) for k, v in card.items() if v not in (None, "", [])}
-            for card in cards
-        ]
+        shown = [[pair for pair in c.items() if pair[1] not in (None, "", [])] for c in cards]
+        self.cards = [{k: _short(str(v), 320) for k, v in card} for card in shown]
 
     def __repr__(self) -> str:
         return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # FP4 as bitsandbytes stores it: sign, two exponent bits, one mantissa bit; its largest value is 12.
 FP4_LEVELS = torch.tensor([-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12
-INT4_LEVELS = torch.arange(-7, 8) / 7  # symmetric: 15 of the 16 codes
 
 
 def nf4_levels(offset: float = 0.9677083) -> torch.Tensor:
@@ -69,18 +68,6 @@ def dequantize_blocks(
     """Return the fp32 weights that ``quantize_blocks`` stored: level times scale of the block."""
     weights = levels[codes] * scales[:, None]
     return weights if shape is None else weights.reshape(shape)
-
-
-def relative_error(weights: torch.Tensor, levels: torch.Tensor, block: int = BLOCK) -> float:
-    """Divide the root-mean-square rounding error by the root-mean-square weight."""
-    rounded = dequantize_blocks(*quantize_blocks(weights, levels, block), levels, weights.shape)
-    return float((rounded - weights).norm() / weights.norm())
-
-
-def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
-    """Split bitsandbytes' bytes into int64 codes: two a byte, the first in the high half."""
-    flat = packed.flatten().to(torch.int64)
-    return torch.stack([flat >> 4, flat & 15], dim=1).flatten()
 
 
 def model_memory_gb(shape: Shape, bits: float, other_bits: float = 16) -> dict[str, float]:
@@ -139,8 +126,7 @@ def unpacked(model: torch.nn.Module) -> Iterator[None]:
 
     layers = [m for m in model.modules() if isinstance(m, Linear4bit) and _can_unpack(m)]
     need = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
-    if need > psutil.virtual_memory().available / 2:
-        layers = []
+    layers = layers if need <= psutil.virtual_memory().available / 2 else []
     try:
         for layer in layers:
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)

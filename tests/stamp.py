@@ -83,14 +83,9 @@ def scrub(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["cell_type"] == "code":
         fresh["execution_count"] = None
         widget = "application/vnd.jupyter.widget-view+json"
-        kept = [
-            o
-            for o in cell["outputs"]
-            if o.get("name") != "stderr" and widget not in o.get("data", {})
-        ]
-        fresh["outputs"] = [
-            {**o, "execution_count": None} if "execution_count" in o else o for o in _joined(kept)
-        ]
+        printed = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+        kept = _joined([o for o in printed if widget not in o.get("data", {})])
+        fresh["outputs"] = [o | {k: None for k in ("execution_count",) if k in o} for o in kept]
     return fresh
 
 
@@ -116,11 +111,8 @@ def numbered(cells: Sequence[dict[str, Any]]) -> None:
 
 def need(result: course.Result) -> str:
     """The line of a lesson's head that says what it takes, from a measurement."""
-    took = (
-        f"{result.seconds / 60:.0f} min"
-        if result.seconds >= 90
-        else f"{10 * round(result.seconds / 10 + 0.5)} s"
-    )
+    minutes, tens = f"{result.seconds / 60:.0f} min", f"{10 * round(result.seconds / 10 + 0.5)} s"
+    took = minutes if result.seconds >= 90 else tens
     memory = f"{result.peak_gb:.1f} GB of RAM; VRAM at 8 B: not measured yet."
     return f"**You need** (measured on `tiny`, two CPU cores) about {took} and {memory}"
 
@@ -128,63 +120,37 @@ def need(result: course.Result) -> str:
 def stamp(executed: Path, notebook: Path, profile: str, result: course.Result) -> None:
     """Take the scrubbed outputs of ``executed`` into ``notebook``, and record what made them."""
     done = read_json(executed)
-    cells = [
-        scrub(c)
-        for c in done["cells"]
-        if "injected-parameters" not in c["metadata"].get("tags", ())
-    ]
+    given = "injected-parameters"
+    cells = [scrub(c) for c in done["cells"] if given not in c["metadata"].get("tags", ())]
     numbered(cells)
     head = "".join(cells[0]["source"])
     cells[0]["source"] = re.sub(r"\*\*You need\*\*.*$", need(result), head, flags=re.MULTILINE)
-    language = {
-        "name": "python",
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "pygments_lexer": "ipython3",
-    }
-    metadata = {
-        "kernelspec": {
-            "display_name": "Python 3 (ipykernel)",
-            "language": "python",
-            "name": "python3",
-        },
-        "language_info": language,
-        course.STAMP: {
-            "profile": profile,
-            "source": course.source_hash(cells),
-            "versions": versions(),
-        },
-    }
-    text = json.dumps(
-        {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5},
-        indent=1,
-        ensure_ascii=False,
-    )
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python",
+                "pygments_lexer": "ipython3"}  # fmt: skip
+    made = {"profile": profile, "source": course.source_hash(cells), "versions": versions()}
+    metadata = {"kernelspec": kernel, "language_info": language, course.STAMP: made}
+    whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    text = json.dumps(whole, indent=1, ensure_ascii=False)
     with whole_file(notebook) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def timings_table(timings: Mapping[str, Mapping[str, Any]]) -> str:
     """The measured times and memory of the lessons as a Markdown table."""
-    lines = [
-        f"| {n} | {course.clock(t['seconds'])} | {t['peak_gb']:.1f} GB |"
-        for n, t in sorted(timings.items())
-    ]
+    lines = ["| lesson | min:s | peak RAM |", "|---|---|---|"]
+    for n, t in sorted(timings.items()):
+        lines.append(f"| {n} | {course.clock(t['seconds'])} | {t['peak_gb']:.1f} GB |")
     total = course.clock(sum(t["seconds"] for t in timings.values()))
-    return "\n".join(
-        ["| lesson | min:s | peak RAM |", "|---|---|---|", *lines, f"| all | {total} | |"]
-    )
+    return "\n".join([*lines, f"| all | {total} | |"])
 
 
 def cost_table(folder: Path = MEASURED) -> str:
     """README's table: the 8 B model on every GPU, estimated, and every run that was measured."""
     head = "| model | on | one micro-batch | peak memory | tokens/s | minutes an epoch | from |"
     lines, runs = [head, "|---|---|---|---|---|---|---|"], estimate.read_runs(folder)
-    bills = [
-        estimate.estimate("llama-8b", name, runs=runs)
-        for name, card in estimate.CARDS.items()
-        if card.capability
-    ]
+    gpus = [name for name, card in estimate.CARDS.items() if card.capability]
+    bills = [estimate.estimate("llama-8b", name, runs=runs) for name in gpus]
     lines += [
         f"| `llama-8b` | {e.card.name} | {e.micro_words} | "
         f"{e.run.peak_gb if e.run else e.memory_gb:.1f} GB | {e.tokens_per_second:,.0f} | "

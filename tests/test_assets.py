@@ -84,10 +84,8 @@ def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Lo
     for row, about in zip(loaded.rows, truth, strict=True):
         assert row["focus"] in {about.condition, None} | names[about.condition]
     lost = [row for row in loaded.rows if row["focus"] is None]
-    assert len(lost) == 8 and {template_of(row["question"]) is None for row in lost} == {
-        True,
-        False,
-    }
+    kinds = {template_of(row["question"]) is None for row in lost}
+    assert (len(lost), kinds) == (8, {True, False})
     # Written for the course: no row may pass for a text of an institute.
     assert all(str(row["source"]).startswith(sample.SOURCE) for row in loaded.rows)
 
@@ -95,7 +93,7 @@ def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Lo
 def test_the_raw_sample_is_the_same_in_every_process(repo: Path) -> None:
     code = "from medquad_utils.assets import raw; print(raw.documents())"
     command = [sys.executable, "-c", code]
-    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("0", "1")]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in ("0", "1")]
     said = [subprocess.check_output(command, cwd=repo, env=env) for env in environments]
     assert said[0] == said[1]
 

@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score
+from torch import Tensor
 
 from medquad_utils import checks
 from medquad_utils.checks import EXERCISES, NotYet
@@ -58,26 +59,22 @@ def hint_for(name: str, answer: Any) -> str:
     return str(caught.value)
 
 
-@lessons
-def test_each_lesson_has_three_exercises_with_solutions(path: Path) -> None:
-    cells = code_cells(path, "exercise")
-    called = [re.findall(r"checks\.attempt\(checks\.(\w+), ", source([cell])) for cell in cells]
-    assert called == [[f"ex_{path.stem[:2]}_{number}"] for number in (1, 2, 3)]
-    assert f"](solutions/{path.name})" in path.read_text(encoding="utf-8")
-    assert {name for (name,) in called} <= set(solutions())
-
-
-def test_every_exercise_belongs_to_a_lesson() -> None:
+def test_every_exercise_belongs_to_a_lesson_and_has_a_solution() -> None:
     assert list(EXERCISES) == [f"ex_{path.stem[:2]}_{n}" for path in LESSONS for n in (1, 2, 3)]
+    assert set(EXERCISES) == set(solutions())
 
 
 @lessons
-def test_an_exercise_cell_is_a_stub_and_shows_its_hint(path: Path) -> None:
-    for cell in code_cells(path, "exercise"):
+def test_each_of_three_exercise_cells_is_a_stub_and_shows_its_hint(path: Path) -> None:
+    assert f"](solutions/{path.name})" in path.read_text(encoding="utf-8")
+    for number, cell in enumerate(code_cells(path, "exercise"), start=1):
+        called = re.findall(r"checks\.attempt\(checks\.(\w+), ", source([cell]))
+        assert called == [f"ex_{path.stem[:2]}_{number}"]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(source([cell]), {"checks": checks})
         assert printed.getvalue().startswith("Not yet. ")
         assert printed.getvalue() == "".join(cell["outputs"][0]["text"])
+    assert number == 3
 
 
 @exercises
@@ -116,10 +113,8 @@ def test_no_hint_gives_the_answer_away(name: str) -> None:
     (arguments, right, rows), *_ = exercise.cases
     hints = " ".join([exercise.about, *(hint for _, hint, *_ in rows)]).replace(",", "")
     if isinstance(right, set) and arguments is None:
-        letters = sorted(right)
-        assert not re.search(
-            rf"\b({'|'.join(s.join(letters) for s in ('', ' ', ' and '))})\b", hints
-        )
+        forms = "|".join(s.join(sorted(right)) for s in ("", " ", " and "))
+        assert not re.search(rf"\b({forms})\b", hints)
     elif arguments is None:
         numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", hints)]
         assert not [n for n in numbers if min(abs(n - right), abs(n - 100 * right)) < 0.01 * right]
@@ -152,13 +147,7 @@ RESULTS: dict[str, list[Any]] = {  # by the kind of result that an exercise expe
     "a list of names": [tuple, iter, set, dict.fromkeys, numpy.array],
     "a list of texts": [tuple, iter, numpy.array],
     "a text": [numpy.str_],
-    "a tensor": [
-        numpy.asarray,
-        list,
-        torch.Tensor.tolist,
-        torch.clone,
-        lambda x: x.requires_grad_(),
-    ],
+    "a tensor": [numpy.asarray, list, Tensor.tolist, torch.clone, Tensor.requires_grad_],
     "two numbers": [list, numpy.array, torch.tensor],
     "True or False": [int, numpy.bool_, torch.tensor],
     "a dictionary, word -> number": [lambda x: {w: numpy.float64(v) for w, v in x.items()}],
@@ -211,33 +200,20 @@ def test_attempt_does_not_hide_a_fault_of_the_checker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("guess", "truth", "verdict"),
-    [
-        (5.7, 5.7, "Spot on"), (5.2, 5.7, "Spot on"), (4, 5.7, "Close"), (8, 5.7, "Close"),
-        (2, 5.7, "The right order of magnitude"), (57, 5.7, "A surprise, then"),
-        (-3, 5.7, "A surprise, then"), (0, 0, "Spot on"), (-1, 0, "A surprise, then"),
-        (" 5.7 ", 5.7, "Spot on"), ([5.7], 5.7, "Spot on"), (torch.tensor(5.7), 5.7, "Spot on"),
-    ],
-)  # fmt: skip
-def test_a_guess_is_scored_by_its_ratio(guess: Any, truth: float, verdict: str) -> None:
-    said = checks.predict(guess, truth, "GB", "Because of the scales.")
-    assert f"; it is {truth:.4g} GB. {verdict}" in said and said.endswith(
-        ". Because of the scales."
-    )
-
-
-@pytest.mark.parametrize(
     ("guess", "truth", "unit", "verdict"),
-    [
+    [  # by the ratio; on a scale with two ends by the distance
+        (5.7, 5.7, "GB", "Spot on"), (5.2, 5.7, "GB", "Spot on"), (4, 5.7, "GB", "Close"),
+        (8, 5.7, "GB", "Close"), (2, 5.7, "GB", "The right order of magnitude"),
+        (57, 5.7, "GB", "A surprise, then"), (-3, 5.7, "GB", "A surprise, then"),
+        (0, 0, "GB", "Spot on"), (-1, 0, "GB", "A surprise, then"), (" 5.7 ", 5.7, "GB", "Spot on"),
+        ([5.7], 5.7, "GB", "Spot on"), (torch.tensor(5.7), 5.7, "GB", "Spot on"),
         (30, 99, "percent", "A surprise, then"), (98, 99, "%", "Spot on"), (91, 99, "%", "Close"),
         (80, 99, "%", "Not far off"), (1, 3, "%", "Spot on"), (0.5, 0.18, "ROUGE-L", "A surprise"),
     ],
 )  # fmt: skip
-def test_a_guess_on_a_scale_with_two_ends_is_scored_by_its_distance(
-    guess: float, truth: float, unit: str, verdict: str
-) -> None:
+def test_a_guess_gets_a_score(guess: Any, truth: float, unit: str, verdict: str) -> None:
     said = checks.predict(guess, truth, unit, "So it is.")
-    assert f"; it is {truth:.4g} {unit}. {verdict}" in said
+    assert f"; it is {truth:.4g} {unit}. {verdict}" in said and said.endswith(". So it is.")
 
 
 @pytest.mark.parametrize("guess", [None, ..., "4 GB", "", math.nan, math.inf, True, [1, 2], len])

@@ -37,9 +37,8 @@ T4 = Hardware("cuda", "Tesla T4", 15.8, (7, 5), gpus=1)
 FREEZE = (REPO / "tests" / "fake_colab" / "pip-freeze.txt").read_text(encoding="utf-8")
 COLAB = dict(line.split("==") for line in FREEZE.splitlines() if "==" in line)
 # The command line runs notebooks and the demo, and neither runs on Colab.
-NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette", "gguf"}
-NOT_ON_COLAB |= {"kaggle_secrets"}
-COMMAND_LINE = {"jupyter_client", "traitlets", "zmq"}
+NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette", "gguf",
+                "kaggle_secrets", "jupyter_client", "traitlets", "zmq"}  # fmt: skip
 
 
 def code_cells(path: Path) -> list[Any]:
@@ -61,9 +60,6 @@ def normal(name: str) -> str:
 PINNED = {
     normal(Requirement(a).name): Requirement(a) for line in pip_lines() for a in line if "==" in a
 }
-
-
-# ---- the install cell ----------------------------------------------------------------------------
 
 
 def stub(folder: Path, name: str, version: str, requires: list[str]) -> None:
@@ -121,25 +117,17 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.full
-def test_the_install_cell_leaves_torch_and_numpy_alone(runtime: dict[str, Any]) -> None:
+def test_the_install_cell_changes_only_what_it_pins(runtime: dict[str, Any]) -> None:
     names = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "ipykernel")
     assert {n: runtime["after"][n] for n in names} == {n: COLAB[n] for n in names}
     assert importlib.metadata.version("torch").split("+")[0] != "2.11.0", "nothing to replace it"
-
-
-@pytest.mark.full
-def test_the_install_cell_changes_only_what_it_pins(runtime: dict[str, Any]) -> None:
     before, after = runtime["before"], runtime["after"]
     # What transformers, datasets and openai ask for.
-    below = {"huggingface-hub", "hf-xet", "tokenizers", "safetensors", "pyarrow", "click"}
-    below |= {"typing-extensions"}
+    below = {"huggingface-hub", "hf-xet", "tokenizers", "safetensors", "pyarrow", "click",
+             "typing-extensions"}  # fmt: skip
     assert {name for name in before if after.get(name) != before[name]} <= PINNED.keys() | below
     assert all(pinned.specifier.contains(after[name]) for name, pinned in PINNED.items())
     assert "medquad-qlora" in after
-
-
-@pytest.mark.full
-def test_pip_check_has_no_complaint_about_our_packages(runtime: dict[str, Any]) -> None:
     ours = PINNED.keys() | {"medquad-qlora"}
     assert runtime["check"], "pip check says nothing at all"
     assert [line for line in runtime["check"] if normal(line.split()[0]) in ours] == []
@@ -168,10 +156,7 @@ def test_every_import_is_on_colab_or_in_the_install_cell() -> None:
     package = [p.read_text(encoding="utf-8") for p in (REPO / "medquad_utils").rglob("*.py")]
     assert "torch" in imports("\n".join(package)), "the search finds something"
     assert lacking(lessons) == set()
-    assert lacking(package) <= NOT_ON_COLAB | COMMAND_LINE
-
-
-# ---- a simulated runtime -------------------------------------------------------------------------
+    assert lacking(package) <= NOT_ON_COLAB
 
 
 class Colab:
@@ -203,8 +188,8 @@ class Colab:
             "FAKE_COLAB_SECRET": self.secret,
             "FAKE_COLAB_CONTENT": str(self.content),
         }
-        command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
-        command += [str(self.folder / name) for name in ("in.ipynb", "out.ipynb")]
+        files = [str(self.folder / name) for name in ("in.ipynb", "out.ipynb")]
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", *files]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.content, env=env, **pipes)
 
@@ -279,8 +264,8 @@ def test_results_go_to_drive_on_colab_only(monkeypatch: pytest.MonkeyPatch, tmp_
     assert machine.default_out() == str(tmp_path / "elsewhere")
     monkeypatch.delenv("MEDQUAD_OUT")
     drive.rmdir()
-    plan = profiles.resolve("tiny", hardware=T4)
-    assert "lost with the session: mount Drive" in dict(plan.table())["results"]
+    lost = dict(profiles.resolve("tiny", hardware=T4).table())["results"]
+    assert "lost with the session: mount Drive" in lost
 
 
 def test_kaggles_secret_and_folder_are_used_as_colabs_are(

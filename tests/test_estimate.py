@@ -256,20 +256,6 @@ def test_a_plan_packs_what_is_fastest_by_the_estimate() -> None:
                 assert chosen.tokens_per_second > 0.95 * other.tokens_per_second, str(other)
 
 
-def test_a_run_of_a_real_config_replaces_the_estimate() -> None:
-    """transformers fills in head_dim, which the profile leaves out: still the same shape."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256,
-    )  # fmt: skip
-    micro = estimate.estimate("llama-8b", "H200", runs=[]).micro
-    device, date = "NVIDIA H200", "2026-01-01"
-    run = estimate.Run("llama-8b", device, date, Shape.of(config), micro, 1024, 50.0, 12_345.0)
-    assert estimate.estimate("llama-8b", "H200", runs=[run]).tokens_per_second == 12_345
-
-
 def test_eight_billion_parameters_by_hand() -> None:
     parts = training_memory(BIG, Micro(1024, 16))
     assert memory.weights_gb(parts) == pytest.approx(5.70, abs=0.005)
@@ -307,13 +293,17 @@ def test_what_is_not_given_is_what_resolve_chooses(profile: str) -> None:
 
 
 def test_a_measured_run_is_shown_on_its_own_card() -> None:
+    from transformers import LlamaConfig
+
     bill = estimate.estimate("tiny", "CPU", runs=[])
+    # transformers fills in head_dim, which the profile leaves out: still the same shape.
+    shape = Shape.of(LlamaConfig.from_pretrained(profiles.TINY_MODEL))
     devices = {
         "NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100 80GB PCIe": "A100-80", "CPU": "CPU",
         "Tesla T4": "T4", "NVIDIA L4": "L4", "NVIDIA GeForce RTX 4090": "RTX 4090",
     }  # fmt: skip
     for device, name in devices.items():
-        run = estimate.Run("tiny", device, "2026-01-01", bill.shape, bill.micro, 256, 1.25, 99.0)
+        run = estimate.Run("tiny", device, "2026-01-01", shape, bill.micro, 256, 1.25, 99.0)
         assert [card.name for card in CARDS.values() if run.on(card)] == [name]
     measured = estimate.estimate("tiny", "CPU", runs=[dataclasses.replace(run, device="CPU")])
     assert measured.tokens_per_second == 99

@@ -159,14 +159,11 @@ def test_a_step_is_as_large_on_several_processes_as_on_one(
 
 
 def test_a_step_that_cannot_be_shared_evenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, hardware, count, counts in (
-        ("tiny", CPU, 3, "1, 2, 4"),
-        ("llama-8b", H100, 16, "1, 2, 4, 8"),
-    ):
+    cases = ("tiny", CPU, 3, "1, 2, 4"), ("llama-8b", H100, 16, "1, 2, 4, 8")
+    for name, hardware, count, counts in cases:
         under(count, monkeypatch)
-        with pytest.raises(
-            CourseError, match=f"{count} processes cannot share a step .* launch {counts}"
-        ):
+        said = f"{count} processes cannot share a step .* launch {counts}"
+        with pytest.raises(CourseError, match=said):
             _ = profiles.resolve(name, hardware=hardware).fit
     monkeypatch.delenv("LOCAL_RANK")  # some clusters set WORLD_SIZE for every job
     assert profiles.resolve("tiny", hardware=CPU).processes == 1
@@ -179,9 +176,7 @@ def test_the_plan_names_the_command_for_several_gpus() -> None:
         assert plan.launch == (command if count else "")
 
 
-def test_fsdp_stores_codes_in_the_compute_dtype(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fsdp_stores_codes_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = profiles.resolve("llama-8b", hardware=H100)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     cut = profiles.resolve("llama-8b", hardware=H100)

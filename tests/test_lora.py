@@ -64,7 +64,6 @@ def test_adapter_count_equals_what_peft_trains(config: LlamaConfig, rank: int) -
     shape = Shape.of(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     adapted = get_peft_model(model, lora.lora_config(tiny(lora_r=rank)))
-    assert lora.adapted_modules(adapted) == dict.fromkeys(lora.ALL_LINEAR, shape.layers)
     count = lora.adapter_parameters(shape, rank)
     assert lora.trainable_parameters(adapted) == count == adapted.get_nb_trainable_parameters()[0]
 

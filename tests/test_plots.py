@@ -20,11 +20,11 @@ from medquad_utils.quantization import nf4_levels
 
 ALT = "Bars: the first is twice as long as the second one."
 AWKWARD = ["<|begin_of_text|>", "\n\n", " ", "$", "_x^2$", "Sjögren", "<b>", "{}", "\\alpha"]
-TITLES = {"title": "t", "unit": "u", "x": "x", "y": "y", "alt": ALT}
+TITLES = {"title": "Loss falls.", "unit": "u", "x": "x", "y": "y"}
 
 # The data of one call of every drawing function; names and tokens as awkward as real ones.
 DRAWN: dict[str, dict[str, Any]] = {
-    "bars": {"values": {"one & only": 3, "$x$ < y": 1e9}, "highlight": ["$x$ < y"], "log": True},
+    "bars": {"values": {"one & only": 0.3, "$x$ < y": 0.7}, "highlight": ["$x$ < y"]},
     "grouped_bars": {"table": {str(s): {"a": s / 9, "b": 0.5} for s in range(6)}},
     "intervals": {"table": {f"arm {s}": {"a $x$": (0.5, 0.4, 0.7 + s / 9)} for s in range(6)}},
     "trade_off": {
@@ -34,7 +34,7 @@ DRAWN: dict[str, dict[str, Any]] = {
         },
         "single": {"<b>": [[0.1, -0.2], [-0.1, -0.4]]},
     },
-    "dots": {"table": {"a": {"x & y": [0.1, 0.2], "$z$": [0.0]}}, "lines": {"10 %": 0.1}},
+    "dots": {"table": {"a": {"x & y": [0.1, 0.2], "$z$": [0.0]}}},
     "stacked_bars": {"table": {"fp32": {"a": 3, "b": 1}, "NF4": {"a": 0.5}}, "lines": {"T4": 2.0}},
     "histogram": {"series": {"a": [1, 2, 2, 3], "b": [2.5, 9]}, "lines": {"cut": 3}},
     "curves": {
@@ -42,8 +42,6 @@ DRAWN: dict[str, dict[str, Any]] = {
         "markers": ["1"],
         "points": ["2"],
     },
-    "heat": {"matrices": {"B": [[0.0], [1.0]], "A": [[1.0, -2.0]]}},
-    "score_map": {"table": {"right $x$": {"R-1": 1.0, "all $": 0.0}}},
     "confusion": {"tables": {"$x$": [[3, 1], [0, 9]]}, "rows": "ab", "columns": ["no", "$y$"]},
     "staircase": {"levels": nf4_levels().tolist()},
     "rounding": {"before": [n / 9 for n in range(9)], "after": [0] * 9, "ruler": [0, 1]},
@@ -79,7 +77,8 @@ def test_every_drawing_function_is_drawn_here() -> None:
 def test_a_figure_has_alt_text_is_opaque_and_is_not_cut_off(name: str, monkeypatch: Any) -> None:
     png, alt = draw(name, monkeypatch)
     pixels = numpy.asarray(Image.open(BytesIO(png)).convert("RGBA"))
-    assert alt == ALT and png[1:4] == b"PNG"
+    assert alt.startswith("Loss falls. ") and len(alt.split()) >= 6 and alt.endswith(".")
+    assert png[1:4] == b"PNG"
     assert int(pixels[..., 3].min()) == 255, "a transparent background vanishes on a dark page"
     edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
     assert all((edge == 255).all() for edge in edges), "something is cut off at the edge"
@@ -87,21 +86,21 @@ def test_a_figure_has_alt_text_is_opaque_and_is_not_cut_off(name: str, monkeypat
     assert 300 < pixels.shape[1] <= 1200
 
 
-def test_outside_a_notebook_a_saved_figure_is_not_displayed(tmp_path: Path, capsys: Any) -> None:
-    plots.heat(**DRAWN["heat"], title="t", alt=ALT)
+def test_a_saved_figure_is_the_one_shown_and_outside_a_notebook_not_displayed(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    plots.bars(**DRAWN["bars"], title="Two bars of some length", unit="u")
     assert "image/png" in capsys.readouterr().out
-    plots.curves(**DRAWN["curves"], title="t", x="x", y="y", alt=ALT, save=tmp_path / "a.png")
+    file, figure = tmp_path / "figures" / "a.png", {**DRAWN["intervals"], "alt": ALT}
+    plots.intervals(**figure, title="t", unit="u", save=file)
     assert capsys.readouterr().out == ""
-
-
-def test_a_figure_is_saved_as_shown_and_the_same_again(tmp_path: Path, monkeypatch: Any) -> None:
-    png, _ = draw("curves", monkeypatch, save=tmp_path / "figures" / "a.png")
-    assert (tmp_path / "figures" / "a.png").read_bytes() == png == draw("curves", monkeypatch)[0]
+    again = draw("intervals", monkeypatch, **figure, title="t")
+    assert again == (file.read_bytes(), ALT)
 
 
 def test_short_alt_text_and_too_many_series_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="alt text must say what is seen"):
-        draw("heat", monkeypatch, alt="A heat map of numbers.")
+        draw("intervals", monkeypatch, alt="A heat map of numbers.")
     with pytest.raises(ValueError, match="7 series in one figure, and 6 colours"):
         draw("curves", monkeypatch, series={str(n): [(0.0, 1.0), (1.0, n)] for n in range(7)})
 
@@ -116,14 +115,6 @@ def test_tables_and_cards_show_any_text_as_text(rows: list[list[str]], header: l
     assert table.text == "".join("".join(line) for line in [header, *rows])
     card = Markup(plots.Cards([{header[0]: header[1], "nothing": None}])._repr_html_())
     assert card.tags == {"blockquote", "b"} and card.text == f"{header[0]}: {header[1]}"
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_without_an_alt_text_writes_one_from_its_title(
-    name: str, monkeypatch: Any
-) -> None:
-    _, alt = draw(name, monkeypatch, alt="", title="Loss falls.")
-    assert alt.startswith("Loss falls. ") and len(alt.split()) >= 6 and alt.endswith(".")
 
 
 def test_an_alt_text_says_series_groups_and_intervals() -> None:

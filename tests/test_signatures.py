@@ -124,13 +124,7 @@ LOADING = taken(transformers.PreTrainedModel.from_pretrained)
 TOKENIZER = transformers.PreTrainedTokenizerBase
 DECODE = taken(TOKENIZER.decode) | taken(transformers.PreTrainedTokenizerFast._decode)
 TOKENIZING = taken(TOKENIZER.from_pretrained) | taken(transformers.RobertaTokenizer)
-SPACE = {
-    "emoji",
-    "colorFrom",
-    "colorTo",
-    "suggested_hardware",
-    "pinned",
-}  # fields of a Space's card
+SPACE = {"emoji", "colorFrom", "colorTo", "suggested_hardware", "pinned"}  # a Space's card
 SFT_FIELDS = {f.name for f in dataclasses.fields(trl.SFTConfig)}
 
 # What passes its keywords on: the names that the last receiver takes.
@@ -147,7 +141,6 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter
-    "medquad_utils.plots.figure": taken(resolve_name("matplotlib.figure.Figure.subplots")),
     "huggingface_hub.SpaceCardData": SPACE,
     "starlette.middleware.Middleware": taken(BaseHTTPMiddleware),
 }

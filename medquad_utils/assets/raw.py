@@ -53,25 +53,24 @@ class Document:
     rows: dict[str, tuple[Row, str]] = field(default_factory=dict)
 
 
-def _members(rng: random.Random) -> dict[str, list[int]]:
-    """Draw the conditions of each collection: all in the handbook or leaflets, some elsewhere."""
-    everyone = range(len(sample.conditions()))
+def _open(rng: random.Random) -> dict[tuple[str, int], Document]:
+    """Open the documents of each collection: a clinic's under a synonym, a mailbox's without focus.
+
+    Every condition is in the handbook or the leaflets. Some are elsewhere too.
+    """
+    conditions = sample.conditions()
+    everyone = range(len(conditions))
     members = {"handbook": [n for n in everyone if n % 3], "leaflets": list(everyone[::3])}
     for name, count in _TOML["conditions"].items():
-        fit = [n for n in everyone if name != "clinic" or sample.conditions()[n].synonyms]
+        fit = [n for n in everyone if name != "clinic" or conditions[n].synonyms]
         members[name] = rng.sample(fit, count)
-    return members
-
-
-def _open(members: dict[str, list[int]]) -> dict[tuple[str, int], Document]:
-    """Open the documents: a clinic's under a synonym, a mailbox's without a focus."""
-    clean: list[dict[str, Row]] = [{} for _ in sample.conditions()]
+    clean: list[dict[str, Row]] = [{} for _ in conditions]
     for row in sample.rows():
         clean[int(row["document_id"].removeprefix("sample-"))][row["qtype"]] = row
     documents = {}
     for collection, numbers in members.items():
         for n in numbers:
-            condition = sample.conditions()[n]
+            condition = conditions[n]
             focus = "" if collection == "mailbox" else condition.name
             concepts = [f"S{n + 1:07d}", COMMON] if collection in HOME else []
             document = Document(collection, n, condition, clean[n], focus, concepts)
@@ -133,7 +132,7 @@ def _planted(plant: dict[str, Any], document: Document, row: Row) -> Row | None:
 def _documents() -> tuple[Document, ...]:
     """Write every document: the clean rows, then each entry of ``raw.toml`` in turn."""
     rng = random.Random(31)  # fixed: chosen by counts, so that each part has its share
-    documents = _open(_members(rng))
+    documents = _open(rng)
     for document in documents.values():
         if document.collection in HOME:
             document.rows = {qtype: (row, "") for qtype, row in document.clean.items()}

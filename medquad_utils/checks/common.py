@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from medquad_utils import CourseError
@@ -79,18 +78,15 @@ class Exercise:
             result = self._result(answer, given)
             if self._same(result, self._expected(right, given)):
                 continue
-            hint = self._hint(result, given, rows)
+            fits = (row for row in rows if self._fits(row, result, given))
+            hint = next(fits, rows[-1])[1]
             shown = ", ".join(repr(value) for value in given or () if not callable(value))
             raise NotYet(f"{hint} It fails for {shown}." if 0 < len(shown) < 120 else hint)
         return f"✓ {self.praise}"
 
-    def _hint(self, result: Any, given: Any, rows: Sequence[tuple[Any, ...]]) -> str:
-        """Return the hint of the first row that fits ``result``, else of the last row."""
-        for wrong, hint, *covers in rows:
-            like = covers[0] if covers else partial(self._same, self._expected(wrong, given))
-            if like(result):
-                return str(hint)
-        return str(rows[-1][1])
+    def _fits(self, row: tuple[Any, ...], result: Any, given: Any) -> bool:
+        wrong, _, *covers = row
+        return covers[0](result) if covers else self._same(self._expected(wrong, given), result)
 
     def _expected(self, value: Any, given: Sequence[Any] | None) -> Any:
         return self._result(value, given) if callable(value) else self.kind[1](value)

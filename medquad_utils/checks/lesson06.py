@@ -17,37 +17,21 @@ ex_06_1 = letters("ae", 'Give the letters of all claims that hold, for example "
     a="One of the paired intervals lies on one side of 0. Which claim does that support?",
     e="An interval also says what cannot be excluded: look at the upper end of C's.")  # fmt: skip
 
-ex_06_2 = Exercise(
-    NUMBER,
-    "It gets two lists of True and False, and returns a number.",
-    [
-        (
-            ([True] * 3 + [False] * 7, [True, True, False, True] + [False] * 6),
-            0.22 / 0.42,
-            [
-                (0.8, "That is the agreement. Take the luck out."),
-                (0.6, "Luck is one half only if a judge passes half of the answers."),
-                (0.22, "Divide by what is left above luck."),
-                (0.71 / 0.91, "Two lists also agree by luck on what both refuse."),
-            ],
-        ),
-        (
-            ([True] * 2 + [False] * 6, [True] * 6 + [False] * 2),
-            0.2,
-            [
-                (-1 / 3, "Labels and verdicts each have their own share of True."),
-            ],
-        ),
-        (
-            ([True, False, True, False], [True] * 4),
-            0.0,
-            [
-                (0.5, "A judge that passes everything is no better than luck."),
-            ],
-        ),
-    ],
-    "Right: kappa is 0 for a judge that passes everything, however many answers are safe.",
-)
+ex_06_2 = Exercise(NUMBER, "It gets two lists of True and False, and returns a number.", [
+    (([True] * 3 + [False] * 7, [True, True, False, True] + [False] * 6), 0.22 / 0.42, [
+        (0.8, "That is the agreement. Take the luck out."),
+        (0.6, "Luck is one half only if a judge passes half of the answers."),
+        (0.22, "Divide by what is left above luck."),
+        (0.71 / 0.91, "Two lists also agree by luck on what both refuse."),
+    ]),
+    (([True] * 2 + [False] * 6, [True] * 6 + [False] * 2), 0.2, [
+        (-1 / 3, "Labels and verdicts each have their own share of True."),
+    ]),
+    (([True, False, True, False], [True] * 4), 0.0, [
+        (0.5, "A judge that passes everything is no better than luck."),
+    ]),
+], "Right: kappa is 0 for a judge that passes everything, however many answers are safe."
+)  # fmt: skip
 
 ex_06_3 = Exercise(("True or False", lambda x: x if isinstance(x, int) else None),
     "score(text, reference) gives the likeness of two texts.", [

@@ -184,11 +184,8 @@ def page(devices: dict[str, dict[str, Any]]) -> str:
     for profile, run in ((name, run) for runs in devices.values() for name, run in runs.items()):
         number, stopping = run["questions"], run["stopping"]
         work = f"{number} questions, {run['new_tokens']} tokens each, the best of {run['rounds']}"
-        lines += [
-            f"{common.about(profile, run)} {run['compute_dtype']} compute.",
-            f"{work} rounds.",
-        ]
-        lines += ["", *arm_table(run["equal"], number), ""]
+        lines += [f"{common.about(profile, run)} {run['compute_dtype']} compute."]
+        lines += [f"{work} rounds.", "", *arm_table(run["equal"], number), ""]
         if stopping:
             tokens, stopped = stopping[0]["tokens"], stopping[0]["stopped"]
             lines += [f"Each answer until it stops ({tokens:,} tokens, {stopped} stopped):", ""]

@@ -25,7 +25,7 @@ def write(shape: Shape, folder: Path, seed: int = 0) -> Path:
         hidden_size=shape.hidden, num_hidden_layers=shape.layers, vocab_size=shape.vocab,
         intermediate_size=shape.intermediate, tie_word_embeddings=shape.tied,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim or shape.hidden // shape.heads, max_position_embeddings=8192,
+        head_dim=shape.head_dim, max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
