@@ -248,7 +248,8 @@ def trade_off(
     ax.autoscale_view()
     ax.grid(True, axis="both")
     x_name, y_name = next(iter(points.values()))
-    _finish(ax, title, _tuples(points), f"{x_name}: {unit}", f"{y_name}: {unit}")
+    small = {"small dots": f"{sum(map(len, single.values()))} single runs"} if single else {}
+    _finish(ax, title, _tuples(points) | small, f"{x_name}: {unit}", f"{y_name}: {unit}")
 
 
 def dots(table: Spans, title: str, unit: str) -> None:
@@ -290,7 +291,7 @@ def histogram(
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
-    _finish(ax, title, series, unit, y, lines)
+    _finish(ax, title, {**series, **lines}, unit, y, lines)
 
 
 def curves(

@@ -157,7 +157,8 @@ def cost_table(folder: Path = MEASURED) -> str:
         f"{e.minutes:,.0f} | {e.basis} |"
         for e in bills
     ]
-    for run in (run for run in runs if run.profile in PROFILES and not any(run is e.run for e in bills)):
+    shown = [e.run for e in bills]
+    for run in (r for r in runs if r.profile in PROFILES and not any(r is s for s in shown)):
         sizes = estimate.TRAINING_PART.items()
         tokens = next(tokens for most, (_, tokens) in sizes if most >= run.longest)
         lines.append(

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import signal
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +75,9 @@ def test_pads_are_computed_and_not_real_and_figures_follow_by_hand() -> None:
     }  # fmt: skip
 
 
-def test_a_budget_leaves_arms_and_levers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The jobs of ``train_speed.main``, none of which is done and nothing written."""
     jobs: list[dict[str, Any]] = []
     step = {"seconds": 1.0, "real": 60, "computed": 80, "rows": 5}
     made = {"steps": [step] * 3, "rows": 8, "row_tokens": 80, "peak_gb": 1.0}
@@ -85,12 +90,53 @@ def test_a_budget_leaves_arms_and_levers_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(train_speed, "apart", work)
     for name in ("save", "write_readme"):
         monkeypatch.setattr(common, name, lambda *_: None)
+    return jobs
+
+
+def test_a_budget_leaves_arms_and_levers_out(pretended: list[dict[str, Any]]) -> None:
     run = train_speed.main(["--levers", "--budget", "0"])
     assert {lever.get("error", "ours") for lever in run["levers"]} == {"no time was left", "ours"}
     assert [run["arms"][arm] for arm in "ab"] == [{"error": "no time was left"}] * 2
-    assert [job["arm"] for job in jobs] == ["rate", "c"]
-    assert max(job["limit"] for job in jobs) + 30 < 300, "no arm takes five minutes"
+    assert [job["arm"] for job in pretended] == ["rate", "c"]
     assert "no time was left" in train_speed.page({"cpu": {"tiny": run}})
+
+
+@pytest.mark.parametrize(("cuda", "work"), [(True, "here"), (False, "apart")])
+def test_arms_share_one_process_on_a_gpu_only(
+    cuda: bool, work: str, pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(train_speed, "measure", lambda options, work: given.append(work))
+    train_speed.main([])
+    assert given == [getattr(train_speed, work)]
+
+
+def test_no_arm_takes_five_minutes_wherever_it_hangs(
+    pretended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_speed.main(["--levers"])
+    assert len(pretended) > 10 and max(job["limit"] for job in pretended) < 300
+    monkeypatch.setattr(train_speed, "drawn_rows", lambda *_: ([], []))
+    monkeypatch.setattr(train_speed, "our_trainer", lambda *_: time.sleep(60))
+    began = time.monotonic()
+    made = train_speed.here(pretended[1] | {"limit": 0.5})
+    assert made == {"error": "stopped after 0 s"} and time.monotonic() - began < 10
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "the next arm has its own time"
+
+
+def test_small_is_measured_on_its_real_weights_and_others_on_random_ones(
+    pretended: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDQUAD_CACHE", str(tmp_path))
+    real = profiles.Shape(64, 2, 128, 4, 2, 3100)  # told apart from the profile's
+    random_llama.write(real, tmp_path / "HuggingFaceTB--SmolLM2-135M-Instruct")
+    monkeypatch.setitem(random_llama.SHAPES, "20m", real)
+    for profile, drawn in (("small", False), ("20m", True)):
+        run = train_speed.main(["--profile", profile, "--arms", "b"])
+        assert profiles.Shape(**run["shape"]) == real
+        assert bool(pretended[-1]["folder"]) == drawn
+    assert train_speed.plan_for("small").model_source.startswith(str(tmp_path))
 
 
 @pytest.mark.full  # trains three times

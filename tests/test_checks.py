@@ -204,11 +204,13 @@ def test_attempt_does_not_hide_a_fault_of_the_checker() -> None:
     [  # by the ratio; on a scale with two ends by the distance
         (5.7, 5.7, "GB", "Spot on"), (5.2, 5.7, "GB", "Spot on"), (4, 5.7, "GB", "Close"),
         (8, 5.7, "GB", "Close"), (2, 5.7, "GB", "The right order of magnitude"),
-        (57, 5.7, "GB", "A surprise, then"), (-3, 5.7, "GB", "A surprise, then"),
-        (0, 0, "GB", "Spot on"), (-1, 0, "GB", "A surprise, then"), (" 5.7 ", 5.7, "GB", "Spot on"),
+        (57, 5.7, "GB", "That is a surprise"), (-3, 5.7, "GB", "That is a surprise"),
+        (0, 0, "GB", "Spot on"), (-1, 0, "GB", "That is a surprise"),
+        (" 5.7 ", 5.7, "GB", "Spot on"),
         ([5.7], 5.7, "GB", "Spot on"), (torch.tensor(5.7), 5.7, "GB", "Spot on"),
-        (30, 99, "percent", "A surprise, then"), (98, 99, "%", "Spot on"), (91, 99, "%", "Close"),
-        (80, 99, "%", "Not far off"), (1, 3, "%", "Spot on"), (0.5, 0.18, "ROUGE-L", "A surprise"),
+        (30, 99, "percent", "That is a surprise"), (98, 99, "%", "Spot on"), (91, 99, "%", "Close"),
+        (80, 99, "%", "Not far off"), (1, 3, "%", "Spot on"), (5, 0.5, "%", "That is a surprise"),
+        (0.5, 0.18, "ROUGE-L", "That is a surprise"),
     ],
 )  # fmt: skip
 def test_a_guess_gets_a_score(guess: Any, truth: float, unit: str, verdict: str) -> None:

@@ -39,11 +39,13 @@ def _verdict(guess: float, truth: float, unit: str) -> str:
         return "Spot on"
     if unit in SCALES:
         off = abs(guess - truth) / SCALES[unit]
+        if min(guess, truth) > 0 and max(guess / truth, truth / guess) > 3:
+            off = 1  # 5 % is not close to 0.5 %
         verdicts = {0.03: "Spot on", 0.1: "Close", 0.25: "Not far off"}
     else:
         off = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
-        verdicts = {1.1: "Spot on", 1.5: "Close", 5: "The right order of magnitude"}
-    surprise = "A surprise, then: that is what a prediction is for"
+        verdicts = {1.1: "Spot on", 1.5: "Close", 3.2: "The right order of magnitude"}
+    surprise = "That is a surprise"
     return next((verdict for most, verdict in verdicts.items() if off <= most), surprise)
 
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,14 @@ def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
     # As many real tokens a micro-batch as in the packed row: padded rows are half full.
     batch = 2 * plan.pack_length // plan.max_length
     padded = {"packing": False, "per_device_train_batch_size": batch, "max_length": plan.max_length}
-    steps = batch * plan.accumulation
-    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}
-    dtypes = itertools.product(("adapter", "compute"), ("float32", "bfloat16"))
+    one = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": batch * plan.accumulation,
+    }
+    dtypes = (
+        ("adapter", "float32"), ("adapter", "bfloat16"),
+        ("compute", "float32"), ("compute", "bfloat16"),
+    )  # fmt: skip
     moved = dataclasses.replace
     return {
         "rows: packed (bfd_split, batch 1)": (plan, {}),
@@ -235,6 +241,22 @@ def train(trainer: Any, pad: int, limit: float = math.inf) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextmanager
+def at_most(limit: float) -> Iterator[None]:
+    """Stop the block after ``limit`` seconds, whatever it does."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def here(job: dict[str, Any]) -> dict[str, Any]:
     """Run one arm or lever in this process; what stops it is its result.
 
@@ -246,7 +268,7 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
         plan = plan_for(job["profile"], job["folder"], job["max_length"])
         moved, config = levers(plan)[job["lever"]] if job["lever"] else (plan, {})
         table = json.loads(LENGTHS.read_text())
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, at_most(job["limit"]):
             moved = dataclasses.replace(moved, out=place)
             first, rows = drawn_rows(plan, config, arm, table, job["steps"])
             build = partial(our_trainer, config) if arm == "c" else partial(plain_trainer, arm)
