@@ -67,7 +67,7 @@ UNSCORED = "without bits per byte: question and reference exceed the model's con
 Columns = Mapping[str, Any]
 Cell = dict[str, Any]  # mean, low, high, n, diseases; of a difference also p
 Messages = list[dict[str, str]]
-Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
+Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> columns of the table
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -188,12 +188,12 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     return answers
 
 
-def cut_answer(tokenizer: Tokenizer, text: str, most: int) -> Answer:
-    """Cut a looked-up text at the token limit of the models."""
+def looked_up(tokenizer: Tokenizer, text: str, most: int) -> Row:
+    """Return a looked-up answer as columns of the table, cut at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) <= most:
-        return Answer(text, len(ids), True)
-    return Answer(tokenizer.decode(ids[:most]).strip(), most, False)
+    whole = len(ids) <= most
+    text = text if whole else tokenizer.decode(ids[:most]).strip()
+    return {"answer": text, "answer_tokens": min(len(ids), most), "stop_rate": float(whole)}
 
 
 # ---- arms that generate --------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def answer_all(
     model: Model, tokenizer: Tokenizer, jobs: Mapping[str, Mapping[str, Messages]],
     asked: Sequence[Row], train: Sequence[Row], recipe: Row, folder: Path, batch_size: int = 32,
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
-    """Answer with all five arms, and score the first reference: arm -> question -> ``as_record``.
+    """Answer with all five arms, and score the first reference: arm -> question -> columns.
 
     Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
     """
@@ -270,25 +270,21 @@ def answer_all(
             with adapted(model, arm):
                 given = generate(model, tokenizer, turns, most, batch_size, f"answers, {arm}")
                 losses = scores.answer_loss(model, tokenizer, turns, texts, f"likelihood, {arm}")
-            table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
-            write_json(path, table.assign(**losses._asdict()).to_dict("index"))
+            columns = ["answer", "answer_tokens", "stop_rate"]
+            rows = [(answer.text, answer.tokens, float(answer.stopped)) for answer in given]
+            table = pandas.DataFrame(rows, list(prompts), columns).assign(**losses._asdict())
+            write_json(path, table.to_dict("index"))
         answers[arm] = read_json(path)
     # Without passages, a question has the prompt of the tuned arm, and so its answer.
     answers["grounded"] = answers["tuned"] | answers["grounded"]
-    looked_up = {
+    baselines = {
         "nearest": nearest_training_answers(train, asked),
         "another disease": other_disease_answers(train, asked, recipe["seed"]),
     }
-    for arm, texts in looked_up.items():
-        records = [as_record(cut_answer(tokenizer, text, most)) for text in texts]
+    for arm, texts in baselines.items():
+        records = [looked_up(tokenizer, text, most) for text in texts]
         answers[arm] = dict(zip(references, records, strict=True))
     return answers
-
-
-def as_record(answer: Answer) -> Row:
-    """Return an answer as columns of the table of answers."""
-    stop_rate = float(answer.stopped)
-    return {"answer": answer.text, "answer_tokens": answer.tokens, "stop_rate": stop_rate}
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -466,8 +462,7 @@ def training_rows(
         return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
     card, source = plan.folder / "data" / "data.json", adapter_record(adapter).get("source")
     if source in (None, plan.source):
-        rows: list[Row] = getattr(prepare(plan), part)
-        return rows
+        return list(getattr(prepare(plan), part))
     if card.is_file() and read_json(card)["recipe"]["source"] == source:
         return read_rows(card.with_name(f"{part}.parquet"))
     raise CourseError(
