@@ -111,15 +111,12 @@ def _bm25(texts: Iterable[str]) -> Any:
     return ranking
 
 
-def reciprocal_ranks(scores: numpy.ndarray, depth: int = DEPTH) -> numpy.ndarray:
-    """1 / (60 + rank) for each positive score down to rank ``depth``, else 0; ties share a rank.
-
-    Shape (rows,), float64.
-    """
+def reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
+    """1 / (60 + rank) for each positive score down to rank ``DEPTH``, else 0; ties share a rank."""
     from scipy.stats import rankdata
 
     ranks = rankdata(-scores, method="min")
-    return numpy.where((scores > 0) & (ranks <= depth), 1 / (RANK_CONSTANT + ranks), 0)
+    return numpy.where((scores > 0) & (ranks <= DEPTH), 1 / (RANK_CONSTANT + ranks), 0)
 
 
 class Index:
