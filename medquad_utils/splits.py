@@ -9,7 +9,6 @@ from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate, combinations, islice
 from typing import Any
 
@@ -51,18 +50,17 @@ def template_of(question: str) -> tuple[int, str] | None:
     return None
 
 
-@cache
-def _compared(char: str) -> str:
-    """Keep letters, marks and digits of every script; replace others by a space."""
-    kind = unicodedata.category(char)
+def _compared(match: re.Match[str]) -> str:
+    """Keep letters, marks and digits of every script; replace other characters by a space."""
+    kind = unicodedata.category(match[0])
     # Format characters, such as a soft hyphen, stand within words: they are dropped.
-    return char if kind[0] in "LMN" else "" if kind == "Cf" else " "
+    return match[0] if kind[0] in "LMN" else "" if kind == "Cf" else " "
 
 
 def normalise(text: str | None) -> str:
     """Convert a name or a question to lower case without punctuation, for comparison."""
     text = unicodedata.normalize("NFC", (text or "").lower())
-    return " ".join("".join(map(_compared, text)).split())
+    return " ".join(re.sub(r"[^\w ]|_", _compared, text).split())
 
 
 def focus_of(row: Row) -> str:
