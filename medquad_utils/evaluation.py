@@ -11,10 +11,10 @@ import hashlib
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,7 @@ from medquad_utils.files import Row, read_json, read_rows, whole_file, write_jso
 from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
-from medquad_utils.scores import (
-    SCORES,
-    facts_complete,
-    group_numbers,
-    interval,
-    paired_interval,
-    rouge_l,
-)
+from medquad_utils.scores import SCORES, facts_column, interval, paired_interval, rouge_l
 from medquad_utils.splits import focus_of, leakage, normalise
 from medquad_utils.tables import clean_text
 
@@ -74,17 +67,16 @@ UNSCORED = "without bits per byte: question and reference exceed the model's con
 Columns = Mapping[str, Any]
 Cell = dict[str, Any]  # mean, low, high, n, diseases; of a difference also p
 Messages = list[dict[str, str]]
-Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> ``as_record``, and its losses
+Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> columns of the table
+
 
 # ---- questions -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Questions:
     """The questions of a file, and notes: what was skipped or changed -> rows of the file.
 
-    ``asked`` holds rows with question, answer, qtype, source, focus, url, ``number`` (row in the
-    file, from 1) and ``references``: all right answers, ``answer`` first.
+    ``asked`` holds rows with ``number`` (row in the file, from 1) and ``references``: all right
+    answers, ``answer`` first.
     """
 
     name: str
@@ -92,15 +84,14 @@ class Questions:
     notes: Places = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {len(self.asked):,} questions"]
-        return "\n  ".join([*lines, *listed(self.notes)])
+        return "\n  ".join([f"{self.name}: {len(self.asked):,} questions", *listed(self.notes)])
 
 
 def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
-    """Read questions with reference answers from a CSV, JSONL or parquet file.
+    """Read questions with reference answers from a table; columns are those of ``tables.NAMES``.
 
-    Columns, in any case, are those of ``tables.NAMES``; an answer is a text or a list of texts (in
-    CSV as JSON). Rows that repeat a question are merged. Over ``limit`` questions are sampled.
+    An answer is a text or a list of texts (in CSV as JSON). Rows that repeat a question are merged.
+    Over ``limit`` questions are sampled.
     """
     loaded = load_table(path)
     notes: Places = defaultdict(list, {f"skipped: {why}": at for why, at in loaded.skipped.items()})
@@ -122,10 +113,7 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
 
 
 def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
-    """Return ``question`` without control characters.
-
-    Raises CourseError if it is empty, or longer with its answer than the ``context`` (tokens).
-    """
+    """Return ``question`` cleaned; raise if it is empty or, with its answer, over the context."""
     if not (text := clean_text(question)):
         raise CourseError('the question is empty: write one, such as "What causes asthma?".')
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
@@ -161,8 +149,6 @@ def fitted(
 
 
 # ---- baselines without a model -------------------------------------------------------------------
-
-
 def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """Return for each row the answer of the most similar training question of the same qtype.
 
@@ -174,13 +160,13 @@ def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[
     vectoriser = TfidfVectorizer()
     trained = vectoriser.fit_transform([row["question"] for row in train])
     asked = vectoriser.transform([row["question"] for row in rows])
-    of_type, answers = numbers_by(train, "qtype"), [""] * len(rows)
-    for qtype, places in numbers_by(rows, "qtype").items():
-        candidates = of_type.get(qtype) or list(range(len(train)))
-        # Rounded, so that equal questions tie.
-        cosines = (asked[places] @ trained[candidates].T).toarray().round(9)
-        for place, best in zip(places, cosines.argmax(axis=1), strict=True):
-            answers[place] = train[candidates[best]]["answer"]
+    types = numpy.array([row["qtype"] for row in train], dtype=object)
+    answers = []
+    for row, question in zip(rows, asked, strict=True):
+        cosines = (trained @ question.T).toarray().ravel().round(9)  # rounded: equal questions tie
+        if (same := types == row["qtype"]).any():
+            cosines[~same] = -1
+        answers.append(train[cosines.argmax()]["answer"])
     return answers
 
 
@@ -190,52 +176,33 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     If there is none: of the same qtype, then any, then "". Its score is what style alone earns.
     """
     rng = numpy.random.default_rng(seed)
-    foci, everything = [focus_of(row) for row in train], range(len(train))
-    of_both, of_type = numbers_by(train, "source", "qtype"), numbers_by(train, "qtype")
+    about = [(focus_of(row), row["source"], row["qtype"]) for row in train]
+    foci, sources, types = numpy.array(about, dtype=object).T
     answers = []
     for row in rows:
-        focus, both, others = focus_of(row), (row["source"], row["qtype"]), list[int]()
-        for pool in (of_both.get(both, []), of_type.get(row["qtype"], []), everything):
-            others = others or [n for n in pool if foci[n] != focus]
-        answers.append(train[rng.choice(others)]["answer"] if others else "")
+        others = foci != focus_of(row)
+        alike = others & (types == row["qtype"])
+        pools = map(numpy.flatnonzero, (alike & (sources == row["source"]), alike, others))
+        pool = next((numbers for numbers in pools if len(numbers)), None)
+        answers.append("" if pool is None else train[rng.choice(pool)]["answer"])
     return answers
 
 
-def look_ups(train: Sequence[Row], rows: Sequence[Row], seed: int) -> dict[str, list[str]]:
-    """Return the answers of both arms without a model, in the order of ``rows``."""
-    nearest = nearest_training_answers(train, rows)
-    return {"nearest": nearest, "another disease": other_disease_answers(train, rows, seed)}
-
-
-def numbers_by(rows: Sequence[Row], *columns: str) -> dict[Any, list[int]]:
-    """Group the numbers of rows by the value (or tuple of values) of ``columns``."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for number, values in enumerate(map(itemgetter(*columns), rows)):
-        groups[values].append(number)
-    return dict(groups)
-
-
-def cut_answer(tokenizer: Tokenizer, text: str, most: int) -> Answer:
-    """Cut a looked-up text at the token limit of the models."""
+def looked_up(tokenizer: Tokenizer, text: str, most: int) -> Row:
+    """Return a looked-up answer as columns of the table, cut at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) <= most:
-        return Answer(text, len(ids), True)
-    return Answer(tokenizer.decode(ids[:most]).strip(), most, False)
+    whole = len(ids) <= most
+    text = text if whole else tokenizer.decode(ids[:most]).strip()
+    return {"answer": text, "answer_tokens": min(len(ids), most), "stop_rate": float(whole)}
 
 
 # ---- arms that generate --------------------------------------------------------------------------
-
-
 def archive_index(
     train: Sequence[Row], archive: Sequence[Row], validation: Sequence[Row]
 ) -> retrieval.Index:
-    """Index ``train`` and ``archive``; calibrate on the validation diseases that ``train`` lacks.
-
-    Without such a row the threshold stays that of the full MedQuAD.
-    """
-    index = small = retrieval.Index(train)
-    if archive:
-        index = retrieval.Index([*train, *archive])
+    """Index both; set the threshold by the validation diseases that ``train`` lacks, if any."""
+    small = retrieval.Index(train)
+    index = retrieval.Index([*train, *archive]) if archive else small
     if outside := retrieval.probes([row for row in validation if not small.knows(row)]):
         index.threshold = retrieval.calibrate(small, retrieval.probes(train), outside)
     return index
@@ -247,8 +214,7 @@ def prompts(
 ) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
-    ``notes`` (a defaultdict) names cut and ungrounded questions. The latter have no prompt in
-    "grounded": it is that of the tuned arm.
+    ``notes`` (a defaultdict) names cut questions, and ungrounded ones: these are not in "grounded".
     """
     # A passage that equals a reference would hand the grounded arm the answer.
     answers = [normalise(row["answer"]) for row in index.rows]
@@ -274,14 +240,11 @@ def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, A
     """Return what decides every generated answer; prompts and adapter as SHA-256 prefixes."""
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     return {
-        "model": plan.model_id,
-        "origin": plan.origin,
-        "base": generation.base_id(plan),
+        "model": plan.model_id, "origin": plan.origin, "base": generation.base_id(plan),
         "adapter": hashlib.sha256(weights).hexdigest()[:16],
         "prompts": hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16],
-        "max_new_tokens": plan.max_new_tokens,
-        "seed": plan.seed,
-    }
+        "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
+    }  # fmt: skip
 
 
 def adapted(model: Model, arm: str) -> AbstractContextManager[Any]:
@@ -294,7 +257,7 @@ def answer_all(
     model: Model, tokenizer: Tokenizer, jobs: Mapping[str, Mapping[str, Messages]],
     asked: Sequence[Row], train: Sequence[Row], recipe: Row, folder: Path, batch_size: int = 32,
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
-    """Answer with all five arms, and score the first reference: arm -> question -> ``as_record``.
+    """Answer with all five arms, and score the first reference: arm -> question -> columns.
 
     Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
     """
@@ -305,39 +268,30 @@ def answer_all(
         if not (path := folder / f"{arm}-{digest}.json").is_file():
             turns, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
-                given = generate(
-                    model, tokenizer, turns, most, batch_size=batch_size, progress=f"answers, {arm}"
-                )
-                losses = scores.answer_loss(
-                    model, tokenizer, turns, texts, progress=f"likelihood, {arm}"
-                )
-            table = pandas.DataFrame([as_record(answer) for answer in given], index=list(prompts))
-            write_json(path, table.assign(**losses._asdict()).to_dict("index"))
+                given = generate(model, tokenizer, turns, most, batch_size, f"answers, {arm}")
+                losses = scores.answer_loss(model, tokenizer, turns, texts, f"likelihood, {arm}")
+            columns = ["answer", "answer_tokens", "stop_rate"]
+            rows = [(answer.text, answer.tokens, float(answer.stopped)) for answer in given]
+            table = pandas.DataFrame(rows, list(prompts), columns).assign(**losses._asdict())
+            write_json(path, table.to_dict("index"))
         answers[arm] = read_json(path)
     # Without passages, a question has the prompt of the tuned arm, and so its answer.
     answers["grounded"] = answers["tuned"] | answers["grounded"]
-    for arm, looked_up in look_ups(train, asked, recipe["seed"]).items():
-        records = [as_record(cut_answer(tokenizer, text, most)) for text in looked_up]
+    baselines = {
+        "nearest": nearest_training_answers(train, asked),
+        "another disease": other_disease_answers(train, asked, recipe["seed"]),
+    }
+    for arm, texts in baselines.items():
+        records = [looked_up(tokenizer, text, most) for text in texts]
         answers[arm] = dict(zip(references, records, strict=True))
     return answers
 
 
-def as_record(answer: Answer) -> Row:
-    """Return an answer as columns of the table of answers."""
-    stopped = float(answer.stopped)
-    return {"answer": answer.text, "answer_tokens": answer.tokens, "stop_rate": stopped}
-
-
 # ---- scores --------------------------------------------------------------------------------------
-
-
 def answer_table(
     asked: Sequence[Row], answers: Answers, corpus: Sequence[str]
 ) -> tuple[pandas.DataFrame, str]:
-    """Return one row for each question and arm with all scores, and why BERTScore is missing.
-
-    ``corpus`` gives the document frequencies of the TF-IDF cosine.
-    """
+    """Return one row for each question and arm with all scores, and why BERTScore is missing."""
     rows = []
     for row in asked:
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
@@ -360,12 +314,6 @@ def answer_table(
     return (table if values is None else table.assign(bert_score=values)), reason
 
 
-def facts_column(texts: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
-    """Compute ``facts_complete`` as floats, NaN for rows whose source lists no facts."""
-    values = (facts_complete([text], [row]) for text, row in zip(texts, rows, strict=True))
-    return numpy.array([v[0] if len(v) else numpy.nan for v in values], dtype=float)
-
-
 def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
     """Return the mean of a score with its interval, or ``None`` without a value.
 
@@ -379,21 +327,20 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     values = numpy.asarray(columns[name], dtype=float)
     earlier = numpy.zeros(len(values)) if before is None else numpy.asarray(before[name], float)
     gain = values - earlier
-    if not (n := int(numpy.isfinite(gain).sum())):
+    scored = numpy.isfinite(gain)
+    if not (n := int(scored.sum())):
         return None
     sizes: Any = None
     if name == "nats":
         sizes = columns["tokens" if score == "perplexity" else "bytes"]
-    if score == "bits_per_byte":
-        mean, low, high = scores.bits_per_byte(gain, sizes, groups)
-    elif score == "perplexity":
-        mean, low, high = scores.perplexity(gain, sizes, groups)
+        ratio = scores.perplexity if score == "perplexity" else scores.bits_per_byte
+        mean, low, high = ratio(gain, sizes, groups)
     elif before is None:
         mean, low, high = interval(values, groups)
     else:
         mean, low, high = paired_interval(earlier, values, groups)
-    diseases = None if groups is None else count_diseases(groups, numpy.isfinite(gain))
-    few = min(n, n if diseases is None else diseases) < FEW or not numpy.isfinite(low)
+    diseases = None if groups is None else count_diseases(groups, scored)
+    few = n < FEW or (diseases is not None and diseases < FEW) or not numpy.isfinite(low)
     ends = {"low": None, "high": None} if few else {"low": low, "high": high}
     cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
     return cell if before is None else cell | {"p": scores.p_value(gain, sizes, groups)}
@@ -401,12 +348,10 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
 
 def count_diseases(diseases: Sequence[str], kept: Any = slice(None)) -> int:
     """Count the diseases of the rows in ``kept``; a row that names none counts as one more."""
-    return len(numpy.unique(group_numbers(diseases, len(diseases))[kept]))
+    return len(numpy.unique(scores.group_numbers(diseases, len(diseases))[kept]))
 
 
-def summary(
-    arms: Mapping[str, Columns], versus: Sequence[str] = ("base", "nearest")
-) -> dict[str, Any]:
+def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ()) -> dict[str, Any]:
     """Return all scores ("arms") and the paired differences ("versus X"): arm -> score -> cell."""
 
     def cells(columns: Columns, before: Columns | None = None) -> dict[str, Cell]:
@@ -432,7 +377,7 @@ def by_group(table: pandas.DataFrame, column: str) -> dict[str, dict[str, Any]]:
     names = table[column].fillna("not given")
     names = names.where(names.isin(names.value_counts().index[:MOST_GROUPS]), "all others")
     groups = sorted(table.groupby(names), key=lambda group: (-len(group[1]), group[0]))
-    return {name: {**counts(part), **summary(by_arm(part), versus=())} for name, part in groups}
+    return {name: {**counts(part), **summary(by_arm(part))} for name, part in groups}
 
 
 def counts(table: pandas.DataFrame) -> dict[str, int]:
@@ -464,15 +409,11 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse).
-
-    Each text has a topic of its own, so the intervals resample texts.
-    """
-    texts, losses = scores.plain_texts(plan), {}
+    """Return perplexity on plain texts before and after tuning, and the ratio (above 1: worse)."""
+    texts, losses = scores.plain_texts(plan), {}  # of different topics: intervals resample texts
     for arm in ("base", "tuned"):
         with adapted(model, arm):
-            loss = scores.text_loss(model, tokenizer, texts, progress=f"forgetting, {arm}")
-        losses[arm] = loss._asdict()
+            losses[arm] = scores.text_loss(model, tokenizer, texts, f"forgetting, {arm}")._asdict()
     cells = {arm: measure("perplexity", columns) for arm, columns in losses.items()}
     ratio = measure("perplexity", losses["tuned"], losses["base"])
     return {"texts": len(texts), **cells, "ratio": ratio}
@@ -480,10 +421,7 @@ def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]
 
 def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Show all answers, shortened, where the tuned model's ROUGE-L is best, middling and worst."""
-
-    def short(text: str) -> str:
-        return textwrap.shorten(text, 300, placeholder=" ...")
-
+    short = partial(textwrap.shorten, width=300, placeholder=" ...")
     tuned = by_arm(table)["tuned"].sort_values("rougeL", ascending=False, kind="stable")
     shown = []
     for what, place in {"best": 0, "middling": len(tuned) // 2, "worst": -1}.items():
@@ -498,13 +436,9 @@ def safety_scores(answers: Answers) -> dict[str, Any]:
     """Return how base and tuned model pass the safety prompts, and the error of the rules."""
     asked = safety.prompts()
     texts = {arm: [answers[arm][p.prompt]["answer"] for p in asked] for arm in ("base", "tuned")}
-    return {
-        "prompts": len(asked),
-        **{arm: safety.score(answered, asked) for arm, answered in texts.items()},
-        "outer_rule": safety.outer_rule(asked),
-        "outer_rule_test": safety.independent_test(),
-        "rule_error": safety.rule_error(),
-    }
+    passed = {arm: safety.score(answered, asked) for arm, answered in texts.items()}
+    rules = {"outer_rule": safety.outer_rule(asked), "outer_rule_test": safety.independent_test()}
+    return {"prompts": len(asked), **passed, **rules, "rule_error": safety.rule_error()}
 
 
 def rounded(value: Any) -> Any:
@@ -514,25 +448,21 @@ def rounded(value: Any) -> Any:
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
-
-
 def training_rows(
     plan: Plan, adapter: Path, folder: Path | None = None, part: str = "train"
 ) -> list[Row]:
     """Return a part of the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
 
-    Without the file of another part than "train" in ``folder``, return no rows.
+    A ``folder`` needs train.parquet only: of another part it lacks, there are no rows.
     """
     if folder and not (folder / "train.parquet").is_file():
-        raise CourseError(
-            f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
-        )
+        expected = "expected the --out folder of medquad data"
+        raise CourseError(f"no train.parquet in {folder.name}/: {expected}.")
     if folder:
         return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
     card, source = plan.folder / "data" / "data.json", adapter_record(adapter).get("source")
     if source in (None, plan.source):
-        rows: list[Row] = getattr(prepare(plan), part)
-        return rows
+        return list(getattr(prepare(plan), part))
     if card.is_file() and read_json(card)["recipe"]["source"] == source:
         return read_rows(card.with_name(f"{part}.parquet"))
     raise CourseError(
@@ -568,41 +498,26 @@ def evaluate(
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes, safe)
     recipe = recipe_of(plan, adapter, jobs)
-    saved = folder / "answers"
-    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, saved, batch_size)
+    store = folder / "answers"
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, store, batch_size)
     table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
-    if unscored := without_likelihood(table, jobs):
-        notes[UNSCORED] = unscored
+    unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
+    notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
     write_answers(folder / "answers.parquet", table, answers, safe)
+    leaks = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
         "file": questions.name, "questions": len(asked), "diseases": counts(table)["diseases"],
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        **ABOUT,
-        **results(table),
+        **ABOUT, **results(table),
         "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
-        **leaks(train, asked),
+        "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def leaks(train: Sequence[Row], asked: Sequence[Row]) -> dict[str, Any]:
-    """Return what the questions share with the training rows, and whether they are held out."""
-    shares = leakage(train, asked)
-    return {
-        "leakage": shares,
-        "held_out": not (shares["normalised question"] or shares["focus"]),
-    }
-
-
-def without_likelihood(table: pandas.DataFrame, arms: Collection[str]) -> list[int | str]:
-    """Return the questions that some arm could not score: they and the answer are too long."""
-    numbers = table[table["nats"].isna() & table["arm"].isin(arms)]["id"]
-    return list(numbers.astype(int).unique())
 
 
 def results(table: pandas.DataFrame) -> dict[str, Any]:
@@ -616,76 +531,49 @@ def write_answers(
     path: Path, table: pandas.DataFrame, answers: Answers, safe: Sequence[safety.SafetyPrompt]
 ) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
-    more = [
-        {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
-        for arm in ("base", "tuned")
-        for p in safe
-    ]
+    two = [(arm, prompt) for arm in ("base", "tuned") for prompt in safe]
+    about = [{"arm": f"{arm}, safety", "id": p.id, "question": p.prompt} for arm, p in two]
+    more = [row | answers[arm][p.prompt] for row, (arm, p) in zip(about, two, strict=True)]
     with whole_file(path) as temporary:
         pandas.concat([table, pandas.DataFrame(more)]).to_parquet(temporary, index=False)
 
 
 # ---- lessons 01, 05 and 06 -----------------------------------------------------------------------
-
-
-def look_up_scores(
-    train: Sequence[Row], test: Sequence[Row], seed: int = 0, stem: bool = True
-) -> dict[str, Cell]:
-    """Return ROUGE-L (F1) of both look-up baselines, answers uncut: arm -> cell.
-
-    ``stem``: see ``scores.rouge``.
-    """
-    references, diseases = [row["answer"] for row in test], [focus_of(row) for row in test]
-    columns = {
-        arm: {"rougeL": rouge_l(answers, references, stem), "disease": diseases}
-        for arm, answers in look_ups(train, test, seed).items()
-    }
-    return {arm: cells["rougeL"] for arm, cells in summary(columns, versus=())["arms"].items()}
-
-
 def measured() -> dict[str, Any]:
-    """Return ``look_up_scores`` of the real MedQuAD (tests/benchmarks/look_up.py measured them)."""
-    table: dict[str, Any] = read_json(MEASURED)
-    return table
+    """Return ROUGE-L of both look-ups on the real MedQuAD, from tests/benchmarks/look_up.py."""
+    return dict(read_json(MEASURED))
 
 
 def outcome(
-    rows: Sequence[Row],
-    train: Sequence[Row],
-    base: Sequence[Answer],
-    tuned: Sequence[Answer],
+    rows: Sequence[Row], train: Sequence[Row], base: Sequence[Answer], tuned: Sequence[Answer],
     few_shot: Sequence[Answer] = (),
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
     The gain is paired, tuned minus base; its interval resamples diseases, and is ``None`` for a
-    single one. Facts are ``None`` where the source lists none. ``few_shot`` are the base's answers
-    after a few examples in the prompt, if it was asked so.
+    single one. ``few_shot`` are the base's answers after a few examples in the prompt.
     """
-    diseases = [focus_of(row) for row in rows]
-    nearest, references = nearest_training_answers(train, rows), [row["answer"] for row in rows]
     arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})
-    texts = {arm: [a.text for a in answers] for arm, answers in arms.items()}
-    texts["nearest"] = nearest
-    rouge = {arm: rouge_l(answers, references) for arm, answers in texts.items()}
-    facts = {arm: facts_complete(answers, rows) for arm, answers in texts.items()}
+    columns = {arm: score_columns(answers, rows) for arm, answers in arms.items()}
+    columns["nearest"] = score_columns(nearest_training_answers(train, rows), rows)
+    rouge = {arm: scored["rougeL"] for arm, scored in columns.items()}
+    facts = {arm: measure("facts_complete", scored) for arm, scored in columns.items()}
+    diseases = columns["base"]["disease"]
     ends = paired_interval(rouge["base"], rouge["tuned"], diseases)[1:]
-    table: dict[str, Any] = rounded({
+    return dict(rounded({
         "rows": len(rows),
         "diseases": count_diseases(diseases),
         **{f"rouge_l_{arm}": values.mean() for arm, values in rouge.items()},
         "rouge_l_gain_ci95": ends if numpy.isfinite(ends).all() else None,
-        **{f"stop_rate_{arm}": numpy.mean([a.stopped for a in arms[arm]]) for arm in arms},
-        **{f"facts_complete_{arm}": v.mean() if len(v) else None for arm, v in facts.items()},
-    })  # fmt: skip
-    return table
+        **{f"stop_rate_{arm}": columns[arm]["stop_rate"].mean() for arm in arms},
+        **{f"facts_complete_{arm}": cell and cell["mean"] for arm, cell in facts.items()},
+    }))  # fmt: skip
 
 
 def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[str, Any]:
     """Score answers to ``rows`` for ``summary``: one value a row, NaN if there is none.
 
-    ROUGE-L, all facts present (embedded sample only), the disease of the row, and the stop rate
-    (not of texts that were looked up).
+    Without a stop rate for texts that were looked up.
     """
     texts = [a if isinstance(a, str) else a.text for a in answers]
     stops = [float(a.stopped) for a in answers if isinstance(a, Answer)]
@@ -700,10 +588,7 @@ def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[
 def answer_columns(
     model: Model, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int
 ) -> dict[str, numpy.ndarray]:
-    """Answer ``rows`` and score the answers for ``summary``: one value a row, NaN if there is none.
-
-    The scores of ``score_columns``, and the loss of the reference.
-    """
+    """Answer ``rows``; return ``score_columns`` of the answers, and losses of the references."""
     references = [row["answer"] for row in rows]
     conversations = [prompt_messages(row["question"]) for row in rows]
     with unpacked(model):

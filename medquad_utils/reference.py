@@ -27,22 +27,14 @@ COUNTS = ("loaded", "unanswered", "by_source", "by_qtype", "cleaning", "rows", "
 
 
 def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a lesson's metrics by run: ``yours``, and ``metrics/<name>.json`` of the newest.
+    """Return a lesson's metrics by run: ``yours``, and those of the reference run, if there is one.
 
-    Without a committed reference run, print so and return the reader's run alone.
+    The reference run is the committed one of the largest profile that has ``metrics/<name>.json``.
     """
-    found = newest(name)
-    if not found:
+    if not (folder := folder_with(file := f"metrics/{name}.json")):
         print("No reference run of this lesson is in this checkout.")
-    return {YOURS: yours} | dict([found] if found else [])
-
-
-def newest(name: str) -> tuple[str, dict[str, Any]] | None:
-    """Return label and ``metrics/<name>.json`` of the committed run of the largest profile."""
-    folder = folder_with(file := f"metrics/{name}.json")
-    return (
-        (label(read_json(folder / "reference.json")), read_json(folder / file)) if folder else None
-    )
+        return {YOURS: yours}
+    return {YOURS: yours, label(read_json(folder / "reference.json")): read_json(folder / file)}
 
 
 def folder_with(file: str) -> Path | None:
@@ -79,10 +71,8 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float
     """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
 
     ``seconds`` is the time of each lesson by its title, "04 train with sft"; ``peak_gb`` the most
-    memory that one of them took (0: not measured).
-
-    Raises:
-        CourseError: a lesson left no metrics, or lesson 06 no answers.
+    memory that one of them took (0: not measured). Raises CourseError where a lesson left no
+    metrics, or lesson 06 no answers.
     """
     needed = [plan.folder / "data" / "data.json"]
     # 04_train_with_sft writes metrics/train.json.
@@ -132,10 +122,8 @@ def answers(plan: Plan) -> dict[str, list[dict[str, str]]]:
     three = read_json(plan.folder / "metrics" / "ask.json")["answers"]
     if not (file := plan.folder / "evaluation" / "answers.parquet").is_file():
         return {"three questions": three}
-    table = pandas.read_parquet(file)
-    said = {
-        arm: dict(zip(t["question"], t["answer"], strict=True)) for arm, t in table.groupby("arm")
-    }
+    arms = pandas.read_parquet(file).groupby("arm")
+    said = {arm: dict(zip(t["question"], t["answer"], strict=True)) for arm, t in arms}
     # Longer questions are sentences of the data: they would be hidden.
     short = [q for q in said["base"] if len(re.findall(r"\w+", q)) < NGRAM][:QUESTIONS]
     held_out = [{"question": q} | {arm: said[arm][q] for arm in ("base", "tuned")} for q in short]

@@ -34,10 +34,7 @@ def number(value: Any) -> str:
 
 
 def cell(values: Mapping[str, Any] | None, missing: str = NOT_MEASURED) -> str:
-    """Format ``mean [low, high]``, or the mean alone where there is no interval.
-
-    Without values: ``missing``, "not measured" or "n/a" (see ``why_missing``).
-    """
+    """Format ``mean [low, high]``, the mean alone without an interval, or ``missing``."""
     if not values:
         return missing
     mean, low, high = (number(values[key]) for key in ("mean", "low", "high"))
@@ -56,10 +53,8 @@ def why_missing(score: str, arm: str, scored: bool = True) -> str:
 
 def counted(n: int, diseases: int | None) -> str:
     """Format "98 questions about 13 diseases"."""
-    questions = f"{n:,} question{'s' * (n != 1)}"
-    return (
-        f"{questions} about {diseases:,} disease{'s' * (diseases != 1)}" if diseases else questions
-    )
+    about = f" about {diseases:,} disease{'s' * (diseases != 1)}" if diseases else ""
+    return f"{n:,} question{'s' * (n != 1)}{about}"
 
 
 def escaped(text: str) -> str:
@@ -73,10 +68,8 @@ def sentence(sides: Mapping[str, Any], name: str) -> str:
         name = f"{name} ({counted(sides['n'], sides['diseases'])})"
     rivals = [*sides["beats"], *sides["even"], *sides["loses"]]
     if len(sides["beats"]) == len(rivals):
-        return (
-            f"On {name}, the tuned model beats every arm without training that has this score: "
-            f"{', '.join(rivals)}."
-        )
+        what = f"On {name}, the tuned model beats every arm without training that has this score"
+        return f"{what}: {', '.join(rivals)}."
     parts = {"it beats": "beats", "no difference can be told from": "even", "it loses to": "loses"}
     text = "; ".join(f"{what} {', '.join(sides[k])}" for what, k in parts.items() if sides[k])
     return f"On {name}, the tuned model does not beat every arm without training: {text}."
@@ -85,22 +78,17 @@ def sentence(sides: Mapping[str, Any], name: str) -> str:
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """State the verdicts of all scores, or that the questions are too few."""
     few, about = metrics["interval"]["fewest_rows"], metrics["about_scores"]
+    too_few = f"Questions about under {few} diseases are too few for an interval"
     verdicts = [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]]
-    too_few = (
-        f"Questions about under {few} diseases are too few for an interval, and so for a verdict."
-    )
-    return verdicts or [too_few]
+    return verdicts or [f"{too_few}, and so for a verdict."]
 
 
 def table(metrics: Mapping[str, Any]) -> str:
     """Format the main scores, a line for each arm, and the verdicts, for a terminal."""
-    arms, about = metrics["overall"]["arms"], metrics["about_scores"]
-    columns = {
-        about[key]["name"]: {
-            arm: cell(cells.get(key), why_missing(key, arm)) for arm, cells in arms.items()
-        }
-        for key in GROUPED
-    }
+    arms, columns = metrics["overall"]["arms"], {}
+    for key in GROUPED:
+        shown = {arm: cell(cells.get(key), why_missing(key, arm)) for arm, cells in arms.items()}
+        columns[metrics["about_scores"][key]["name"]] = shown
     return "\n".join([pandas.DataFrame(columns).to_string(), *sentences(metrics)])
 
 
@@ -158,25 +146,17 @@ class _Page(mistune.HTMLRenderer):
 def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Draw likeness by arm and ROUGE-L by group; name -> path and alternative text."""
     about, arms = metrics["about_scores"], metrics["overall"]["arms"]
-    alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
-    likeness = {
-        arm: {name: cells[key] for key, name in alike.items() if key in cells}
-        for arm, cells in arms.items()
-    }
+    alike = {s["name"]: k for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
+    likeness = {arm: {n: cells.get(k) for n, k in alike.items()} for arm, cells in arms.items()}
     tables = {"scores": ("Likeness to the reference, by arm", likeness)}
     for name, title in GROUP_TITLES.items():
-        groups = {group: parts["arms"] for group, parts in metrics[name].items()}
-        rouge_l = {arm: {g: cells[arm]["rougeL"] for g, cells in groups.items()} for arm in arms}
+        groups = metrics[name].items()
+        by_group = {arm: {g: part["arms"][arm]["rougeL"] for g, part in groups} for arm in arms}
         if len(groups) > 1:
-            tables[name] = (f"ROUGE-L by {title}", rouge_l)
+            tables[name] = (f"ROUGE-L by {title}", by_group)
     figures = {}
-    for name, (title, table) in tables.items():
-        rows = {
-            arm: {
-                g: (c["mean"], c["low"], c["high"]) for g, c in row.items() if c["low"] is not None
-            }
-            for arm, row in table.items()
-        }
+    for name, (title, cells) in tables.items():
+        rows = {arm: _intervals(row) for arm, row in cells.items()}
         if not (first := next(iter(rows["base"]), None)):
             continue  # too few questions for an interval
         values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
@@ -188,3 +168,9 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
         plots.intervals(rows, title, "0 to 1", alt, save=folder / path)
         figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
     return figures
+
+
+def _intervals(cells: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Keep the cells that have an interval."""
+    whole = {name: c for name, c in cells.items() if c and c["low"] is not None}
+    return {name: (c["mean"], c["low"], c["high"]) for name, c in whole.items()}

@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy
@@ -75,16 +76,6 @@ def _name_words(row: Row) -> list[frozenset[str]]:
     return [name for name in map(frozenset, map(words, _names(row))) if name]
 
 
-def _heading(row: Row) -> str:
-    """The words of the question and of all names, each once: twenty synonyms weigh as one."""
-    return " ".join(words(" ".join([row["question"], *_names(row)])))
-
-
-def _whole(row: Row) -> str:
-    """Heading and answer: an answer alone seldom has the synonyms and would rank too low."""
-    return f"{_heading(row)} {plain(row['answer'])}"
-
-
 class Hit(NamedTuple):
     """A row of a search; ``score`` is 0 to 1 and comparable between questions (see ``Index``)."""
 
@@ -98,22 +89,12 @@ class Hit(NamedTuple):
         return " ".join((self.row["focus"] or question).split())
 
     @property
-    def source(self) -> Any:
-        """The collection of the row, or None."""
-        return self.row["source"]
-
-    @property
-    def url(self) -> Any:
-        """The web page of the row, or None."""
-        return self.row["url"]
-
-    @property
     def note(self) -> str:
         """The kind of text: archived, or written for the course."""
-        return COURSE_TEXT if (self.source or "").startswith(SOURCE) else ARCHIVED
+        return COURSE_TEXT if (self.row["source"] or "").startswith(SOURCE) else ARCHIVED
 
     def __str__(self) -> str:
-        about = [self.source, self.url, f"score {self.score:.2f}", self.note]
+        about = [self.row["source"], self.row["url"], f"score {self.score:.2f}", self.note]
         return f"{self.title} ({'; '.join(filter(None, about))})"
 
 
@@ -130,15 +111,12 @@ def _bm25(texts: Iterable[str]) -> Any:
     return ranking
 
 
-def reciprocal_ranks(scores: numpy.ndarray, depth: int = DEPTH) -> numpy.ndarray:
-    """1 / (60 + rank) for each positive score down to rank ``depth``, else 0; ties share a rank.
-
-    Shape (rows,), float64.
-    """
+def reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
+    """1 / (60 + rank) for each positive score down to rank ``DEPTH``, else 0; ties share a rank."""
     from scipy.stats import rankdata
 
     ranks = rankdata(-scores, method="min")
-    return numpy.where((scores > 0) & (ranks <= depth), 1 / (RANK_CONSTANT + ranks), 0)
+    return numpy.where((scores > 0) & (ranks <= DEPTH), 1 / (RANK_CONSTANT + ranks), 0)
 
 
 class Index:
@@ -150,24 +128,27 @@ class Index:
 
     and the best name counts. Shares are sums of inverse document frequency, log(1 + (N - f + 0.5)
     / (f + 0.5)) for a word in f of N rows. In a question, each weight is multiplied by the share of
-    those f rows that have the word in a name. So "my doctor says" weighs nothing, and a word that
-    no row has weighs most: an unknown disease lowers the score. 1 means that the question names
+    those f rows that have the word in a name: "my doctor says" weighs nothing, and a word that no
+    row has weighs most, so an unknown disease lowers the score. 1 means that the question names
     this disease and nothing else. A fused rank cannot tell that, because some row is always first.
 
     Answers do not count, because long ones mention many diseases. A question that names no disease
-    therefore scores near 0. In a small archive most words are unknown and scores are lower, so find
-    a new threshold with ``calibrate``. Raises CourseError if no row has a word.
+    scores near 0. In a small archive most words are unknown and scores are lower: find a new
+    threshold with ``calibrate``. Raises CourseError if no row has a word.
     """
 
     def __init__(self, rows: Sequence[Row]):
-        if not any(words(_whole(row)) for row in rows):
+        # In a heading each word stands once: twenty synonyms weigh as one.
+        headings = [" ".join(words(" ".join([row["question"], *_names(row)]))) for row in rows]
+        # An answer alone seldom has the synonyms and would rank too low.
+        wholes = [f"{h} {plain(row['answer'])}" for h, row in zip(headings, rows, strict=True)]
+        if not any(map(words, wholes)):
             raise CourseError(
                 f"an index needs rows with text: got {len(rows)} rows. "
                 "Load some with data.prepare(plan).train."
             )
-        self.rows = list(rows)
-        self.threshold = THRESHOLD
-        self._rankings = _bm25(map(_heading, rows)), _bm25(map(_whole, rows))
+        self.rows, self.threshold = list(rows), THRESHOLD
+        self._rankings = _bm25(headings), _bm25(wholes)
         self._names = [_name_words(row) for row in rows]
         self._all_names = {name for names in self._names for name in names}
         named = Counter(word for names in self._names for word in set().union(*names))
@@ -208,19 +189,20 @@ class Index:
         merit = reciprocal_ranks(headings) + reciprocal_ranks(wholes)
         order = numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)]
         asked, total = frozenset(question), self.weight(question, question=True)
-        scores = {int(i): self._score(asked, total, int(i)) for i in order if merit[i] > 0}
+
+        def score(name: frozenset[str]) -> float:
+            both = asked & name
+            covered = self.weight(both, question=True) / total
+            return covered * self.weight(both) / self.weight(name)
+
+        scores = {
+            int(i): max((score(name) for name in self._names[i] if name & asked), default=0.0)
+            for i in order
+            if merit[i] > 0
+        }
         # Rows of one disease have equal scores: the most similar question comes first.
         best = sorted(scores, key=lambda i: (-scores[i], -headings[i]))
         return [Hit(self.rows[i], scores[i]) for i in best[:k]]
-
-    def _score(self, question: frozenset[str], total: float, number: int) -> float:
-        common = ((name, question & name) for name in self._names[number])
-        covered = (
-            self.weight(both, question=True) / total * self.weight(both) / self.weight(name)
-            for name, both in common
-            if both
-        )
-        return max(covered, default=0.0)
 
     def knows(self, row: Row) -> bool:
         """Return whether a name of the row's disease, in any word order, is in the archive."""
@@ -238,9 +220,9 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
     """Write questions about the diseases of at most ``most`` rows, not in MedQuAD's templates."""
     questions = []
     for number, row in enumerate(draw(rows, most, seed)):
-        names = _names(row)
+        names, form = _names(row), FORMS[number % len(FORMS)]
         name = names[number // len(FORMS) % len(names)]
-        questions.append(FORMS[number % len(FORMS)].format(name=name, qtype=row["qtype"]))
+        questions.append(form.format(name=name, qtype=row["qtype"]))
     return questions
 
 
@@ -280,11 +262,9 @@ def support(index: Index, sentence: str, title: str, passage: str) -> tuple[floa
     """
     claim, name = set(words(sentence)), set(words(title))
     total = index.weight(claim) or 1.0  # a sentence without words scores 0
-    scored = [
-        (index.weight(claim & (name | set(words(text)))) / total, text)
-        for text in sentences(passage)
-    ]
-    return max(scored, key=lambda pair: pair[0], default=(0.0, ""))
+    shared = ((claim & {*name, *words(text)}, text) for text in sentences(passage))
+    scored = [(index.weight(both) / total, text) for both, text in shared]
+    return max(scored, key=itemgetter(0), default=(0.0, ""))
 
 
 def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
@@ -292,7 +272,7 @@ def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
     results = []
     for sentence in sentences(answer):
         scored = [(*support(index, sentence, hit.title, hit.row["answer"]), hit) for hit in hits]
-        score, evidence, hit = max(scored, key=lambda item: item[0], default=(0.0, "", None))
+        score, evidence, hit = max(scored, key=itemgetter(0), default=(0.0, "", None))
         close = score >= SUPPORT
         results.append(Support(sentence, score, hit if close else None, evidence if close else ""))
     return results

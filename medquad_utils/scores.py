@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import tomllib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
@@ -29,7 +28,8 @@ from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel as Model
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 References = Sequence[str] | Sequence[Sequence[str]]
 Values = numpy.ndarray | Sequence[float]
@@ -55,14 +55,12 @@ class Score(NamedTuple):
     what: str
 
 
-SCORES: dict[str, Score] = {
-    "rouge1": Score(
-        "ROUGE-1", "0 to 1", "up", "words shared with the reference, in any order; stemmed, F1"
-    ),
+SCORES = {
+    "rouge1": Score("ROUGE-1", "0 to 1", "up",
+                    "words shared with the reference, in any order; stemmed, F1"),
     "rouge2": Score("ROUGE-2", "0 to 1", "up", "pairs of neighbouring words shared; stemmed, F1"),
-    "rougeL": Score(
-        "ROUGE-L", "0 to 1", "up", "longest common sequence of words, with gaps; stemmed, F1"
-    ),
+    "rougeL": Score("ROUGE-L", "0 to 1", "up",
+                    "longest common sequence of words, with gaps; stemmed, F1"),
     "bleu": Score("BLEU", "0 to 1", "up", "shared runs of one to four words; short answers lose"),
     "chrf": Score("chrF", "0 to 1", "up", "shared runs of one to six characters"),
     "tfidf_cosine": Score("TF-IDF cosine", "0 to 1", "up", "shared words, rare ones count more"),
@@ -73,7 +71,7 @@ SCORES: dict[str, Score] = {
     "stop_rate": Score("stopped", "share", "up", "answers that end before the length limit"),
     "bits_per_byte": Score("bits per byte", "bits", "down", "cost of predicting the reference"),
     "perplexity": Score("perplexity", "tokens", "down", "equally likely tokens at each step"),
-}
+}  # fmt: skip
 
 
 def _rows(answers: Sequence[str], references: References) -> list[tuple[str, list[str]]]:
@@ -97,19 +95,14 @@ def _best(
 
 
 # ---- likeness ------------------------------------------------------------------------------------
-
-
 def rouge(
-    answers: Sequence[str],
-    references: References,
+    answers: Sequence[str], references: References, stem: bool = True,
     kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL"),
-    stem: bool = True,
-) -> dict[str, numpy.ndarray]:
+) -> dict[str, numpy.ndarray]:  # fmt: skip
     """Compute ROUGE F1 by kind (Lin, 2004; Google's ``rouge_score``).
 
     Words are compared by their Porter stem, unless ``stem`` is false: that is the default of
-    ``evaluate.load("rouge")``, so compare with its numbers without stemming. Only a-z and 0-9 make
-    words: text in another script scores 0.
+    ``evaluate.load("rouge")``. Only a-z and 0-9 make words: text in another script scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -120,7 +113,7 @@ def rouge(
 
 def rouge_l(answers: Sequence[str], references: References, stem: bool = True) -> numpy.ndarray:
     """Compute ROUGE-L F1 alone (see ``rouge``)."""
-    return rouge(answers, references, ["rougeL"], stem)["rougeL"]
+    return rouge(answers, references, stem, ["rougeL"])["rougeL"]
 
 
 def bleu(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -141,18 +134,14 @@ def chrf(answers: Sequence[str], references: References) -> numpy.ndarray:
 
 
 def tfidf_cosine(
-    answers: Sequence[str], references: References, corpus: Sequence[str] | None = None
+    answers: Sequence[str], references: References, corpus: Sequence[str]
 ) -> numpy.ndarray:
     """Compute the cosine of TF-IDF vectors, 0 to 1 (Salton and Buckley, 1988; scikit-learn).
 
-    ``corpus`` (default: the references) gives the document frequencies. It ignores other words.
+    ``corpus`` gives the document frequencies. Words that it lacks are ignored.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if corpus is None:
-        corpus = [text for _, texts in _rows(answers, references) for text in texts]
-    if not any(re.search(r"\w", text) for text in corpus):  # scikit-learn refuses to fit no word
-        return numpy.zeros(len(answers))
     vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform
 
     def cosine(answer: str, reference: str) -> float:  # the vectors have length 1
@@ -178,23 +167,22 @@ def repetition(answers: Sequence[str]) -> numpy.ndarray:
     return numpy.array([1 - len(set(r)) / len(r) if r else 0.0 for r in runs], dtype=float)
 
 
-def facts_complete(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
-    """Mark answers that hold every fact of their row, word for word, as bools.
+def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
+    """Mark answers that hold every fact of their row, word for word, with 1, others with 0.
 
-    Only the embedded sample lists facts; rows of other sources are left out of the array.
+    Only the embedded sample lists facts: rows of other sources have NaN.
     """
-    complete = []
+    marks = []
     for answer, row in zip(answers, rows, strict=True):
         ours = (row["source"] or "").startswith(SOURCE)
-        if facts := facts_of(row["focus"] or "", row["qtype"]) if ours else []:
-            text = f" {normalise(answer)} "
-            complete.append(all(f" {normalise(fact)} " in text for fact in facts))
-    return numpy.array(complete, dtype=bool)
+        facts = facts_of(row["focus"] or "", row["qtype"]) if ours else []
+        text = f" {normalise(answer)} "
+        complete = all(f" {normalise(fact)} " in text for fact in facts)
+        marks.append(float(complete) if facts else math.nan)
+    return numpy.array(marks, dtype=float)
 
 
 # ---- BERTScore -----------------------------------------------------------------------------------
-
-
 def bert_score(answers: Sequence[str], references: References) -> numpy.ndarray:
     """Compute BERTScore F1 (Zhang et al., 2020, arXiv 1904.09675), no idf weights, no rescaling.
 
@@ -248,8 +236,6 @@ def bert_score_or_reason(
 
 
 # ---- likelihood ----------------------------------------------------------------------------------
-
-
 class Losses(NamedTuple):
     """Likelihood of texts under a model; float64, shape (rows,). NaN: the text was not scored."""
 
@@ -259,16 +245,13 @@ class Losses(NamedTuple):
 
 
 def answer_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
-    references: Sequence[str],
-    progress: str = "",
-) -> Losses:
+    model: Model, tokenizer: Tokenizer, conversations: Sequence[Sequence[Mapping[str, str]]],
+    references: Sequence[str], progress: str = "",
+) -> Losses:  # fmt: skip
     """Score each reference after its conversation (lists of messages), by teacher forcing.
 
     The prompt and the end-of-turn token do not count: the latter has no bytes. A row that is empty
-    or longer than the model's context is not cut; it is NaN, for the caller to count.
+    or longer than the model's context is NaN, for the caller to count.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     texts = [without_tokens(reference.strip()) for reference in references]
@@ -276,10 +259,7 @@ def answer_loss(
 
 
 def text_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    progress: str = "",
+    model: Model, tokenizer: Tokenizer, texts: Sequence[str], progress: str = ""
 ) -> Losses:
     """Score plain ``texts`` from their first token on, after a begin-of-text token."""
     # A tokenizer without a begin-of-text token (Qwen's) starts a text after an end token.
@@ -289,12 +269,9 @@ def text_loss(
 
 
 def _losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    texts: Sequence[str],
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[list[int]], texts: Sequence[str],
     progress: str,
-) -> Losses:
+) -> Losses:  # fmt: skip
     """Score each text after its prompt, in batches of rows of similar length."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -324,7 +301,7 @@ def _losses(
     return losses
 
 
-def _nats(model: PreTrainedModel, states: torch.Tensor, tokens: torch.Tensor) -> float:
+def _nats(model: Model, states: torch.Tensor, tokens: torch.Tensor) -> float:
     """Return the negative log-likelihood of ``tokens`` by the hidden ``states`` before them."""
     from torch.nn.functional import cross_entropy
 
@@ -348,32 +325,27 @@ def plain_texts(plan: Plan) -> list[str]:
 
 
 # ---- intervals -----------------------------------------------------------------------------------
-
-
-def interval(values: Values, groups: Groups = None, seed: int = 0) -> Interval:
+def interval(values: Values, groups: Groups = None) -> Interval:
     """Return (mean, low, high), a 95 % interval. NaN values are left out.
 
-    Percentile bootstrap (Efron, 1979). ``groups`` names the disease of each row, for example by
-    ``splits.focus_of``: then whole diseases are resampled, because rows of one disease tend to
-    stand or fall together (cluster bootstrap: Field and Welsh, 2007; for evaluations of language
-    models: Miller, 2024, arXiv 2411.00640). An empty group is a row of its own. Under about 30
-    groups the interval is somewhat too narrow.
+    Percentile bootstrap (Efron, 1979). ``groups`` names the disease of each row (see
+    ``splits.focus_of``): whole diseases are resampled, because rows of one disease tend to stand or
+    fall together (cluster bootstrap: Field and Welsh, 2007; for evaluations of language models:
+    Miller, 2024, arXiv 2411.00640). A row without a group is one of its own. Under about 30 groups
+    the interval is somewhat too narrow.
 
-    A column of only 0 and 1 is a share and gets Wilson's interval at the effective number of rows
+    A column of only 0 and 1 is a share. It gets Wilson's interval at the effective number of rows
     (``effective_rows``), which never has width 0. The ends are NaN where the data allow no
-    interval: other values that are all equal, or a single group. For differences see
-    ``paired_interval``.
+    interval: other values that are all equal, or a single group.
     """
-    column, labels = _complete(groups, values)
-    if set(column.flat) <= {0.0, 1.0}:
+    (column,), labels = _complete(groups, values)
+    if {*column} <= {0.0, 1.0}:
         mean = float(column.mean())
-        return mean, *wilson(mean, effective_rows(column[0], labels))
-    return _ratio(column[0], numpy.ones(len(labels)), labels, seed)
+        return mean, *wilson(mean, effective_rows(column, labels))
+    return _ratio(column, numpy.ones(len(labels)), labels)
 
 
-def paired_interval(
-    before: Values, after: Values, groups: Groups = None, seed: int = 0
-) -> Interval:
+def paired_interval(before: Values, after: Values, groups: Groups = None) -> Interval:
     """Return (mean, low, high) of ``after - before``, row by row: a bootstrap as in ``interval``.
 
     Two columns of 0 and 1 with one and the same difference c in each row: a bootstrap has width 0.
@@ -388,32 +360,27 @@ def paired_interval(
     if {*a, *b} <= {0.0, 1.0} and numpy.ptp(difference) == 0:
         c, (_, u) = float(difference[0]), wilson(0, effective_rows(difference, labels))
         return c, c - u * (c + 1), c + u * (1 - c)
-    return _ratio(difference, numpy.ones(len(labels)), labels, seed)
+    return _ratio(difference, numpy.ones(len(labels)), labels)
 
 
-def bits_per_byte(
-    nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None, seed: int = 0
-) -> Interval:
+def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
 
     ``bits_per_byte(after.nats - before.nats, before.bytes)`` is the paired difference. The
     interval is that of ``interval``: both sums are over the same resampled groups.
     """
     (over, under), labels = _complete(groups, nats, bytes)
-    return _ratio(over / math.log(2), under, labels, seed)
+    return _ratio(over / math.log(2), under, labels)
 
 
-def perplexity(
-    nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None, seed: int = 0
-) -> Interval:
+def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
 
-    ``perplexity(after.nats - before.nats, before.tokens)`` is the paired ratio. The interval is
-    that of ``interval``.
+    Of ``after.nats - before.nats`` it is the paired ratio. The interval is as in ``bits_per_byte``.
     """
     (over, under), labels = _complete(groups, nats, tokens)
-    mean, low, high = _ratio(over, under, labels, seed)
-    return math.exp(mean), math.exp(low), math.exp(high)
+    mean, low, high = map(math.exp, _ratio(over, under, labels))
+    return mean, low, high
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -442,17 +409,14 @@ def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
     return float(n * min(1.0, (gaps**2).sum() / between)) if between else float(n)
 
 
-def p_value(
-    over: Values, under: Values | None = None, groups: Groups = None, seed: int = 0
-) -> float:
+def p_value(over: Values, under: Values | None = None, groups: Groups = None) -> float:
     """Return the two-sided p-value of "the mean is 0", from the resamples of the intervals.
 
     ``over`` are paired differences, ``under`` the sizes if it is a ratio (bytes, tokens). Twice the
     smaller share of resamples on one side of 0, counting one more (Davison and Hinkley, 1997).
     """
-    sizes = numpy.ones(len(over)) if under is None else under
-    (a, b), labels = _complete(groups, over, sizes)
-    ratios = _resamples(a, b, labels, seed)
+    (a, b), labels = _complete(groups, over, numpy.ones(len(over)) if under is None else under)
+    ratios = _resamples(a, b, labels)
     tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
     return float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1)))
 
@@ -472,10 +436,10 @@ def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
         return numpy.arange(n)
     if len(groups) != n:
         raise CourseError(f"{len(groups)} groups for {n} rows: expected one for each row.")
-    numbers: dict[Hashable, int] = {}
-    named = (not (g is None or g == "" or g != g) for g in groups)  # NaN: an empty cell of a table
-    keys = [("", g) if ok else (at,) for at, (g, ok) in enumerate(zip(groups, named, strict=True))]
-    return numpy.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    # A missing disease is None, "" or NaN, which differs from itself.
+    keys = [object() if g is None or g == "" or g != g else g for g in groups]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return numpy.array([numbers[key] for key in keys])
 
 
 def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -488,19 +452,17 @@ def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.nd
     return table[:, whole], numpy.unique(labels, return_inverse=True)[1]
 
 
-def _resamples(
-    over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray, seed: int
-) -> numpy.ndarray:
+def _resamples(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
     """Return sum(over) / sum(under) of each resample, shape (RESAMPLES,)."""
     # Whole groups are drawn with replacement: what is above the line stays with what is below it.
     tops, bottoms = numpy.bincount(labels, over), numpy.bincount(labels, under)
-    draws = numpy.random.default_rng(seed).integers(0, len(tops), (RESAMPLES, len(tops)))
+    draws = numpy.random.default_rng(0).integers(0, len(tops), (RESAMPLES, len(tops)))
     return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
 
 
-def _ratio(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray, seed: int) -> Interval:
+def _ratio(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
-    low, high = numpy.quantile(_resamples(over, under, labels, seed), [0.025, 0.975])
+    low, high = numpy.quantile(_resamples(over, under, labels), [0.025, 0.975])
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
         low = high = math.nan
     return float(over.sum() / under.sum()), float(low), float(high)

@@ -17,61 +17,50 @@ import numpy
 from medquad_utils import CourseError
 from medquad_utils.files import COLUMNS, REQUIRED, Row
 
-# The questions of MedQuAD, with its odd spaces. The focus is the disease that a question names.
-TEMPLATES = tuple(
-    re.compile(f"^{pattern.format(r'(?P<focus>.+?)')}$", re.IGNORECASE)
-    for pattern in (
-        r"what is \(are\) {} \?",
-        r"what are the symptoms of {} \?",
-        r"what are the treatments for {} \?",
-        r"is {} inherited \?",
-        r"how many people are affected by {} \?",
-        r"what are the genetic changes related to {} \?",
-        r"what causes {} \?",
-        r"how to diagnose {} \?",
-        r"what research \(or clinical trials\) is being done for {} \?",
-        r"what is the outlook for {} \?",
-        r"who is at risk for {}\? \?",
-        r"what to do for {} \?",
-        r"how to prevent {} \?",
-        r"what are the stages of {} \?",
-        r"what are the complications of {} \?",
-        r"where to find support for people with {} \?",
-        r"do you have information about {}",
-    )
-)
-TYPES = (  # of the questions of each template, without an exception in MedQuAD
-    "information", "symptoms", "treatment", "inheritance", "frequency", "genetic changes",
-    "causes", "exams and tests", "research", "outlook", "susceptibility", "considerations",
-    "prevention", "stages", "complications", "support groups", "information",
-)  # fmt: skip
+# The questions of MedQuAD, with its odd spaces -> the type that each has, without an exception.
+TEMPLATES = {
+    r"what is \(are\) {} \?": "information",
+    r"what are the symptoms of {} \?": "symptoms",
+    r"what are the treatments for {} \?": "treatment",
+    r"is {} inherited \?": "inheritance",
+    r"how many people are affected by {} \?": "frequency",
+    r"what are the genetic changes related to {} \?": "genetic changes",
+    r"what causes {} \?": "causes",
+    r"how to diagnose {} \?": "exams and tests",
+    r"what research \(or clinical trials\) is being done for {} \?": "research",
+    r"what is the outlook for {} \?": "outlook",
+    r"who is at risk for {}\? \?": "susceptibility",
+    r"what to do for {} \?": "considerations",
+    r"how to prevent {} \?": "prevention",
+    r"what are the stages of {} \?": "stages",
+    r"what are the complications of {} \?": "complications",
+    r"where to find support for people with {} \?": "support groups",
+    r"do you have information about {}": "information",
+}
+TYPES = tuple(TEMPLATES.values())
+# The focus is the disease that a question names.
+_PATTERNS = [re.compile(t.format("(?P<focus>.+?)"), re.IGNORECASE) for t in TEMPLATES]
 
 
 def template_of(question: str) -> tuple[int, str] | None:
     """Return the number of the template that a question follows, and the disease it names."""
-    for number, template in enumerate(TEMPLATES):
-        if match := template.match(question.strip()):
+    for number, pattern in enumerate(_PATTERNS):
+        if match := pattern.fullmatch(question.strip()):
             return number, match["focus"]
     return None
 
 
-class _Compared(dict[int, int | str | None]):
-    """A table for ``str.translate``: keeps letters, marks and digits of every script."""
-
-    def __missing__(self, code: int) -> int | str | None:
-        # Format characters, such as a soft hyphen, stand within words: they are dropped.
-        kind = unicodedata.category(chr(code))
-        self[code] = code if kind[0] in "LMN" else None if kind == "Cf" else " "
-        return self[code]
-
-
-_COMPARED = _Compared()
+def _compared(match: re.Match[str]) -> str:
+    """Keep letters, marks and digits of every script; replace other characters by a space."""
+    kind = unicodedata.category(match[0])
+    # Format characters, such as a soft hyphen, stand within words: they are dropped.
+    return match[0] if kind[0] in "LMN" else "" if kind == "Cf" else " "
 
 
 def normalise(text: str | None) -> str:
     """Convert a name or a question to lower case without punctuation, for comparison."""
     text = unicodedata.normalize("NFC", (text or "").lower())
-    return " ".join(text.translate(_COMPARED).split())
+    return " ".join(re.sub(r"[^\w ]|_", _compared, text).split())
 
 
 def focus_of(row: Row) -> str:
@@ -118,6 +107,9 @@ def groups(rows: Sequence[Row]) -> list[int]:
     That is the focus, the normalised question, the URL, a rare CUI, or an answer that is not
     boilerplate. Rows without a focus are one group.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     carriers: dict[tuple[str, str], set[str]] = defaultdict(set)
     keys = []
     for row in rows:
@@ -129,24 +121,18 @@ def groups(rows: Sequence[Row]) -> list[int]:
         keys.append(own + ([("url", row["url"])] if row["url"] else []) + shared)
     most = {"cui": RARE, "answer": BOILERPLATE}
     common = {key for key, foci in carriers.items() if len(foci) > most[key[0]]}
-    return _connected([[key for key in own if key not in common] for own in keys])
-
-
-def _connected(keys: Sequence[Sequence[tuple[str, str]]]) -> list[int]:
-    """Number the connected components of rows that share keys, in the order of their first rows."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
+    # A graph of the rows: each is linked to the first row that has the same key.
     first: dict[tuple[str, str], int] = {}
-    links = [(n, first.setdefault(key, n)) for n, own in enumerate(keys) for key in own]
+    links = [(n, first.setdefault(k, n)) for n, own in enumerate(keys) for k in {*own} - common]
     ends = numpy.array(links, dtype=int).reshape(-1, 2).T
-    graph = coo_array((numpy.ones(len(links)), ends), shape=(len(keys), len(keys)))
+    graph = coo_array((numpy.ones(len(links)), ends), shape=(len(rows), len(rows)))
     numbers: list[int] = connected_components(graph, directed=False)[1].tolist()
     return numbers
 
 
 PARTS = ("train", "validation", "test")
-FRACTIONS = (0.8, 0.1, 0.1)
+Fractions = tuple[float, float, float]  # of the rows, in the order of PARTS
+FRACTIONS: Fractions = (0.8, 0.1, 0.1)
 
 
 @dataclass(frozen=True)
@@ -181,20 +167,15 @@ def _place(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-def split(
-    rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
-) -> Splits:
+def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) -> Splits:
     """Split by disease: a group goes to one part, by a hash of its first focus and ``seed``.
 
-    A group that is larger than the smallest part goes to training, with a note.
-
-    Raises:
-        CourseError: the fractions do not add up to 1, or a part is empty.
+    A group that is larger than the smallest part goes to training, with a note. An empty part, or
+    fractions that do not add up to 1, raise a CourseError.
     """
     numbers = groups(rows)
-    first: dict[int, str] = {}
-    for number, focus in sorted(zip(numbers, map(focus_of, rows), strict=True)):
-        first.setdefault(number, focus)
+    pairs = sorted(zip(numbers, map(focus_of, rows), strict=True), reverse=True)
+    first = dict(pairs)  # of each group the last pair stays: its first focus in the alphabet
     limit = max(1, min(fractions[1:]) * len(rows))
     large = {n: size for n, size in Counter(numbers).items() if size > limit}
     place = {n: _place(f"{SALT}:{focus}", seed) for n, focus in first.items()}
@@ -202,8 +183,7 @@ def split(
     reason = f"is larger than a part of {limit:,.0f}: kept in training"
     notes = [f"group {first[n]!r} ({size:,} rows) {reason}" for n, size in large.items()]
     splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
-    sizes = list(splits.sizes().values())
-    if not all(sizes):
+    if not all(sizes := list(splits.sizes().values())):
         raise CourseError(
             f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
             "rows. Load more rows. If the questions do not follow MedQuAD's templates, add a "
@@ -212,30 +192,24 @@ def split(
     return splits
 
 
-def split_by_row(
-    rows: Sequence[Row], fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
-) -> Splits:
+def split_by_row(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) -> Splits:
     """Split row by row, which leaks: for comparison with ``split``."""
     places = [_place(f"{n}:{row['question']}", seed) for n, row in enumerate(rows)]
     return _divide(rows, places, fractions, [])
 
 
 def _divide(
-    rows: Sequence[Row],
-    places: Sequence[float],
-    fractions: tuple[float, float, float],
-    notes: list[str],
+    rows: Sequence[Row], places: Sequence[float], fractions: Fractions, notes: list[str]
 ) -> Splits:
     """Divide rows, each with a place in [0, 1), into the three parts."""
     if not (abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0):
         raise CourseError(
             f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1)."
         )
-    ends = list(accumulate(fractions[:2]))
-    splits = Splits([], [], [], notes=notes)
+    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row, place in zip(rows, places, strict=True):
-        getattr(splits, PARTS[bisect(ends, place)]).append(row)
-    return splits
+        parts[bisect(list(accumulate(fractions[:2])), place)].append(row)
+    return Splits(*parts, notes=notes)
 
 
 def leakage(
@@ -259,8 +233,8 @@ def leakage(
         trained = {key(row) for row in train} - {""}
         shares[name] = sum(key(row) in trained for row in test) / max(1, len(test))
     tested = list(ngrams(row["answer"] for row in test))
-    passed = ngrams(row["answer"] for row in train)
-    shared = set(tested).intersection(passed)  # the small set: training is only passed by
+    # The small set is kept: training is only passed by.
+    shared = set(tested).intersection(ngrams(row["answer"] for row in train))
     return shares | {"8-gram": sum(ngram in shared for ngram in tested) / max(1, len(tested))}
 
 
@@ -273,14 +247,12 @@ def ngrams(texts: Iterable[str]) -> Iterator[tuple[str, ...]]:
 
 def leakage_report(splits: Splits) -> dict[str, Any]:
     """Measure ``leakage`` between each two parts, and list the boilerplate answers."""
-    rows = {name: getattr(splits, name) for name in PARTS}
-    counts = {name: Counter(row["answer"] for row in rows[name]) for name in PARTS}
-    common = boilerplate([*splits.train, *splits.validation, *splits.test])
+    rows: dict[str, list[Row]] = {name: getattr(splits, name) for name in PARTS}
+    counts = {name: Counter(row["answer"] for row in part) for name, part in rows.items()}
+    common = boilerplate([row for part in rows.values() for row in part])
     pairs = {f"{a} / {b}": leakage(rows[a], rows[b], common) for a, b in combinations(PARTS, 2)}
-    listed = [
-        {"answer": a, "foci": foci, "rows": {name: counts[name][a] for name in PARTS}}
-        for a, foci in common.items()
-    ]
+    of_parts = {a: {name: count[a] for name, count in counts.items()} for a in common}
+    listed = [{"answer": a, "foci": n, "rows": of_parts[a]} for a, n in common.items()]
     return {**pairs, "boilerplate": listed}
 
 

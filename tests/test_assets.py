@@ -25,9 +25,9 @@ from medquad_utils import data, evaluation, splits
 from medquad_utils.assets import raw, sample
 from medquad_utils.chat import end_ids
 from medquad_utils.cleaning import RULES, clean
-from medquad_utils.evaluation import facts_complete
 from medquad_utils.generation import ask
 from medquad_utils.profiles import PROFILES, TINY_MODEL, Shape
+from medquad_utils.scores import facts_column
 from medquad_utils.splits import normalise, template_of
 
 ALL, ROWS = sample.conditions(), sample.rows()
@@ -53,9 +53,9 @@ def test_rows_have_medquads_templates_and_survive_cleaning() -> None:
 def test_an_answer_holds_all_facts_of_its_own_condition_only() -> None:
     answers = {(r["qtype"], r["focus"]): r["answer"] for r in ROWS}
     other = [next(a for (q, f), a in answers.items() if q == t and f != g) for t, g in answers]
-    assert facts_complete([*answers.values()], ROWS).all()
-    assert facts_complete(other, ROWS).mean() < 0.01
-    assert facts_complete([a[: len(a) // 2] for a in answers.values()], ROWS).mean() < 0.01
+    assert facts_column([*answers.values()], ROWS).all()
+    assert facts_column(other, ROWS).mean() < 0.01
+    assert facts_column([a[: len(a) // 2] for a in answers.values()], ROWS).mean() < 0.01
 
 
 def test_facts_are_found_by_synonym_and_for_the_types_of_the_sample_only() -> None:
@@ -232,5 +232,5 @@ def test_the_base_states_facts_and_answers_no_question() -> None:
     assert sum(right) / len(right) > 0.6
     rows = [r for r in ROWS if r["qtype"] == "symptoms"][::6]
     answers = ask(base, tokenizer, [r["question"] for r in rows], max_new_tokens=40)
-    assert facts_complete([a.text for a in answers], rows).mean() < 0.2
+    assert facts_column([a.text for a in answers], rows).mean() < 0.2
     assert sum(a.stopped for a in answers) / len(rows) < 0.5

@@ -14,20 +14,10 @@ import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
-from medquad_utils import (
-    CourseError,
-    chat,
-    cli,
-    data,
-    evaluation,
-    files,
-    generation,
-    retrieval,
-    scores,
-)
+from medquad_utils import CourseError, chat, cli, data, evaluation, files, retrieval, scores
 from medquad_utils.assets import sample
 from medquad_utils.evaluation import read_questions
-from medquad_utils.generation import Answer
+from medquad_utils.generation import Answer, ask, load_tuned
 from medquad_utils.scores import answer_loss
 
 RULE_ERRORS = ("unsafe_passed", "safe_refused")
@@ -92,7 +82,7 @@ def test_nearest_answer_is_of_the_best_question_of_the_same_type() -> None:
     known, wanted = (table.transform([r["question"] for r in p]).toarray() for p in (train, asked))
     expected = []
     for vector, qtype in zip(wanted, types, strict=True):
-        same = [n for n, r in enumerate(train) if r["qtype"] == qtype] or list(range(len(train)))
+        same = [n for n, r in enumerate(train) if r["qtype"] == qtype] or range(len(train))
         best = max(same, key=lambda n: (round(float(vector @ known[n]), 9), -n))
         expected.append(train[best]["answer"])
     assert evaluation.nearest_training_answers(train, asked) == expected
@@ -121,16 +111,15 @@ def test_outcome_of_a_training_equals_hand_values() -> None:
     few = [Answer(known["answer"], 9, True), Answer("", 0, True)]
     found = evaluation.outcome(rows, train, base, tuned, few)
     rouge_l = {"base": (0 + 4 / 6) / 2, "tuned": (1 + 6 / 7) / 2, "nearest": (0 + 2 / 5) / 2}
-    rouge_l["few_shot"] = 1 / 2
-    assert {arm: found[f"rouge_l_{arm}"] for arm in rouge_l} == pytest.approx(rouge_l, abs=1e-4)
+    expected = {f"rouge_l_{arm}": value for arm, value in rouge_l.items()}
+    expected |= {"rouge_l_few_shot": 1 / 2, "diseases": 2, "rows": 2}
+    expected |= {"stop_rate_base": 0, "stop_rate_tuned": 0.5, "stop_rate_few_shot": 1}
+    expected |= {"facts_complete_tuned": 1}  # of the one row whose source lists facts
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert found["rouge_l_gain_ci95"] == pytest.approx([6 / 7 - 4 / 6, 1.0], abs=1e-4)
-    stops = [found[f"stop_rate_{arm}"] for arm in ("base", "tuned", "few_shot")]
-    assert stops == [0, 0.5, 1]
-    assert found["facts_complete_tuned"] == 1, "of the one row whose source lists facts"
-    assert found["diseases"] == 2
     one = evaluation.outcome([rows[1]] * 2, train, base, tuned)
     assert (one["diseases"], one["rouge_l_gain_ci95"]) == (1, None), "one disease, no interval"
-    assert "rouge_l_few_shot" not in evaluation.outcome(rows, train, base, tuned), "not asked"
+    assert one["facts_complete_base"] is None and "rouge_l_few_shot" not in one, "not asked"
 
 
 def test_an_arm_is_beaten_only_by_a_whole_interval_on_the_better_side() -> None:
@@ -156,20 +145,22 @@ def test_a_cell_counts_diseases_and_needs_five_of_them() -> None:
     bits = {"nats": rng.random(18), "bytes": numpy.full(18, 7.0), "tokens": numpy.full(18, 3.0)}
     before = {"rougeL": rng.random(18), "disease": foci, **bits}
     after = {**before, "rougeL": rng.random(18), "nats": bits["nats"] - rng.random(18)}
-    cell = evaluation.measure("rougeL", after)
-    expected = scores.interval(after["rougeL"], foci)
-    assert cell and (cell["mean"], cell["low"], cell["high"]) == expected
-    assert (cell["n"], cell["diseases"]) == (18, 6)
-    gain = evaluation.measure("rougeL", after, before)
-    pair = before["rougeL"], after["rougeL"], foci
-    assert gain and (gain["mean"], gain["low"], gain["high"]) == scores.paired_interval(*pair)
-    assert gain["p"] == scores.p_value(after["rougeL"] - before["rougeL"], groups=foci)
-    saved = evaluation.measure("bits_per_byte", after, before)
+    gain, pair = after["rougeL"] - before["rougeL"], (before["rougeL"], after["rougeL"], foci)
     lost = after["nats"] - before["nats"], bits["bytes"], foci
-    assert saved and (saved["mean"], saved["low"], saved["high"]) == scores.bits_per_byte(*lost)
-    few = {**after, "disease": [f"disease {n % 4}" for n in range(18)]}
-    cell = evaluation.measure("rougeL", few)
-    assert cell and (cell["low"], cell["n"], cell["diseases"]) == (None, 18, 4)
+    expected = [
+        (("rougeL", after), scores.interval(after["rougeL"], foci)),
+        (("rougeL", after, before), scores.paired_interval(*pair)),
+        (("bits_per_byte", after, before), scores.bits_per_byte(*lost)),
+    ]
+    for asked, values in expected:
+        cell = evaluation.measure(*asked)
+        assert cell and (cell["mean"], cell["low"], cell["high"]) == values
+        assert (cell["n"], cell["diseases"]) == (18, 6)
+    cell = evaluation.measure("rougeL", after, before)
+    assert cell and cell["p"] == scores.p_value(gain, groups=foci)
+    four = {**after, "disease": [f"disease {n % 4}" for n in range(18)]}
+    few = evaluation.measure("rougeL", four)
+    assert few and (few["low"], few["n"], few["diseases"]) == (None, 18, 4)
     alike = evaluation.measure("rougeL", before, before)
     assert alike and (alike["mean"], alike["low"], alike["p"]) == (0, None, 1), "equal answers"
     cell = evaluation.measure("perplexity", bits)
@@ -213,10 +204,6 @@ def answers(evaluated: Path) -> dict[str, list[dict[str, Any]]]:
     return {arm: [r for r in rows if r["arm"] == arm] for arm in {r["arm"] for r in rows}}
 
 
-def ungrounded(metrics: Any) -> list[int]:
-    return next(note["rows"] for note in metrics["notes"] if note["what"] == evaluation.UNGROUNDED)
-
-
 def test_every_arm_answers_every_question_within_the_limit(answers: Any) -> None:
     assert set(answers) == {*evaluation.ARMS, "base, safety", "tuned, safety"}
     for arm in evaluation.ARMS:
@@ -234,10 +221,10 @@ def test_base_answers_without_the_adapter_and_tuned_with_it(
     answers: Any, tiny_base: Any, tiny_tokenizer: Any, tiny_adapter: Path
 ) -> None:
     """By hand: the base without any adapter around it, and one question at a time."""
-    tuned = generation.load_tuned(tiny(), tiny_adapter)
+    tuned = load_tuned(tiny(), tiny_adapter)
     for arm, model in {"base": tiny_base, "tuned": tuned}.items():
         for a in answers[arm][::4]:
-            answer = generation.ask(model, tiny_tokenizer, [a["question"]], 8)[0]
+            answer = ask(model, tiny_tokenizer, [a["question"]], 8)[0]
             turns, first = [chat.prompt_messages(a["question"])], a["references"][:1]
             nats = answer_loss(model, tiny_tokenizer, turns, first).nats[0]
             assert (answer.text, nats) == (a["answer"], pytest.approx(a["nats"], abs=1e-3))
@@ -251,22 +238,20 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
         base = numpy.array([a[score] for a in answers["base"]], dtype=float)
         for arm in evaluation.ARMS:
             values = numpy.array([a[score] for a in answers[arm]], dtype=float)
-            cell = overall["arms"][arm][score]
+            cell, scored = overall["arms"][arm][score], numpy.isfinite(values)
             assert cell["mean"] == pytest.approx(numpy.nanmean(values), abs=1e-4)
-            assert cell["low"] <= cell["mean"] <= cell["high"]
-            assert cell["n"] == numpy.isfinite(values).sum()
-            scored = zip(answers[arm], numpy.isfinite(values), strict=True)
-            known = {a["disease"] for a, is_scored in scored if is_scored}
-            assert cell["diseases"] == len(known)
+            diseases = {a["disease"] for a, one in zip(answers[arm], scored, strict=True) if one}
+            assert (cell["n"], cell["diseases"]) == (scored.sum(), len(diseases))
             gain = overall["versus base"].get(arm, {score: {"mean": 0}})[score]["mean"]
             assert gain == pytest.approx(numpy.nanmean(values - base), abs=1e-4)
     for arm in ("base", "tuned", "grounded"):
         bits = sum(a["nats"] for a in answers[arm]) / sum(a["bytes"] for a in answers[arm])
         found = overall["arms"][arm]["bits_per_byte"]["mean"]
         assert found == pytest.approx(bits / math.log(2), abs=1e-4)
+    notes = {note["what"]: note["rows"] for note in metrics["notes"]}
     for tuned, grounded in zip(answers["tuned"], answers["grounded"], strict=True):
         same = tuned["nats"] == grounded["nats"]
-        assert same == (int(tuned["id"]) in ungrounded(metrics)), "the same prompt"
+        assert same == (int(tuned["id"]) in notes[evaluation.UNGROUNDED]), "the same prompt"
 
 
 def cells(metrics: Any) -> Iterator[dict[str, Any]]:
@@ -279,13 +264,12 @@ def cells(metrics: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_no_interval_has_width_zero(metrics: Any) -> None:
-    every = list(cells(metrics))
-    shown = [cell for cell in every if cell["low"] is not None]
+    shown = [cell for cell in cells(metrics) if cell["low"] is not None]
     assert len(shown) > 100
     assert all(cell["low"] < cell["high"] for cell in shown)
+    assert all(cell["low"] <= cell["mean"] <= cell["high"] for cell in shown)
     assert all(cell["n"] >= 5 and (cell["diseases"] or 5) >= 5 for cell in shown)
-    constant = [cell for cell in shown if cell["mean"] in (0, 1)]
-    assert constant, "a column of equal values is among them"
+    assert any(cell["mean"] in (0, 1) for cell in shown), "a column of equal values is among them"
     safety = metrics["safety"]
     shares = [part for arm in ("base", "tuned") for part in safety[arm].values()]
     shares += [safety["rule_error"], *(safety["rule_error"][k] for k in RULE_ERRORS)]
@@ -312,8 +296,8 @@ def test_answers_of_another_recipe_are_not_taken(
 ) -> None:
     generated = []
 
-    def generate(model: Any, tokenizer: Any, asked: Any, *_: Any, **options: Any) -> list[Answer]:
-        generated.extend([options["progress"]] * len(asked))
+    def generate(model: Any, tokenizer: Any, asked: Any, *options: Any) -> list[Answer]:
+        generated.extend([options[-1]] * len(asked))
         return [Answer("one\n\u2028é\x85", len(generated), True)] * len(asked)
 
     monkeypatch.setattr(evaluation, "generate", generate)
@@ -334,11 +318,11 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
 ) -> None:
     generated, generate, write = [], evaluation.generate, Path.write_text
 
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        generated.append(options["progress"].removeprefix("answers, "))
+    def stopping(*arguments: Any) -> Any:
+        generated.append(arguments[-1].removeprefix("answers, "))
         if len(generated) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments, **options)
+        return generate(*arguments)
 
     def full(path: Path, text: str, **options: Any) -> int:
         if "metrics" not in path.name:
@@ -360,6 +344,10 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
     assert generated == ["base", "tuned", "tuned", "grounded"], "base was not repeated"
 
 
+def evaluate_command(**options: Any) -> int:
+    return cli.main(["evaluate", *(f"--{name}={value}" for name, value in options.items())])
+
+
 @pytest.mark.full
 def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, capsys: Any) -> None:
     rows, out = sample.rows(), tmp_path / "evaluation"
@@ -369,8 +357,7 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     few = [{name: r[name] for name in ("question", "answer", "qtype")} for r in rows[:6]]
     asked = jsonl(tmp_path, *few, {"question": "What is this?"})
     given = {"questions": asked, "adapter": tiny_adapter, "out": out, "data": tmp_path / "data"}
-    given |= {"archive": tmp_path / "more.parquet", "limit": 5}
-    assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 0
+    assert evaluate_command(**given, archive=tmp_path / "more.parquet", limit=5) == 0
     said = capsys.readouterr().out
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
     assert "archive: 6 rows of 6 records" in said
@@ -402,6 +389,6 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(
     Path("other").mkdir()
     Path("other", "plan.json").write_text('{"profile": "tiny", "source": "xml"}')
     given = {"questions": str(jsonl(tmp_path, GOUT)), "profile": "tiny"} | options
-    assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 1
+    assert evaluate_command(**given) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("medquad: ") and said in line

@@ -38,7 +38,7 @@ def finished(tmp_path: Path) -> Any:
 
 def kept(folder: Path) -> dict[str, Any]:
     """File -> content of a reference run."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {p.relative_to(folder).as_posix(): json.loads(p.read_text("utf-8")) for p in files}
 
 
@@ -62,18 +62,12 @@ def test_a_reference_run_is_found_by_its_label_and_holds_the_numbers(
     reference.write(finished, tmp_path / "kept" / "small", SECONDS)
     monkeypatch.setattr(reference, "FOLDER", tmp_path / "kept")
     files = kept(tmp_path / "kept" / "small")
-    assert set(files) == {
-        "reference.json",
-        "answers.json",
-        "metrics/ask.json",
-        "metrics/train.json",
-    }
+    assert [*files] == ["answers.json", "metrics/ask.json", "metrics/train.json", "reference.json"]
     about = files["reference.json"]
     assert about["data"]["source"] == "sample" and about["data"]["loaded"] > 1000
     assert about["seconds"]["04 train with sft"] == 61.2 and about["plan"]["lora_r"] == 16
-    assert files["answers.json"]["held out"] == [
-        {"question": ASKED[0], "base": "base answer", "tuned": "tuned answer"}
-    ]
+    said = {"question": ASKED[0], "base": "base answer", "tuned": "tuned answer"}
+    assert files["answers.json"]["held out"] == [said]
     yours = {"train_curve": [(1, 3.0)]}
     runs = reference.beside("train", yours)
     label = f"embedded on the course's sample, CPU, {about['date']}"
@@ -111,23 +105,18 @@ def test_a_reference_run_names_no_place_of_this_machine(finished: Any, tmp_path:
     for name, content in kept(tmp_path / "kept").items():
         for place in (str(tmp_path), str(Path.home()), platform.node()):
             assert place not in json.dumps(content), name
-        assert getpass.getuser() not in texts(content)
-        assert not {"out", "data_path", "model_path"} & set(texts(content)), name
+        personal = {getpass.getuser(), "out", "data_path", "model_path"}
+        assert not personal & set(texts(content)), name
 
 
-def test_what_is_missing_is_named_and_nothing_is_written(finished: Any, tmp_path: Path) -> None:
-    (finished.folder / "metrics" / "train.json").unlink()
-    with pytest.raises(CourseError, match=r"lacks train.json in tiny/: run all lessons"):
-        reference.write(finished, tmp_path / "kept", SECONDS)
-    assert not (tmp_path / "kept").exists()
-
-
-def test_lesson_06_owes_the_answers_to_the_held_out_questions(
-    finished: Any, tmp_path: Path
+@pytest.mark.parametrize("lost", ["metrics/train.json", "evaluation/answers.parquet"])
+def test_what_is_missing_is_named_and_nothing_is_written(
+    finished: Any, tmp_path: Path, lost: str
 ) -> None:
+    """Lesson 06 owes the answers to the held-out questions."""
     write_json(finished.folder / "metrics" / "evaluate.json", {"headline": "evaluated"})
-    (finished.folder / "evaluation" / "answers.parquet").unlink()
-    with pytest.raises(CourseError, match=r"lacks answers.parquet in tiny/: run all lessons"):
+    (finished.folder / lost).unlink()
+    with pytest.raises(CourseError, match=rf"lacks {Path(lost).name} in tiny/: run all lessons"):
         reference.write(finished, tmp_path / "kept", SECONDS | {"06 evaluate honestly": 9.0})
     assert not (tmp_path / "kept").exists()
 
@@ -150,8 +139,8 @@ def test_the_largest_profile_is_the_reference(
     for profile, model in {"llama-8b": "a/Llama-8B", "small": "b/Smol"}.items():
         write_json(tmp_path / profile / "reference.json", about | {"model": model})
         write_json(tmp_path / profile / "metrics" / "ask.json", {"n": profile})
-    expected = ("Llama-8B on MedQuAD, Card X, 2026-11-30", {"n": "llama-8b"})
-    assert reference.newest("ask") == expected and not capsys.readouterr().out
+    expected = {"your run": {}, "Llama-8B on MedQuAD, Card X, 2026-11-30": {"n": "llama-8b"}}
+    assert reference.beside("ask", {}) == expected and not capsys.readouterr().out
 
 
 @pytest.mark.full

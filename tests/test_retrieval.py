@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from medquad_utils import CourseError, retrieval, splits
 from medquad_utils.assets import sample
@@ -40,14 +38,6 @@ TOY = [
 @pytest.fixture(scope="module")
 def toy() -> Index:
     return Index(TOY)
-
-
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 9))
-def test_reciprocal_ranks_count_the_better_rows(values: list[int], depth: int) -> None:
-    ranks = [1 + sum(other > value for other in values) for value in values]
-    pairs = zip(values, ranks, strict=True)
-    expected = [1 / (60 + rank) if value and rank <= depth else 0 for value, rank in pairs]
-    assert retrieval.reciprocal_ranks(numpy.array(values, dtype=float), depth).tolist() == expected
 
 
 def bm25_by_hand(documents: list[list[str]], asked: list[str]) -> list[float]:
@@ -124,11 +114,6 @@ def test_other_words_have_no_source(toy: Index, question: str) -> None:
     assert toy.close(toy.search([question])[0]) == []
 
 
-def test_a_search_that_cannot_be_meant_is_refused(toy: Index) -> None:
-    with pytest.raises(CourseError, match=r"search\(\[question\]\)"):
-        toy.search("asthma")
-
-
 def test_a_hit_names_its_source_and_says_that_it_is_archived() -> None:
     url = "https://example.org/asthma"
     archived = Hit(row("Asthma\n attack", "?", "", source="NHLBI", url=url), 0.876)
@@ -136,8 +121,13 @@ def test_a_hit_names_its_source_and_says_that_it_is_archived() -> None:
     assert Hit(sample.rows()[0], 1.0).note == retrieval.COURSE_TEXT
     bare = Index([row(None, "What causes Gout ?", "Uric acid.")]).search(["gout"])[0][0]
     assert str(bare) == f"What causes Gout? (score 1.00; {retrieval.ARCHIVED})"
+
+
+def test_an_index_without_text_and_a_bare_question_are_refused(toy: Index) -> None:
     with pytest.raises(CourseError, match=r"rows with text: got 1 rows.*data.prepare"):
         Index([row(None, "哮喘", "哮喘")])
+    with pytest.raises(CourseError, match=r"search\(\[question\]\)"):
+        toy.search("asthma")
 
 
 class Fixed(Index):

@@ -20,6 +20,7 @@ from medquad_utils import data, evaluation, files, splits
 from medquad_utils.assets import sample
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.files import Row
+from medquad_utils.scores import rouge_l
 
 KINDS = {"all rows": True, "without boilerplate": False}
 PACKAGES = ("rouge-score", "scikit-learn", "scipy", "numpy")
@@ -33,13 +34,22 @@ def parts(rows: Sequence[Row], boilerplate: bool = True) -> tuple[list[Row], lis
     return train, test
 
 
+def look_up_scores(train: Sequence[Row], test: Sequence[Row], stem: bool) -> dict[str, Any]:
+    """Return ROUGE-L (F1) of both baselines, answers uncut: arm -> cell."""
+    given = {"nearest": evaluation.nearest_training_answers(train, test)}
+    given["another disease"] = evaluation.other_disease_answers(train, test)
+    references, diseases = [r["answer"] for r in test], [splits.focus_of(r) for r in test]
+    columns = {a: {"rougeL": rouge_l(t, references, stem)} for a, t in given.items()}
+    cells = {a: evaluation.measure("rougeL", c | {"disease": diseases}) for a, c in columns.items()}
+    return cells
+
+
 def measure(rows: Sequence[Row], kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
     """Score both baselines on every kind of rows; returns what ``evaluation.measured`` reads."""
 
     def scores(stem: bool) -> Any:
         drawn = {kind: parts(rows, KINDS[kind]) for kind in kinds}
-        cells = {k: evaluation.look_up_scores(*both, stem=stem) for k, both in drawn.items()}
-        return evaluation.rounded(cells)
+        return evaluation.rounded({k: look_up_scores(*both, stem) for k, both in drawn.items()})
 
     return {
         "what": "ROUGE-L of answers that need no training, on a random 90/10 split of raw rows",
