@@ -324,6 +324,7 @@ def save_with(tokenizer: Tokenizer, folder: Path) -> None:
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
         write_json(folder / "config.json", config)
+    folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 600, which another account cannot serve
 
@@ -451,14 +452,3 @@ def stream(
         finally:
             closed.set()
     done.result()  # raises what went wrong in the thread
-
-
-def next_token_probabilities(
-    model: PreTrainedModel, tokenizer: Tokenizer, messages: Messages, start: str = ""
-) -> torch.Tensor:
-    """Return the probability of each next token after the answer's first words ``start``; fp32."""
-    ids = prompt_ids(tokenizer, messages) + tokenizer(start, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    probabilities: torch.Tensor = logits.float().softmax(-1).cpu()
-    return probabilities

@@ -84,7 +84,7 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     it: a file of ``texts``, or LICENSE in the base's folder. Without one it is "unknown".
     """
     model_id = base if isinstance(base, str) else "" if base.model_path else base.model_id
-    if llama := re.search(r"/(?:meta-)?llama-3(\.\d)?", model_id.lower()):
+    if llama := re.search(r"/.*llama-?3(\.\d)?(?!\d)", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
     if model_id in BASES:
         return LICENCES["apache-2.0"]

@@ -101,14 +101,6 @@ def test_a_stream_ends_with_its_reader(base: Any, monkeypatch: pytest.MonkeyPatc
         list(generation.stream(*base, QUESTIONS[0], -1))
 
 
-def test_next_token_probabilities_lead_to_the_greedy_token(base: Any) -> None:
-    first, later = (generation.next_token_probabilities(*base, PROMPT, s) for s in ("", "The"))
-    assert (first.shape, first.dtype) == ((3072,), torch.float32)
-    assert int(first.argmax()) == int(logits(*base)[0, -1].argmax())
-    assert float(first.sum()) == pytest.approx(1, abs=1e-5)
-    assert not torch.allclose(later, first)
-
-
 def test_unpacked_weights_answer_alike_to_the_bit(
     tuned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

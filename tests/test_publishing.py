@@ -301,7 +301,8 @@ def test_of_a_local_base_nothing_is_claimed_that_its_folder_does_not_say(
 @pytest.mark.parametrize(("base", "licence"), [
     ("embedded", "apache-2.0"), ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     (LLAMA, "llama3"), ("meta-llama/Llama-3.1-8B", "llama3.1"), ("someone/else", "unknown"),
-    ("meta-llama/Llama-3.9-1B", "unknown"), ("someone/tiny-llama", "unknown"),
+    ("meta-llama/Llama-3.9-1B", "unknown"), ("x/Hermes-Llama-3.1-8B", "llama3.1"),
+    ("huggyllama/llama-30b", "unknown"), ("someone/tiny-llama", "unknown"),
 ])  # fmt: skip
 def test_a_licence_is_known_or_unknown(base: str, licence: str) -> None:
     assert publishing.licence_of(base).id == licence
