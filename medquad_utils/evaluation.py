@@ -530,7 +530,7 @@ def training_rows(
             f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
         )
     wanted, source = record.get("data"), record.get("source", plan.source)
-    if not given and source == plan.source and wanted != (identity(folder) or None):
+    if not given and source == plan.source and not (wanted and identity(folder) == wanted):
         prepare(plan)
     have, card = identity(folder), folder / "data.json"
     right = have == wanted or bool(given and not have)

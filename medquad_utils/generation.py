@@ -305,16 +305,14 @@ def save_with(tokenizer: Tokenizer, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
     tokenizer.save_pretrained(folder)
-    tokenizer.padding_side = side
     tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id}
     tokens |= {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     GenerationConfig(do_sample=False, **tokens).save_pretrained(folder)
     settings = read_json(folder / "tokenizer_config.json")
     if extra := settings.pop("extra_special_tokens", None):
         settings["additional_special_tokens"] = extra
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", settings)
     if (folder / "config.json").is_file():

@@ -183,6 +183,7 @@ def test_a_saved_folder_says_everything_where_older_programs_look(
     assert config["pad_token_id"] == tiny_tokenizer.pad_token_id
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "<|eot_id|>" in tokenizer["additional_special_tokens"]
+    assert (tokenizer["padding_side"], tiny_tokenizer.padding_side) == ("left", "right")
     assert settings["do_sample"] is False and not {"temperature", "top_p"} & settings.keys()
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
     again = AutoModelForCausalLM.from_pretrained(folder)

@@ -387,8 +387,9 @@ def diseases(file: Path, prefix: str = "") -> None:
     """Write two questions about each of 40 diseases, whose names begin with ``prefix``."""
     lines = ["qtype,question,answer,focus"]
     for n in range(40):
-        lines += [f"causes,What causes D{n} ?,It is {n}.,{prefix}D{n}"]
-        lines += [f"symptoms,What are the symptoms of D{n} ?,They are {n}.,{prefix}D{n}"]
+        told = f"is a disease with the number {n} in a list of forty such diseases."
+        lines.append(f"causes,What causes D{n} ?,The cause {told},{prefix}D{n}")
+        lines.append(f"symptoms,What are the symptoms of D{n} ?,The sign {told},{prefix}D{n}")
     file.write_text("\n".join(lines))
 
 
