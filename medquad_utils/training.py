@@ -95,7 +95,7 @@ def ensure_adapter(plan: Plan) -> Path:
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
-    changed = differs(generation.adapter_record(folder), record_of(plan), MADE_FROM)
+    changed = differs(generation.adapter_record(folder), record_of(plan, fit=False), MADE_FROM)
     if changed and plan.model_id != "embedded":
         raise CourseError(
             f"no adapter of this plan is in {plan.folder.name}/adapter ({changed}), and training "
@@ -108,11 +108,14 @@ def ensure_adapter(plan: Plan) -> Path:
     return folder
 
 
-def record_of(plan: Plan) -> dict[str, Any]:
-    """Return what is kept with an adapter: the plan, and which weights and rows it really used."""
+def record_of(plan: Plan, fit: bool = True) -> dict[str, Any]:
+    """Return what is kept with an adapter: the plan, and which weights and rows it really used.
+
+    Without ``fit`` it lacks the sizes of a step, which a machine too small to train does not have.
+    """
     used = {"revision": plan.hub_revision, "base": base_id(plan)}
     used["data"] = data.identity(plan.folder / "data")
-    return plan.as_dict(fit=True) | used
+    return plan.as_dict(fit) | used
 
 
 def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
