@@ -7,6 +7,7 @@ BMC Bioinformatics 2019, 20:511; CC BY 4.0.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -291,18 +292,18 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
-    """Describe what determines the written rows: source, state of its files, seed and options."""
+    """Describe what determines the written rows: source, content of its files, seed and options."""
     path, sources = Path(plan.data_path), list[Path]()
     if plan.source == "sample":
         sources = [sample.CONDITIONS, raw.WORDING]
     elif plan.source != "hub":
         sources = list_files(path, [path.suffix, ".xml", *ENDINGS])
-    states = [file.stat() for file in sources]
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "bytes": sum(s.st_size for s in states),
-        "changed": max((s.st_mtime_ns for s in states), default=0),
+        "files": files.content_hash(
+            sources, Path(os.path.commonpath(sources)) if sources else path
+        ),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
@@ -317,8 +318,21 @@ def prepare(plan: Plan) -> Splits:
         written = files.read_json(card)
         if written["recipe"] == _recipe(plan):
             train, validation, test = map(files.read_rows, parts)
-            return Splits(train, validation, test, written["cleaning"], written["notes"])
+            splits = Splits(train, validation, test, written["cleaning"], written["notes"])
+            if _hash(splits) == written["splits"]:
+                return splits
     return make(plan, folder)[0]
+
+
+def _hash(splits: Splits) -> str:
+    parts = (splits.train, splits.validation, splits.test)
+    return files.value_hash([[[row.get(c) for c in COLUMNS] for row in part] for part in parts])
+
+
+def identity(folder: Path) -> str:
+    """Return the hash of all rows that ``make`` wrote to ``folder``; "" if there are none yet."""
+    card = folder / "data.json"
+    return str(files.read_json(card).get("splits", "")) if card.is_file() else ""
 
 
 def make(
@@ -335,7 +349,12 @@ def make(
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
     splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
-    card |= {"specialty": specialty, "focus_recovery": None, "leakage": leakage_report(splits)}
+    card |= {
+        "splits": _hash(splits),
+        "specialty": specialty,
+        "focus_recovery": None,
+        "leakage": leakage_report(splits),
+    }
     if any(row["focus"] for row in rows):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
             card["focus_recovery"] = focus_recovery(rows, plan.seed)

@@ -1,11 +1,12 @@
-"""Rows and files: the columns of a row, writes that succeed whole or not at all, JSON, parquet."""
+"""Rows and files: a row's columns, writes that succeed whole or not at all, hashes of content."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def content_hash(paths: Iterable[Path], root: Path) -> str:
+    """Return the sha256 of files by their path below ``root`` and content, whatever their order."""
+    lines = []
+    for path in paths:
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        lines.append(f"{path.relative_to(root).as_posix()} {digest}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def value_hash(value: Any) -> str:
+    """Return 16 digits of the sha256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import resource
 import sys
@@ -629,6 +630,21 @@ def test_prepare_starts_again_for_another_seed_source_or_rule(tmp_path: Path) ->
     assert "white space" not in data.make(plan, plan.folder / "data", ["white space"])[0].cleaning
     assert data.prepare(plan) == first
     assert data.prepare(own_rows(tmp_path, " Really.")).train != first.train
+
+
+def test_prepare_starts_again_for_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
+    plan = own_rows(tmp_path)
+    first, file = data.prepare(plan), tmp_path / "mine.jsonl"
+    state, text = file.stat(), file.read_text()
+    file.write_text(text.replace("Only", "Just"))
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert file.stat().st_size == state.st_size and data.prepare(plan).train != first.train
+    file.write_text(text)
+    assert data.prepare(plan) == first
+    before = data.identity(plan.folder / "data")
+    files.write_rows(plan.folder / "data" / "test.parquet", first.train)
+    assert data.prepare(plan) == first, "a part that somebody changed is made again"
+    assert data.identity(plan.folder / "data") == before != ""
 
 
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:
