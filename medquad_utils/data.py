@@ -7,6 +7,7 @@ BMC Bioinformatics 2019, 20:511; CC BY 4.0.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -18,7 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, files, tables
+from medquad_utils import CourseError, files, machine, tables
 from medquad_utils.assets import raw, sample
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import COLUMNS, LISTS, Row
@@ -168,15 +169,13 @@ def load_hub(name: str) -> Loaded:
             "data set, then source=csv data_path=FILE."
         )
     table, commit = HUB[name]
-    try:
+    todo = (
+        f"Check the network, or read MedQuAD from a folder: {GIT_CLONE}, then source=xml "
+        "data_path=MedQuAD; source=sample needs no network."
+    )
+    with machine.network(f"the data set {name} could not be loaded from the Hub", todo):
         folder = Path(snapshot_download(name, repo_type="dataset", revision=commit,
                                         allow_patterns=table))  # fmt: skip
-    except Exception as error:  # the library raises many kinds of error here
-        raise CourseError(
-            f"the data set {name} could not be loaded from the Hub "
-            f"({type(error).__name__}). Check the network, or read MedQuAD from a folder: "
-            f"{GIT_CLONE}, then source=xml data_path=MedQuAD; source=sample needs no network."
-        ) from error
     loaded = load_table(folder)
     loaded.commit = folder.name  # the Hub's cache names the folder of a snapshot by its commit
     return loaded
@@ -291,22 +290,38 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
-    """Describe what determines the written rows: source, state of its files, seed and options."""
-    path, sources = Path(plan.data_path), list[Path]()
-    if plan.source == "sample":
-        sources = [sample.CONDITIONS, raw.WORDING]
-    elif plan.source != "hub":
-        sources = list_files(path, [path.suffix, ".xml", *ENDINGS])
-    states = [file.stat() for file in sources]
+    """Describe what determines the written rows: source, its content, seed and options."""
+    digest = hashlib.sha256()
+    for file in _files_of(plan):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest() + file.name.encode())
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "bytes": sum(s.st_size for s in states),
-        "changed": max((s.st_mtime_ns for s in states), default=0),
+        "sha256": digest.hexdigest(),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
     }
+
+
+def _check_replaced(plan: Plan, folder: Path) -> None:
+    """Check that the files to write replace no input and nothing that others wrote."""
+    card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
+    inputs = {file.resolve() for file in _files_of(plan)}
+    if own := [path.name for path in parts if path.resolve() in inputs]:
+        raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
+    files.check_ours(card, '"leakage"')
+    for path in () if card.is_file() else parts:
+        files.check_ours(path, "medquad")
+
+
+def _files_of(plan: Plan) -> list[Path]:
+    """List the files of the plan's source on this machine."""
+    if plan.source == "sample":
+        return [sample.CONDITIONS, raw.WORDING]
+    path = Path(plan.data_path)
+    return [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
 
 
 def prepare(plan: Plan) -> Splits:
@@ -314,7 +329,7 @@ def prepare(plan: Plan) -> Splits:
     folder = plan.folder / "data"
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
     if card.is_file() and all(part.is_file() for part in parts):
-        written = files.read_json(card)
+        written = files.read_json(card, "recipe", "cleaning", "notes")
         if written["recipe"] == _recipe(plan):
             train, validation, test = map(files.read_rows, parts)
             return Splits(train, validation, test, written["cleaning"], written["notes"])
@@ -329,23 +344,28 @@ def make(
     ``without`` names cleaning rules to turn off. ``specialty`` selects a sub-corpus. Returns the
     splits and the content of ``data.json``.
     """
+    _check_replaced(plan, folder)
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
-    rows = select(rows, specialty) if specialty else rows
+    chosen = select(rows, specialty) if specialty else rows
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
-    splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
+    splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
-    card |= {"specialty": specialty, "focus_recovery": None, "leakage": leakage_report(splits)}
-    if any(row["focus"] for row in rows):
+    card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
+    kept = sum(splits.sizes().values()) + card["other_specialties"]
+    assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
+    card |= {"focus_recovery": None, "leakage": leakage_report(splits)}
+    if any(row["focus"] for row in chosen):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
-            card["focus_recovery"] = focus_recovery(rows, plan.seed)
-    # Without data.json the parts are not used, so a kill never leaves parts of two recipes.
-    with suppress(OSError):
-        (folder / "data.json").unlink(missing_ok=True)
-    for part in PARTS:
-        files.write_rows(folder / f"{part}.parquet", getattr(splits, part))
-    files.write_json(folder / "leakage.json", card["leakage"])
-    files.write_json(folder / "data.json", card)
+            card["focus_recovery"] = focus_recovery(chosen, plan.seed)
+    with files.locked(folder):
+        # Without data.json the parts are not used, so a kill never leaves parts of two recipes.
+        with suppress(OSError):
+            (folder / "data.json").unlink(missing_ok=True)
+        for part in PARTS:
+            files.write_rows(folder / f"{part}.parquet", getattr(splits, part))
+        files.write_json(folder / "leakage.json", card["leakage"])
+        files.write_json(folder / "data.json", card)
     return splits, card
 
 
@@ -369,6 +389,7 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
         "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
         "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
         "cleaning": splits.cleaning,
+        "dropped": sum(effect["dropped"] for effect in splits.cleaning.values()),
         "rows": splits.sizes(),
         "shares": splits.shares(),
         "notes": splits.notes,
@@ -392,6 +413,10 @@ def summary(card: Mapping[str, Any]) -> str:
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
         f"an answer + {sum(card['skipped'].values()):,} skipped",
+        f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
+        f"{card['dropped']:,} dropped by cleaning"
+        + f" + {card['other_specialties']:,} of other fields"
+        * bool(card["specialty"]),
         "\n".join(card["reading"]),
         _table("source", card["by_source"]),
         _table("question type", card["by_qtype"]),

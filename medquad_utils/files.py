@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,58 @@ COLUMNS = (*REQUIRED, "focus", *LISTS, "source", "url", "document_id")
 MEASURED = Path(__file__).parent / "assets" / "measured"  # JSON that tests/benchmarks write
 
 
+def user_path(text: str | Path) -> Path:
+    """Turn a path as a user gives it into a ``Path``: ``~`` is the home folder."""
+    try:
+        if "\0" in str(text):
+            raise RuntimeError("a zero byte is in it")
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise CourseError(f"path {str(text)!r}: {error}. Write the whole path.") from error
+
+
+def check_ours(path: Path, mark: str, whole: bool = False) -> None:
+    """Check that a file may be replaced: it is absent, or holds the text ``mark`` of this package.
+
+    ``whole`` asks for the folder around it, which is empty or holds the marked file.
+
+    Raises:
+        CourseError: somebody else wrote it, or it is a link.
+    """
+    refuse_link(path)
+    replaced = path.parent if whole else path
+    with suppress(OSError):  # it cannot be read: writing will say so
+        there = any(replaced.iterdir()) if replaced.is_dir() else replaced.exists()
+        if there and not (path.is_file() and mark.encode() in path.read_bytes()):
+            raise CourseError(
+                f"{replaced.name} is there already, and medquad did not write it. "
+                "Move it away, or choose another folder or name with --out."
+            )
+
+
+def refuse_link(path: Path) -> None:
+    """Check that ``path`` is no link to a file: writing would lose the link."""
+    if path.is_symlink():
+        raise CourseError(
+            f"{path.name} is a link, which would be lost. Delete it, or choose another folder "
+            "or name with --out."
+        )
+
+
+def _temporary(path: Path, ending: str = "part") -> Path:
+    """Name a file beside ``path`` for this process; remove those that killed processes left."""
+    import psutil
+
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
+        if not ((pid := left.name.split(".")[-2]).isdecimal() and psutil.pid_exists(int(pid))):
+            if ending == "old" and not path.exists():
+                left.rename(path)  # it was killed between the two renames
+            remove = shutil.rmtree if left.is_dir() else os.unlink
+            with suppress(OSError):
+                remove(left)
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it to ``path`` at the end.
@@ -28,39 +82,60 @@ def whole_file(path: Path) -> Iterator[Path]:
     An error or a kill on the way leaves an older ``path`` as it was.
 
     Raises:
-        CourseError: the disk is full or the folder cannot be written.
+        CourseError: the disk is full, the folder cannot be written, or ``path`` is a link.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    refuse_link(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
         yield temporary
         temporary.replace(path)  # atomic, because both are in one folder
     except OSError as error:
-        raise CourseError(
-            f"cannot write {path.name}: {error.strerror or error}. "
-            "Free some space or choose another folder with out=..."
-        ) from error
+        raise CourseError(f"cannot write {path.name}: {reason(error)}") from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            if temporary:
+                temporary.unlink()
+
+
+def reason(error: OSError) -> str:
+    """Say why the system refused to write, and what helps."""
+    todo = {
+        errno.ENOSPC: "Free some space",
+        errno.EFBIG: "Free some space",
+        errno.EDQUOT: "Free some space",
+        errno.EACCES: "Ask for the right to write there",
+        errno.EROFS: "The disk is read-only",
+        errno.ENAMETOOLONG: "Choose a shorter name",
+    }.get(error.errno or 0, "Another file is in the way, perhaps")
+    return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a folder to create beside ``folder``, and replace ``folder`` at the end.
 
-    An error passes through unchanged and leaves an older ``folder`` as it was.
+    An error passes through unchanged and leaves an older ``folder`` as it was. If ``folder`` is a
+    link, the folder that it leads to is replaced, and the link stays.
     """
-    fresh, older = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, older = _temporary(folder), _temporary(folder, "old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
-        # No system call replaces a folder that has files in it, so the older one steps aside.
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
+        for _ in range(100):  # another process may replace the folder at the same moment
+            with suppress(FileNotFoundError):
+                # No system call replaces a folder that has files in it: the older steps aside.
+                folder.rename(older)
+            try:
+                fresh.rename(folder)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(older, ignore_errors=True)
     except BaseException:
         if older.exists() and not folder.exists():
             older.rename(folder)
@@ -70,9 +145,52 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file in UTF-8."""
-    return json.loads(path.read_text(encoding="utf-8"))
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold ``folder`` against other processes that lock it; the lock ends with this process.
+
+    Raises:
+        CourseError: another process holds it, and ``wait`` is false.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with ExitStack() as opened:
+        with suppress(OSError):  # the folder cannot be written, which the first file will say
+            folder.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((folder / ".lock").open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise CourseError(
+                    f"another run is writing to {folder.parent.name}/{folder.name}: wait for its "
+                    "end, or choose another folder with --runs."
+                ) from error
+        yield
+
+
+def read_json(path: Path, *keys: str) -> Any:
+    """Read an object from a JSON file that this package wrote; ``keys`` must be in it.
+
+    Raises:
+        CourseError: the file is damaged.
+    """
+    lack = "it is no object"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        lack = ", ".join(key for key in keys if key not in value)
+        if isinstance(value, dict) and not lack:
+            return value
+    except (ValueError, OSError, RecursionError, TypeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        lack = " ".join(str(getattr(error, "strerror", None) or error).split())
+    place = f"{path.parent.name}/{path.name}"
+    raise CourseError(
+        f"{place} is damaged ({lack[:200]}): delete it, and run the lesson that writes it again."
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,16 +201,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of ``write_rows``."""
+    """Read a file of ``write_rows``.
+
+    Raises:
+        CourseError: the file is damaged, or holds other columns.
+    """
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.lib.ArrowInvalid) as error:
-        advice = "Delete it and run lesson 01 again."
-        raise CourseError(f"cannot read {path.name}: {error}. {advice}") from error
+        if wrong := [n for n, row in enumerate(rows, 1) if not _is_row(row)]:
+            raise ValueError(f"row {wrong[0]} is not one of medquad data")
+    except (OSError, ValueError, pyarrow.lib.ArrowException) as error:
+        told = " ".join(str(error).split()).replace(str(path), path.name)
+        todo = "Delete it and run lesson 01 again, or medquad data if you named the folder."
+        raise CourseError(f"cannot read {path.name}: {told[:200]}. {todo}") from error
     return rows
+
+
+def _is_row(row: Row) -> bool:
+    texts = all(isinstance(row.get(column), str) for column in REQUIRED)
+    return texts and row.keys() >= set(COLUMNS)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -102,6 +232,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
     # The types are given, because a column that is empty in these rows has none of its own.
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
-    schema = pyarrow.schema([(c, texts if c in LISTS else text) for c in COLUMNS])
+    types = [(column, texts if column in LISTS else text) for column in COLUMNS]
+    schema = pyarrow.schema(types, metadata={"medquad": "rows"})  # by which check_ours knows it
     with whole_file(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)

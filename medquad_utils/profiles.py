@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, machine
-from medquad_utils.files import read_json
+from medquad_utils.files import read_json, user_path
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, training_memory
 from medquad_utils.memory import Shape as Shape  # part of this module's interface
@@ -28,6 +28,7 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 # Source -> what its data_path names.
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
+LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
@@ -295,6 +296,10 @@ def resolve(
         CourseError: an unknown profile, source or model, or a source without its path.
     """
     machine.show_errors_plainly()
+    given = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
+    for name, value in given.items():
+        if not 0 <= value <= LARGEST:
+            raise CourseError(f"{name}={value}: expected a whole number from 0 to {LARGEST:,}.")
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
@@ -312,7 +317,8 @@ def resolve(
         lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
         learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
         rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
-        max_new_tokens=recipe.max_new_tokens, seed=seed, out=out or machine.default_out(),
+        max_new_tokens=recipe.max_new_tokens, seed=seed,
+        out=str(user_path(out or machine.default_out())),
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
     )  # fmt: skip
@@ -326,7 +332,7 @@ def resolve_trained(
     Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
     ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
     """
-    out = out or machine.default_out()
+    out = str(user_path(out or machine.default_out()))
     if profile == "auto":
         records = [adapter / "plan.json"] if adapter else Path(out).glob("*/adapter/plan.json")
         trained = sorted((r for r in records if r.is_file()), key=lambda r: r.stat().st_mtime)
@@ -433,6 +439,12 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
     """Return source and path, checked; a fetched MedQuAD is used where no other path is given."""
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
+    data_path = str(user_path(data_path)) if data_path else ""
+    if data_path and source == "sample":
+        raise CourseError(
+            f"source 'sample' reads no file, and data_path is {data_path!r}. Name its kind, too: "
+            "-p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
+        )
     fetched = machine.fetched("MedQuAD")
     if fetched and not data_path and source in ("hub", "xml"):
         return "xml", str(fetched)  # the XML names diseases, the Hub's table does not
@@ -445,7 +457,7 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
 
 def find_base(profile: Profile, model: str) -> dict[str, Any]:
     """Return the plan's model_id, revision and model_path; "" is the profile's own base."""
-    path = Path(model).parent if Path(model).name == "config.json" else Path(model)
+    path = user_path(model).parent if Path(model).name == "config.json" else user_path(model)
     if model and (path / "config.json").is_file():
         return {"model_id": path.resolve().name, "revision": None, "model_path": str(path)}
     if model and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
