@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,21 +24,6 @@ PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options 
 QUESTION = ("question", None, "", "in quotes")
 
 
-def _number(kind: type) -> Callable[[str], Any]:
-    """Return a reader of whole numbers or numbers from 0 to that of ``profiles.LARGEST``."""
-
-    def read(text: str) -> Any:
-        with suppress(ValueError):
-            if text.isascii() and 0 <= (value := kind(text)) <= profiles.LARGEST:
-                return value
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a {what} from 0 to {profiles.LARGEST:,}"
-        )
-
-    return read
-
-
 def _path(text: str) -> str:
     return str(files.user_path(text)) if text else ""
 
@@ -46,8 +31,7 @@ def _path(text: str) -> str:
 # What the type of an option's default says about it.
 KINDS: dict[type, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction}, list: {"action": "append"},
-    int: {"type": _number(int)}, float: {"type": _number(float)}, str: {},
-    type(None): {"required": True},
+    str: {}, type(None): {"required": True},
 }  # fmt: skip
 
 # Command -> (its help, its options). An option is (flag, metavar, default, help).
@@ -66,7 +50,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         RUNS,
         ("--source", "S", "sample", "sample, hub, xml, csv, jsonl or parquet (default: sample)"),
         ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
-        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data; own rows: <runs>/data)"),
+        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
@@ -149,9 +133,9 @@ def parser() -> argparse.ArgumentParser:
     for name, (text, options) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         for flag, metavar, default, about in options:
-            kind = KINDS[type(default)] | ({"metavar": metavar} if metavar else {})
-            if metavar in PATHS:
-                kind |= {"type": _path}
+            number = {"type": functools.partial(profiles.number, flag, type(default))}
+            kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
+            kind |= {"type": _path} if metavar in PATHS else {}
             command.add_argument(flag, help=about, default=default, **kind)
     return top
 
@@ -164,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         options = parser().parse_args(arguments)
+        for name in ("out", "runs", "space", "reference"):
+            if place := getattr(options, name, ""):
+                files.check_place(files.user_path(place))
         return globals()[f"_{options.command}"](options) or 0
 
     return machine.guarded(work)

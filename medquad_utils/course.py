@@ -21,7 +21,7 @@ from medquad_utils import CourseError, plots, reference
 from medquad_utils.data import HUB, SPECIALTIES
 from medquad_utils.files import read_json, refuse_link, user_path, whole_file
 from medquad_utils.machine import default_out
-from medquad_utils.profiles import LARGEST, resolve
+from medquad_utils.profiles import number, resolve
 
 STAMP = "medquad"  # key in a committed notebook's metadata: profile, versions and source_hash
 
@@ -112,8 +112,8 @@ def run(
     if not only:
         _ = plan.fit  # refuse a machine that is too small to train before the first lesson
     results = []
-    for number, notebook in enumerate(chosen, start=1):
-        print(f"\n[{number}/{len(chosen)}] {title(notebook)}")
+    for count, notebook in enumerate(chosen, start=1):
+        print(f"\n[{count}/{len(chosen)}] {title(notebook)}")
         own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
         results.append(_run_one(notebook, own, plan.folder))
         print(f"      {results[-1].headline}")
@@ -145,11 +145,7 @@ def _values(chosen: Sequence[Path], given: Mapping[str, str]) -> dict[str, Any]:
 def _value(name: str, text: str, default: str) -> str | int | float:
     kind = type(ast.literal_eval(default))
     if kind is not str:
-        with suppress(ValueError):
-            if text.isascii() and 0 <= (value := kind(text)) <= LARGEST:
-                return value  # type: ignore[no-any-return]
-        number = "whole number" if kind is int else "number"
-        raise CourseError(f"parameter {name}={text}: expected a {number}, 0 to {LARGEST:,}.")
+        return number(name, kind, text)  # type: ignore[no-any-return]
     if name in ("data_path", "model", "out") and text:
         path = user_path(text)
         if name == "data_path" and not (path.exists() or text in HUB):

@@ -52,6 +52,10 @@ NO_ANSWER = "no answer"
 CLEANED = "control characters removed, or letters composed (NFC)"
 
 
+FOREIGN = "HTML, or letters that were decoded wrongly; kept"
+MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|&(?:amp|nbsp|lt|gt|quot|#\d+);|â€|[ÂÃ][\x80-\xbf]")
+
+
 def _places() -> Places:
     return defaultdict(list)
 
@@ -229,6 +233,8 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
         loaded.notes[f"question type {how}"].append(place)
     if any(clean[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
         loaded.notes[CLEANED].append(place)
+    if MARKUP.search(row["question"] + texts["answer"][0]):
+        loaded.notes[FOREIGN].append(place)
     if len(texts["answer"]) > 1:
         loaded.notes["several right answers, of which training reads the first"].append(place)
     loaded.rows.append(row)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,23 @@ MEASURED = Path(__file__).parent / "assets" / "measured"  # JSON that tests/benc
 
 
 def user_path(text: str | Path) -> Path:
-    """Turn a path as a user gives it into a ``Path``: ``~`` is the home folder."""
+    """Turn a path as a user gives it into a ``Path``; ``~`` is the home folder."""
     try:
-        if "\0" in str(text):
-            raise RuntimeError("a zero byte is in it")
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise CourseError(f"path {str(text)!r}: {error}. Write the whole path.") from error
+        path = Path(text).expanduser()
+        path.exists()  # raises for a name that no file can have
+    except (RuntimeError, ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CourseError(f"path {str(text)[:80]!r}: {why}. Write another path.") from error
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Check before any work that ``path`` can be made: below a folder, and not below a file."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if above != path and not above.is_dir():
+        raise CourseError(
+            f"cannot write {path.name}: {above.name} is a file. Choose another folder."
+        )
 
 
 def check_ours(path: Path, mark: str, whole: bool = False) -> None:
@@ -101,14 +111,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def reason(error: OSError) -> str:
     """Say why the system refused to write, and what helps."""
+    space, name = "Free some space", "A file is in the way"
     todo = {
-        errno.ENOSPC: "Free some space",
-        errno.EFBIG: "Free some space",
-        errno.EDQUOT: "Free some space",
-        errno.EACCES: "Ask for the right to write there",
-        errno.EROFS: "The disk is read-only",
-        errno.ENAMETOOLONG: "Choose a shorter name",
-    }.get(error.errno or 0, "Another file is in the way, perhaps")
+        errno.ENOSPC: space, errno.EFBIG: space, errno.EDQUOT: space, errno.EROFS: "It is locked",
+        errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EEXIST: name,
+        errno.ENAMETOOLONG: "Shorten the name",
+    }.get(error.errno or 0, "Check the path")  # fmt: skip
     return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
 
 
@@ -157,18 +165,22 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with ExitStack() as opened:
+    descriptor = -1
+    try:
         with suppress(OSError):  # the folder cannot be written, which the first file will say
             folder.mkdir(parents=True, exist_ok=True)
-            file = opened.enter_context((folder / ".lock").open("a"))
+            descriptor = os.open(folder, os.O_RDONLY)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise CourseError(
                     f"another run is writing to {folder.parent.name}/{folder.name}: wait for its "
                     "end, or choose another folder with --runs."
                 ) from error
         yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def read_json(path: Path, *keys: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import gc
 import importlib.metadata
@@ -82,6 +81,10 @@ def guarded(work: Callable[[], int]) -> int:
         message, status = _told(error), 1
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
     return status
 
 
@@ -93,11 +96,11 @@ def _told(error: Exception) -> str:
         return f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(os.fsdecode(error.filename)).name}: {reason(error)}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
-        _drop_stdout()
-        return f"cannot print: {reason(error)}"
-    if steering := network_settings():
+    about_network = re.search(r"(?i)prox|socks|certificat|\bssl|\burl|no such file", str(error))
+    if about_network and (steering := network_settings()):
         return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
+    if isinstance(error, OSError) and error.errno:
+        return reason(error)
     log = Path(tempfile.gettempdir()) / f"{PACKAGE}-error.log"
     with suppress(OSError):
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,8 +169,9 @@ class Plan:
                 raise ValueError(f"a {config.model_type} has experts, which are not counted")
             return Shape.of(config)
         except Exception as error:  # whatever the file holds, or the network does
+            reason = str(error).splitlines()[0].replace(self.model_source, self.model_id)
             raise CourseError(
-                f"model {self.model_id!r}: its sizes cannot be read ({str(error).splitlines()[0]})."
+                f"model {self.model_id!r}: its sizes cannot be read ({reason})."
                 " Expected OWNER/NAME or the folder of a Llama."
             ) from error
 
@@ -298,8 +300,7 @@ def resolve(
     machine.show_errors_plainly()
     given = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
     for name, value in given.items():
-        if not 0 <= value <= LARGEST:
-            raise CourseError(f"{name}={value}: expected a whole number from 0 to {LARGEST:,}.")
+        number(name, int, str(value))
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
@@ -322,6 +323,15 @@ def resolve(
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
     )  # fmt: skip
+
+
+def number(name: str, kind: type, text: str) -> Any:
+    """Read a parameter of ``kind`` int or float, from 0 to ``LARGEST``."""
+    with suppress(ValueError):
+        if text.isascii() and 0 <= (value := kind(text)) <= LARGEST:
+            return value
+    what = "whole number" if kind is int else "number"
+    raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")
 
 
 def resolve_trained(
@@ -442,7 +452,7 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
     data_path = str(user_path(data_path)) if data_path else ""
     if data_path and source == "sample":
         raise CourseError(
-            f"source 'sample' reads no file, and data_path is {data_path!r}. Name its kind, too: "
+            f"source 'sample' reads no file, and data_path is {Path(data_path).name!r}. Name its kind, too: "
             "-p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
         )
     fetched = machine.fetched("MedQuAD")

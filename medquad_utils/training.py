@@ -44,7 +44,7 @@ from medquad_utils.files import Row, locked, read_json, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.machine import guarded, peak_memory_gb, triton_needs
 from medquad_utils.memory import Shape, adapter_parameters
-from medquad_utils.profiles import PROFILES, Plan, resolve
+from medquad_utils.profiles import PROFILES, Plan, number, resolve
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def resumable(plan: Plan) -> Path | None:
     """
     folder = plan.folder / "checkpoints"
     record, now = folder / "plan.json", recipe(plan)
-    before = read_json(record) if record.is_file() else now
+    before = read_json(record, "processes") if record.is_file() else now
     checkpoint = last_checkpoint(folder, before["processes"])
     changed = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if before.get(k) != now[k]]
     if checkpoint and changed:
@@ -626,7 +626,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``medquad train`` and ``python -m medquad_utils.training``."""
     for name, (default, text) in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, default=default, type=type(default), help=text)
+        kind = partial(number, flag, int) if isinstance(default, int) else str
+        parser.add_argument(flag, default=default, type=kind, help=text)
     text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
     parser.add_argument("--print-launch", choices=sorted(CONFIGS), help=text)
 

@@ -2,13 +2,15 @@
 
 ``python tests/kills.py 50 [SEED]`` prints a line for each kill and ends with status 1 if an adapter
 differs, or if a temporary file is left. Each run is a fork of this process, which has imported all
-libraries and computed nothing, so a run costs seconds. A third of the runs are killed twice.
+libraries, the base and the data, so a run costs seconds. A third of the runs are killed twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,14 +22,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 os.environ["MEDQUAD_CACHE"] = os.devnull
 
 import trl.trainer.sft_trainer
-from launched import small
+from conftest import tiny
 
-from medquad_utils import training
-from medquad_utils.assets import raw
+from medquad_utils import data, training
+from medquad_utils.profiles import Plan
+
+
+def plan_of(folder: Path) -> Plan:
+    """Six steps of one short row each, with a checkpoint after each step."""
+    plan = tiny(folder, rows=14, max_steps=6).with_fit(pack_length=256, accumulation=1)
+    return dataclasses.replace(plan, eval_rows=2)
 
 
 def begin(folder: Path) -> int:
-    """Start a run of four steps into ``folder`` in a process of its own; returns its id."""
+    """Start a run into ``folder`` in a process of its own; returns its id."""
     assert trl.trainer.sft_trainer, "imported once, before the forks"
     if process := os.fork():
         return process
@@ -36,7 +44,7 @@ def begin(folder: Path) -> int:
         with (folder / "log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        training.train(small(folder, 1))
+        training.train(plan_of(folder))
         status = 0
     finally:
         os._exit(status)  # no clean-up of the parent's
@@ -44,7 +52,8 @@ def begin(folder: Path) -> int:
 
 def run(folder: Path, kill_after: float | None = None) -> float | None:
     """Run, and kill after some seconds if it lasts so long; returns its seconds if it ended."""
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        shutil.copytree(folder.parent / "tiny" / "data", folder / "tiny" / "data")
     process, began = begin(folder), time.perf_counter()
     if kill_after is not None:
         while time.perf_counter() - began < kill_after:
@@ -67,8 +76,10 @@ def state(folder: Path) -> str:
 
 def kills(count: int, seed: int, base: Path) -> Iterator[str]:
     """Yield what is wrong after each of ``count`` kills; "" if nothing is."""
-    raw.documents()  # kept for the forks
     chance, whole = random.Random(seed), base / "whole"
+    data.prepare(plan_of(base))
+    model = training.load_base(plan_of(base))
+    training.load_base = lambda plan: model  # each fork has its own copy
     seconds = run(whole) or 0.0
     weights = Path("tiny", "adapter", "adapter_model.safetensors")
     expected, done, number = (whole / weights).read_bytes(), 0, 0
