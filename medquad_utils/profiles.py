@@ -452,8 +452,8 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
     data_path = str(user_path(data_path)) if data_path else ""
     if data_path and source == "sample":
         raise CourseError(
-            f"source 'sample' reads no file, and data_path is {Path(data_path).name!r}. Name its kind, too: "
-            "-p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
+            f"source 'sample' reads no file, and data_path is {Path(data_path).name!r}. Name its "
+            "kind, too: -p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
         )
     fetched = machine.fetched("MedQuAD")
     if fetched and not data_path and source in ("hub", "xml"):

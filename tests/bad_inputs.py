@@ -68,7 +68,8 @@ DAMAGES: dict[str, bytes | None] = {
     "folder": None,
 }  # fmt: skip
 RECORDS = {  # command -> what it reads below runs/tiny
-    "ask": ("adapter/plan.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    "ask": ("adapter/plan.json", "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors"),
     "explain": ("adapter/plan.json", "data/data.json", "data/train.parquet"),
     "evaluate": ("adapter/adapter_config.json", "data/data.json", "data/validation.parquet"),
     "publish": ("adapter/plan.json", "metrics/train.json", "metrics/evaluate.json"),
@@ -138,8 +139,8 @@ def parameters() -> Iterator[Case]:
              "model": [*WEIRD[1:], *PATHS], "profile": WEIRD, "out": PATHS,
              "temperatur": ["1"], "": ["1"], "__class__": ["x"], "rows ": ["1"]}  # fmt: skip
     for name, texts in wrong.items():
-        yield from (case("run", "-p", f"{name}={t}", "--only", "09" if name == "specialty" else "01",
-                         named=name) for t in texts)  # fmt: skip
+        only = ["--only", "09" if name == "specialty" else "01"]
+        yield from (case("run", "-p", f"{name}={t}", *only, named=name) for t in texts)
     for only in ("99", "x", ",", "01,99", "-1", "1.5", "０１", "01;02", " "):
         yield case("run", "--profile", "tiny", "--only", only, named="only" if only in " ," else "")
     yield case("run", "-p", "rows=1", "-p", "rows=2", named="rows")
@@ -376,9 +377,9 @@ def faults(one: Case, status: int, said: str, before: Tree, after: Tree) -> Iter
         yield "half a file"
     if status and after.keys() - before.keys():
         yield "a file of a failure"
-    if lost := [path for path in before if before[path] != after.get(path)]:
-        if status or any("mine" in path or "own" in path for path in lost):
-            yield "a file of the user"
+    lost = [path for path in before if before[path] != after.get(path)]
+    if lost and (status or any("mine" in path or "own" in path for path in lost)):
+        yield "a file of the user"
 
 
 def attempt(one: Case, pristine: Path) -> tuple[str, list[str]]:
