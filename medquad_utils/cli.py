@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         for name in ("out", "runs", "space", "reference"):
             if place := getattr(options, name, ""):
-                files.check_place(files.user_path(place))
+                path = files.user_path(place)
+                files.check_place(path.parent if path.suffix in (".html", ".png") else path)
         return globals()[f"_{options.command}"](options) or 0
 
     return machine.guarded(work)
@@ -316,10 +317,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"archive: {(loaded := data.load_table(Path(options.archive)))}")
         archive = loaded.rows
     folder = Path(options.out or plan.folder / "evaluation")
-    metrics = evaluation.evaluate(
-        plan, questions, train, folder, adapter, archive, validation, options.batch, options.safety
-    )
-    page, text = report.write(metrics, folder)
+    with files.locked(folder, wait=False):
+        metrics = evaluation.evaluate(
+            plan, questions, train, folder, adapter, archive, validation, options.batch,
+            options.safety,
+        )  # fmt: skip
+        page, text = report.write(metrics, folder)
     print(f"{report.table(metrics)}\n")
     print(f"written: {page}, {text.name}, metrics.json, answers.parquet")
 

@@ -19,7 +19,7 @@ import psutil
 
 from medquad_utils import CourseError, plots, reference
 from medquad_utils.data import HUB, SPECIALTIES
-from medquad_utils.files import read_json, refuse_link, user_path, whole_file
+from medquad_utils.files import locked, read_json, refuse_link, user_path, whole_file
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import number, resolve
 
@@ -112,11 +112,12 @@ def run(
     if not only:
         _ = plan.fit  # refuse a machine that is too small to train before the first lesson
     results = []
-    for count, notebook in enumerate(chosen, start=1):
-        print(f"\n[{count}/{len(chosen)}] {title(notebook)}")
-        own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
-        results.append(_run_one(notebook, own, plan.folder))
-        print(f"      {results[-1].headline}")
+    with locked(plan.folder / "notebooks", wait=False):
+        for count, notebook in enumerate(chosen, start=1):
+            print(f"\n[{count}/{len(chosen)}] {title(notebook)}")
+            own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
+            results.append(_run_one(notebook, own, plan.folder))
+            print(f"      {results[-1].headline}")
     rows = [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
     rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     print("", plots.Table(rows, ("lesson", "min:s", "peak RAM", "headline")), sep="\n")
@@ -150,7 +151,7 @@ def _value(name: str, text: str, default: str) -> str | int | float:
         path = user_path(text)
         if name == "data_path" and not (path.exists() or text in HUB):
             raise CourseError(f"{name}={text}: there is no such file or folder. Check the path.")
-        if name == "out" or path.exists():
+        if path.exists() if name != "model" else (path / "config.json").is_file():
             return str(path.resolve())  # the kernels run in notebooks/, not here
     return text
 

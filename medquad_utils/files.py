@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,20 +28,22 @@ def user_path(text: str | Path) -> Path:
     """Turn a path as a user gives it into a ``Path``; ``~`` is the home folder."""
     try:
         path = Path(text).expanduser()
-        path.exists()  # raises for a name that no file can have
+        path.exists()  # raises for a name that is too long
+        if "\0" in str(path):
+            raise ValueError("a zero byte is in it")
     except (RuntimeError, ValueError, OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise CourseError(f"path {str(text)[:80]!r}: {why}. Write another path.") from error
     return path
 
 
-def check_place(path: Path) -> None:
-    """Check before any work that ``path`` can be made: below a folder, and not below a file."""
-    above = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
-    if above != path and not above.is_dir():
-        raise CourseError(
-            f"cannot write {path.name}: {above.name} is a file. Choose another folder."
-        )
+def check_place(folder: Path) -> None:
+    """Check before any work that files can be written to ``folder``, which need not be there."""
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise CourseError(f"cannot write to {folder.name}: {reason(error)}") from error
 
 
 def check_ours(path: Path, mark: str, whole: bool = False) -> None:

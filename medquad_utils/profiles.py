@@ -30,6 +30,7 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
 LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
+MOST_RANK = 4096  # of an adapter: the width of the largest base
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
@@ -301,6 +302,10 @@ def resolve(
     given = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
     for name, value in given.items():
         number(name, int, str(value))
+    if lora_r > MOST_RANK:
+        raise CourseError(f"lora_r={lora_r}: expected a rank of at most {MOST_RANK:,}.")
+    if max_steps == 1:
+        raise CourseError("max_steps=1: the first step only warms up, at rate 0. Expected 0 or 2.")
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")

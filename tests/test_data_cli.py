@@ -16,7 +16,7 @@ MISTAKES = {
     "--source xml": "source 'xml' needs data_path: the folder to read. Add -p data_path=...",
     "--without spelling": f"no cleaning rule 'spelling': there are {', '.join(NAMES)}",
     "--specialty magic": "no specialty 'magic': there are cardiology, oncology",
-    "--out {}/data.json/data": "cannot write data: data.json is a file. Choose another folder.",
+    "--out {}/data.json/data": "cannot write to data: Not a directory. A file is in the way, or",
 }
 
 
