@@ -151,6 +151,7 @@ def _value(name: str, text: str, default: str) -> str | int | float:
         path = user_path(text)
         if name == "data_path" and not (path.exists() or text in HUB):
             raise CourseError(f"{name}={text}: there is no such file or folder. Check the path.")
+        path = path.parent if path.name == "config.json" else path
         if path.exists() if name != "model" else (path / "config.json").is_file():
             return str(path.resolve())  # the kernels run in notebooks/, not here
     return text

@@ -79,7 +79,7 @@ def guarded(work: Callable[[], int]) -> int:
         message, status = "stopped; files that were written are complete.", 130
     except Exception as error:
         message, status = _told(error), 1
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal():  # the first process speaks
         print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
     try:
         sys.stdout.flush()

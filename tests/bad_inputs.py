@@ -30,8 +30,7 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 os.environ["MEDQUAD_CACHE"] = os.devnull
-for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-    os.environ.pop(name, None)
+os.environ |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), "")
 
 import papermill
 from conftest import REPO, tiny
@@ -379,7 +378,7 @@ def faults(one: Case, status: int, said: str, before: Tree, after: Tree) -> Iter
         yield "a path that was not given"
     if any(path.endswith((".part", ".old")) for path in after):
         yield "half a file"
-    if status and after.keys() - before.keys():
+    if status and one.child is not full_output and after.keys() - before.keys():
         yield "a file of a failure"
     lost = [path for path in before if before[path] != after.get(path)]
     if lost and (status or any("mine" in path or "own" in path for path in lost)):
