@@ -67,6 +67,7 @@ def guarded(work: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
+            _ = processes(), local_rank()  # a launcher's variables, before a library reads them
             status = work()
         except SystemExit as stop:  # argparse: help, or a wrong option
             status = int(stop.code or 0)

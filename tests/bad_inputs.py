@@ -326,40 +326,40 @@ def tree(root: Path) -> Tree:
     return found
 
 
-def forked(one: Case, errors: int) -> int:
-    """Run a case in a fork whose stderr is the file ``errors``; returns the exit status."""
+def forked(one: Case) -> tuple[int, str]:
+    """Run a case in a fork; returns its exit status and what it wrote to stderr."""
+    read, write = os.pipe()
     if not (child := os.fork()):
         status = 99
         try:
-            os.dup2(errors, 2)
+            os.dup2(write, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
             assert one.child
             one.child()
             status = cli.main(one.arguments)
-            if sys.stdout:
-                sys.stdout.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
         except BaseException as error:
-            print(f"Traceback: {error!r}", file=sys.stderr)
+            os.write(2, f"Traceback: {error!r}".encode())
         finally:
-            sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
 def run(one: Case) -> tuple[int, str]:
     """Run a case; returns the exit status and what it wrote to stderr."""
-    with tempfile.TemporaryFile("w+") as errors:
-        if one.child:
-            status = forked(one, errors.fileno())
-        else:
-            with redirect_stdout(io.StringIO()), redirect_stderr(errors):
-                try:
-                    status = cli.main(one.arguments)
-                except BaseException as error:
-                    status, _ = 99, errors.write(f"Traceback: {error!r}")
-        errors.seek(0)
-        return status, errors.read()
+    if one.child:
+        return forked(one)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+        try:
+            status = cli.main(one.arguments)
+            return status, errors.getvalue()
+        except BaseException as error:
+            return 99, f"{errors.getvalue()}Traceback: {error!r}"
 
 
 def faults(one: Case, status: int, said: str, before: Tree, after: Tree) -> Iterator[str]:
