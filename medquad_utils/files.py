@@ -186,26 +186,30 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
             os.close(descriptor)
 
 
-def read_json(path: Path, *keys: str) -> Any:
-    """Read an object from a JSON file that this package wrote; ``keys`` must be in it.
+def read_json(path: Path, *keys: str, **kinds: type) -> Any:
+    """Read an object from a JSON file that this package wrote.
+
+    ``keys`` must be in it; ``kinds`` are types of values that may be in it.
 
     Raises:
         CourseError: the file is damaged.
     """
-    lack = "it is no object"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        lack = ", ".join(key for key in keys if key not in value)
-        if isinstance(value, dict) and not lack:
-            return value
-    except (ValueError, OSError, RecursionError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        lack = " ".join(str(getattr(error, "strerror", None) or error).split())
-    place = f"{path.parent.name}/{path.name}"
-    raise CourseError(
-        f"{place} is damaged ({lack[:200]}): delete it, and run the lesson that writes it again."
-    )
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        wrong = {key for key, kind in kinds.items() if not isinstance(value.get(key, kind()), kind)}
+        if wrong := wrong | (set(keys) - value.keys()):
+            raise ValueError(f"{min(wrong)} is wrong or missing")
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        told = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise CourseError(
+            f"{path.parent.name}/{path.name} is damaged ({told}): delete it, and run the lesson "
+            "that writes it again."
+        ) from error
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -356,7 +356,8 @@ def resolve_trained(
     adapter = adapter or plan.folder / "adapter"
     if not (adapter / "plan.json").is_file():
         return plan
-    base = plan.as_dict() | read_json(adapter / "plan.json")
+    kinds = {"profile": str, "seed": int, "model_id": str, "model_path": str}
+    base = plan.as_dict() | read_json(adapter / "plan.json", **kinds)
     plan = dataclasses.replace(plan, seed=base["seed"])
     if model:
         return plan
