@@ -13,7 +13,7 @@ import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -318,8 +318,8 @@ def _check_replaced(plan: Plan, folder: Path) -> None:
     if own := [path.name for path in parts if path.resolve() in inputs]:
         raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
     files.check_ours(card, '"leakage"')
-    for path in () if card.is_file() else parts:
-        files.check_ours(path, "medquad")
+    for path in parts:
+        files.check_ours(path, "PAR1" if card.is_file() else "medquad")
 
 
 def _files_of(plan: Plan) -> list[Path]:
@@ -364,14 +364,15 @@ def make(
     if any(row["focus"] for row in chosen):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
             card["focus_recovery"] = focus_recovery(chosen, plan.seed)
-    with files.locked(folder):
-        # Without data.json the parts are not used, so a kill never leaves parts of two recipes.
-        with suppress(OSError):
-            (folder / "data.json").unlink(missing_ok=True)
+    with files.locked(folder), ExitStack() as stack:
+        # All is written before anything is replaced, data.json last. Without it the parts are not
+        # used, so a kill never leaves parts of two recipes.
+        for name, value in {"data.json": card, "leakage.json": card["leakage"]}.items():
+            files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
         for part in PARTS:
-            files.write_rows(folder / f"{part}.parquet", getattr(splits, part))
-        files.write_json(folder / "leakage.json", card["leakage"])
-        files.write_json(folder / "data.json", card)
+            path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
+            files.dump_rows(path, getattr(splits, part))
+        (folder / "data.json").unlink(missing_ok=True)
     return splits, card
 
 

@@ -132,6 +132,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder.name)
     fresh, older = _temporary(folder), _temporary(folder, "old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -215,8 +217,13 @@ def read_json(path: Path, *keys: str, **kinds: type) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
     with whole_file(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        dump_json(temporary, value)
+
+
+def dump_json(temporary: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to a path of ``whole_file``."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -246,6 +253,12 @@ def _is_row(row: Row) -> bool:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as parquet, in the columns ``COLUMNS``."""
+    with whole_file(path) as temporary:
+        dump_rows(temporary, rows)
+
+
+def dump_rows(temporary: Path, rows: Sequence[Row]) -> None:
+    """Write rows as parquet to a path of ``whole_file``."""
     import pyarrow
     import pyarrow.parquet
 
@@ -253,5 +266,4 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
     types = [(column, texts if column in LISTS else text) for column in COLUMNS]
     schema = pyarrow.schema(types, metadata={"medquad": "rows"})  # by which check_ours knows it
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)
