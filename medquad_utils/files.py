@@ -101,6 +101,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary = _temporary(path)
         yield temporary
         temporary.replace(path)  # atomic, because both are in one folder
@@ -117,7 +119,7 @@ def reason(error: OSError) -> str:
     space, name = "Free some space", "A file is in the way"
     todo = {
         errno.ENOSPC: space, errno.EFBIG: space, errno.EDQUOT: space, errno.EROFS: "It is locked",
-        errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EEXIST: name,
+        errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EISDIR: name,
         errno.ENAMETOOLONG: "Shorten the name",
     }.get(error.errno or 0, "Check the path")  # fmt: skip
     return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
