@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import io
 import itertools
 import os
@@ -39,7 +38,7 @@ from test_data import KAGGLE, REFUSED, SHAPES
 from medquad_utils import cli, generation
 from medquad_utils.training import OPTIONS
 
-Tree = dict[str, str]  # path -> hash
+Tree = dict[str, str]  # path -> state
 QUESTION, REPOSITORY = "What causes gout?", "me/derm-qa"
 NEEDS = {"ask": [QUESTION], "explain": [QUESTION], "evaluate": ["--questions", "mine.csv"],
          "publish": ["--repo", REPOSITORY, "--dry-run"], "fetch": ["medquad"]}  # fmt: skip
@@ -286,13 +285,9 @@ def world(root: Path) -> None:
 
 
 def tree(root: Path) -> Tree:
-    """Every file and link below a folder, with a hash."""
-    found = Tree()
-    for path in root.rglob("*"):
-        if path.is_symlink() or path.is_file():
-            raw = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
-            found[str(path.relative_to(root))] = hashlib.sha1(raw).hexdigest()
-    return found
+    """Every file and link below a folder, with its size and time in nanoseconds."""
+    states = ((path, path.lstat()) for path in root.rglob("*") if not path.is_dir())
+    return {str(p.relative_to(root)): f"{s.st_size} {s.st_mtime_ns}" for p, s in states}
 
 
 def forked(one: Case) -> tuple[int, str]:
@@ -378,7 +373,7 @@ def attempt(one: Case, pristine: Path) -> tuple[str, list[str]]:
 
 def every(port: int, seed: int) -> list[Case]:
     """All cases; the seed damages tables."""
-    parts = surroundings(port), records(), parameters(), options(), tables(random.Random(seed))
+    parts = parameters(), options(), tables(random.Random(seed)), surroundings(port), records()
     return [one for part in parts for one in part]
 
 
