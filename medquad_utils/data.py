@@ -7,7 +7,7 @@ BMC Bioinformatics 2019, 20:511; CC BY 4.0.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import os
 import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -296,15 +296,13 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
-    """Describe what determines the written rows: source, its content, seed and options."""
-    digest = hashlib.sha256()
-    for file in _files_of(plan):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest() + file.name.encode())
+    """Describe what determines the written rows: source, content of its files, seed and options."""
+    sources = _files_of(plan)
+    root = Path(os.path.commonpath(sources)) if sources else Path(plan.data_path)
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "sha256": digest.hexdigest(),
+        "files": files.content_hash(sources, root),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
@@ -335,11 +333,24 @@ def prepare(plan: Plan) -> Splits:
     folder = plan.folder / "data"
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
     if card.is_file() and all(part.is_file() for part in parts):
-        written = files.read_json(card, "recipe", "cleaning", "notes")
+        written = files.read_json(card, "recipe", "cleaning", "notes", "splits")
         if written["recipe"] == _recipe(plan):
             train, validation, test = map(files.read_rows, parts)
-            return Splits(train, validation, test, written["cleaning"], written["notes"])
+            splits = Splits(train, validation, test, written["cleaning"], written["notes"])
+            if _hash(splits) == written["splits"]:
+                return splits
     return make(plan, folder)[0]
+
+
+def _hash(splits: Splits) -> str:
+    parts = (splits.train, splits.validation, splits.test)
+    return files.value_hash([[[row.get(c) for c in COLUMNS] for row in part] for part in parts])
+
+
+def identity(folder: Path) -> str:
+    """Return the hash of all rows that ``make`` wrote to ``folder``; "" if there are none yet."""
+    card = folder / "data.json"
+    return str(files.read_json(card).get("splits", "")) if card.is_file() else ""
 
 
 def make(
@@ -360,7 +371,7 @@ def make(
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
     kept = sum(splits.sizes().values()) + card["other_specialties"]
     assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
-    card |= {"focus_recovery": None, "leakage": leakage_report(splits)}
+    card |= {"splits": _hash(splits), "focus_recovery": None, "leakage": leakage_report(splits)}
     if any(row["focus"] for row in chosen):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
             card["focus_recovery"] = focus_recovery(chosen, plan.seed)

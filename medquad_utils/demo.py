@@ -376,11 +376,11 @@ def serve_space(repo: str, profile: str) -> None:
 
 def write_space(folder: Path, repo: str, plan: Plan) -> Path:
     """Write the three files of a Space that shows the published ``repo``."""
-    check_name(repo, plan.model_id)
+    check_name(repo, plan)
     if others := {path.name for path in folder.glob("*")} - set(SPACE_FILES):
         raise CourseError(f"--space {folder.name}: it holds {min(others)}. Choose another folder.")
     values = {
-        "repo": repo, "plan": plan, "licence": licence_of(plan.model_id), "notice": NOTICE,
+        "repo": repo, "plan": plan, "licence": licence_of(plan), "notice": NOTICE,
         "course": COURSE, "dataset": HUB_DATASET,
         "version": lambda package: importlib.metadata.version(package).partition("+")[0],
     }  # fmt: skip

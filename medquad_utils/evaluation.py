@@ -7,7 +7,6 @@ answers are saved when the arm is done, so a stopped run repeats one arm at most
 
 from __future__ import annotations
 
-import hashlib
 import json
 import textwrap
 from collections import defaultdict
@@ -24,8 +23,8 @@ import pandas
 from medquad_utils import CourseError, files, generation, retrieval, safety, scores
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
-from medquad_utils.data import Places, listed, load_table, prepare
-from medquad_utils.files import Row, read_json, read_rows, whole_file, write_json
+from medquad_utils.data import Places, identity, listed, load_table, prepare
+from medquad_utils.files import Row, read_json, read_rows, value_hash, whole_file, write_json
 from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
@@ -272,13 +271,12 @@ def prompts(
 
 def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides every generated answer; prompts and adapter as SHA-256 prefixes."""
-    weights = (adapter / "adapter_model.safetensors").read_bytes()
     return {
         "model": plan.model_id,
         "origin": plan.origin,
         "base": generation.base_id(plan),
-        "adapter": hashlib.sha256(weights).hexdigest()[:16],
-        "prompts": hashlib.sha256(json.dumps(jobs).encode()).hexdigest()[:16],
+        "adapter": generation.adapter_id(adapter),
+        "prompts": value_hash(jobs),
         "max_new_tokens": plan.max_new_tokens,
         "seed": plan.seed,
     }
@@ -299,7 +297,7 @@ def answer_all(
     Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
     """
     references = {row["question"]: row["references"][0] for row in asked}
-    digest = hashlib.sha256(json.dumps([recipe, references]).encode()).hexdigest()[:16]
+    digest = value_hash([recipe, references])
     answers, most = {}, recipe["max_new_tokens"]
     for arm, prompts in jobs.items():
         if not (path := folder / f"{arm}-{digest}.json").is_file():
@@ -522,23 +520,29 @@ def training_rows(
     """Return a part of the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
 
     Without the file of another part than "train" in ``folder``, return no rows.
+
+    Raises:
+        CourseError: there are no such rows, or the adapter was trained on others.
     """
-    if folder and not (folder / "train.parquet").is_file():
+    record, given, folder = adapter_record(adapter), folder, folder or plan.folder / "data"
+    if given and not (folder / "train.parquet").is_file():
         raise CourseError(
             f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
         )
-    if folder:
-        return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
-    card, source = plan.folder / "data" / "data.json", adapter_record(adapter).get("source")
-    if source in (None, plan.source):
-        rows: list[Row] = getattr(prepare(plan), part)
-        return rows
-    if card.is_file() and read_json(card)["recipe"]["source"] == source:
-        return read_rows(card.with_name(f"{part}.parquet"))
-    raise CourseError(
-        f"the adapter was trained on {source!r} rows, not on {plan.source!r}: give the folder of "
-        "their train.parquet (--data)."
-    )
+    wanted, source = record.get("data"), record.get("source", plan.source)
+    if not given and source == plan.source and not (wanted and identity(folder) == wanted):
+        prepare(plan)
+    have, card = identity(folder), folder / "data.json"
+    right = have == wanted or bool(given and not have)
+    if not wanted:  # an adapter that was not trained here, or before rows had a hash
+        right = bool(given) or (card.is_file() and read_json(card)["recipe"]["source"] == source)
+    if not right:
+        raise CourseError(
+            f"the adapter was trained on {source!r} rows ({wanted or 'of no known hash'}), and "
+            f"{folder.name}/ has others ({have or 'none'}): give the folder of their train.parquet "
+            "(--data), or train again on these."
+        )
+    return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
 
 
 def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:

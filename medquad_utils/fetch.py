@@ -6,7 +6,6 @@ was fetched is found by itself afterwards (``machine.fetched``).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import subprocess
@@ -14,12 +13,11 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from medquad_utils import CourseError, machine
 from medquad_utils.data import load_xml
-from medquad_utils.files import whole_folder, write_json
+from medquad_utils.files import content_hash, whole_folder, write_json
 from medquad_utils.profiles import PROFILES
 
 SMALL = PROFILES["small"]
@@ -121,7 +119,7 @@ def medquad(url: str = MEDQUAD_URL) -> str:
         print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub ({MEDQUAD_MB} MB) ...")
         with _download(url) as archive, whole_folder(folder) as fresh:
             _extract(archive, fresh)
-            if (found := content_hash(fresh.rglob("*.xml"))) != MEDQUAD_HASH:
+            if (found := content_hash(fresh.rglob("*.xml"), fresh)) != MEDQUAD_HASH:
                 raise CourseError(
                     f"MedQuAD from {url} differs from the tested files (sha256 {found[:12]}, "
                     f"expected {MEDQUAD_HASH[:12]}). Try again. {BY_HAND}"
@@ -150,12 +148,3 @@ def _extract(archive: zipfile.ZipFile, folder: Path) -> None:
         if MEDQUAD_FILES.fullmatch(name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(archive.read(member))
-
-
-def content_hash(paths: Iterable[Path]) -> str:
-    """Return the sha256 of files by folder, name and content, whatever their order."""
-    lines = sorted(
-        f"{path.parent.name}/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
-        for path in paths
-    )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,14 +1,15 @@
-"""Rows and files: the columns of a row, writes that succeed whole or not at all, JSON, parquet."""
+"""Rows and files: a row's columns, writes that succeed whole or not at all, hashes of content."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,21 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def content_hash(paths: Iterable[Path], root: Path) -> str:
+    """Return the sha256 of files by their path below ``root`` and content, whatever their order."""
+    lines = []
+    for path in paths:
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        lines.append(f"{path.relative_to(root).as_posix()} {digest}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def value_hash(value: Any) -> str:
+    """Return 16 digits of the sha256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path, *keys: str, **kinds: type) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils import CourseError, attention, lora
-from medquad_utils.chat import end_ids, prompt_ids, prompt_messages, set_pad_token
-from medquad_utils.files import read_json
+from medquad_utils.chat import SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages, set_pad_token
+from medquad_utils.files import content_hash, read_json, value_hash, write_json
 from medquad_utils.machine import free_memory, local_rank
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import nf4_config, unpacked
@@ -32,14 +32,35 @@ Messages = Sequence[Mapping[str, str]]
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
+# What identifies a local base; generation settings and pages for readers change no answer.
+OF_BASE = ("config.json", "tokenizer.json", "chat_template.jinja", "*.safetensors", "*.bin")
+# Fields of an adapter's config that may have any value: peft applies them beside the base. Every
+# other field that it sets must have one of these values.
+FREE = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+}  # fmt: skip
+FIXED: dict[str, list[Any]] = {
+    "peft_type": ["LORA"], "task_type": ["CAUSAL_LM"], "bias": ["none"],
+    "init_lora_weights": [True, "gaussian"],  # the others may change the base as well
+    "megatron_core": ["megatron.core"], "qalora_group_size": [16],  # used by nothing accepted here
+}  # fmt: skip
+
+
 def load_tokenizer(plan: Plan) -> Tokenizer:
-    """Load the tokenizer: a pad token that differs from the end tokens, padding on the right."""
-    from transformers import AutoTokenizer
+    """Load the tokenizer: a pad token that differs from the end tokens, padding on the right.
+
+    Raises:
+        CourseError: it cannot be loaded, or the base's files do not suit the course (``_look``).
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     with _explained(plan):
+        config = AutoConfig.from_pretrained(plan.model_source, revision=plan.hub_revision)
         tokenizer = AutoTokenizer.from_pretrained(plan.model_source, revision=plan.hub_revision)
     try:
-        set_pad_token(tokenizer)
+        _look(config, tokenizer)
     except ValueError as error:
         raise CourseError(f"{plan.model_id}: {error}") from error
     # The template of Llama 3.2 writes today's date into the prompt: training must not see another
@@ -51,18 +72,54 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
     return tokenizer
 
 
+def _look(config: Any, tokenizer: Tokenizer) -> None:
+    """Check what the files of a base say, before its weights are read; sets the pad token.
+
+    Raises:
+        ValueError: quantised weights, a token without an embedding, no pad token, or a chat
+            template that is missing or drops the system turn.
+    """
+    if quantized := getattr(config, "quantization_config", None):
+        method = dict(quantized).get("quant_method", "some method")
+        raise ValueError(
+            f"its weights are quantised already ({method}): expected 16 or 32 bits a weight, which "
+            "the course quantises itself. Name the model that these weights were made from."
+        )
+    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"its tokenizer has a token {largest}, but its embedding has {rows} rows: expected a "
+            "row for each token. Take tokenizer and weights from one source."
+        )
+    set_pad_token(tokenizer)
+    question, reason = "Why?", "it leaves out the system turn or the question"
+    try:
+        text = tokenizer.apply_chat_template(prompt_messages(question), tokenize=False)
+    except Exception as error:  # none there, or whatever a template raises
+        text, reason = "", _first_line(error)
+    if not (SYSTEM_PROMPT in text and question in text):
+        raise ValueError(
+            f"its chat template cannot be used ({reason}): expected one that writes a system and a "
+            "user turn. Use the instruct version of the model, which has one."
+        )
+
+
 def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
     """Load the base model in NF4, or in the compute dtype with ``quantized=False``.
 
     A model that nothing refers to any more is gone from the card before this one comes.
+
+    Raises:
+        CourseError: it cannot be loaded, or its files and its config do not hold the same tensors.
     """
     from transformers import AutoModelForCausalLM
 
+    load_tokenizer(plan)  # looks at the small files before it reads the large ones
     free_memory()
     attention.register()
     device = {"": local_rank() if plan.device == "cuda" else "cpu"}
     with _explained(plan):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             plan.model_source,
             revision=plan.hub_revision,
             dtype=getattr(torch, plan.compute_dtype),
@@ -70,13 +127,20 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
             attn_implementation=plan.attention,
             # Unquantised, an 8 B model is larger than a T4: "auto" keeps the rest in RAM.
             device_map="auto" if plan.device == "cuda" and not quantized else device,
+            output_loading_info=True,
+        )
+    if problems := [f"{k.removesuffix('_keys')} {sorted(v)[0]}" for k, v in report.items() if v]:
+        raise CourseError(
+            f"the weights of {plan.model_id} do not fit its config.json ({', '.join(problems)}): "
+            "expected every tensor of the model, and no other. Get the model's folder again."
         )
     # With AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass in eval mode,
     # for good. The kernel of that layout passes no gradient, so later training would be wrong.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+    base: PreTrainedModel = model.eval()
+    return base
 
 
 def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
@@ -112,6 +176,7 @@ def load_adapters(
                 model.load_adapter(folder, **options)
             else:
                 model = PeftModel.from_pretrained(model, folder, **options)
+            _check_tensors(model, name, folder)
         except Exception as error:  # of safetensors if a file is cut, of torch on a wrong shape
             raise CourseError(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
@@ -120,6 +185,17 @@ def load_adapters(
     if not trainable:
         lora.cast_adapters(model, getattr(torch, plan.compute_dtype))
     return model.eval()
+
+
+def _check_tensors(model: Any, name: str, folder: Path) -> None:
+    """Check that the adapter ``name`` and its file have the same tensors: peft would only warn."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    expected = set(get_peft_model_state_dict(model, adapter_name=name))
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        if differ := sorted(expected ^ set(file.keys())):
+            raise ValueError(f"its file and its config do not have the same tensors: {differ[0]}")
 
 
 def bare_base(plan: Plan, base: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -173,6 +249,13 @@ def check_adapter(plan: Plan, folder: Path) -> None:
             f"no adapter in {folder.name}/: lesson 04 trains one "
             f"(medquad run --profile {plan.profile} --only 04)."
         )
+    for field, value in read_json(folder / "adapter_config.json").items():
+        if value and field not in FREE and value not in FIXED.get(field, ()):
+            raise CourseError(
+                f"the adapter in {folder.name}/ has {field} = {value!r} in adapter_config.json, "
+                "which the course does not know: expected a LoRA of linear layers that leaves its "
+                "base as it is. Train it without this option, or convert it to a plain LoRA."
+            )
     trained_on, loaded = _trained_on(folder), f"{plan.model_id} ({base_id(plan)})"
     if trained_on and trained_on != loaded:
         raise CourseError(
@@ -184,19 +267,64 @@ def check_adapter(plan: Plan, folder: Path) -> None:
 def _trained_on(folder: Path) -> str:
     """Return the id of an adapter's base and its weights, as ``base_id`` writes them, or ""."""
     record = adapter_record(folder)
-    return f"{record['model_id']} ({record['base']})" if "base" in record else ""
+    if "base" in record:
+        return f"{record['model_id']} ({record['base']})"
+    name, commit = record.get("base_model_name_or_path"), record.get("revision")
+    return f"{name} ({name}@{commit})" if name and commit else ""  # of a published adapter
 
 
 def base_id(plan: Plan) -> str:
-    """Identify the base's weights: Hub id and revision, or a hash of a local folder's files."""
-    source = Path(plan.model_source)
-    if not source.is_dir():
-        return f"{plan.model_id}@{plan.revision or 'main'}"
-    digest = hashlib.sha256()
-    for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
-        with file.open("rb") as opened:  # the first MB and the size: fast at 8 B, too
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
-    return digest.hexdigest()[:16]
+    """Identify the base's weights: Hub id and commit, or a hash of all weights in a folder."""
+    folder = Path(plan.model_source)
+    if not folder.is_dir():
+        return f"{plan.model_id}@{plan.hub_revision or 'main'}"
+    files = sorted(file for pattern in OF_BASE for file in folder.glob(pattern))
+    states = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _base_hash(folder, tuple(states))
+
+
+@functools.lru_cache  # the 16 GB of 8 B parameters are hashed once a process
+def _base_hash(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
+    return content_hash((file for file, *_ in states), folder)[:16]
+
+
+def adapter_id(folder: Path) -> str:
+    """Identify an adapter: a hash of its weights and of the settings that scale them."""
+    config = read_json(folder / "adapter_config.json")
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    weights = content_hash([folder / "adapter_model.safetensors"], folder)
+    return value_hash([weights, *map(config.get, names)])
+
+
+def save_with(tokenizer: Tokenizer, folder: Path) -> None:
+    """Complete a folder of weights: tokenizer, generation config, and JSON that others read right.
+
+    The tokenizer pads on the left, for generation; answers are greedy and stop at every end token.
+    transformers before 5, vLLM and Ollama know neither ``rope_parameters`` nor the tokenizer's
+    class of transformers 5: what they look for stands there as well. Everybody may read the files.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer.save_pretrained(folder)
+    tokens: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id}
+    tokens |= {"eos_token_id": end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(do_sample=False, **tokens).save_pretrained(folder)
+    settings = read_json(folder / "tokenizer_config.json")
+    if extra := settings.pop("extra_special_tokens", None):
+        settings["additional_special_tokens"] = extra
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    write_json(folder / "tokenizer_config.json", settings)
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json") | {"pad_token_id": tokenizer.pad_token_id}
+        rope = config.get("rope_parameters") or {}
+        config |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        write_json(folder / "config.json", config)
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes 600, which another account cannot serve
 
 
 def _first_line(error: BaseException) -> str:
@@ -322,14 +450,3 @@ def stream(
         finally:
             closed.set()
     done.result()  # raises what went wrong in the thread
-
-
-def next_token_probabilities(
-    model: PreTrainedModel, tokenizer: Tokenizer, messages: Messages, start: str = ""
-) -> torch.Tensor:
-    """Return the probability of each next token after the answer's first words ``start``; fp32."""
-    ids = prompt_ids(tokenizer, messages) + tokenizer(start, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-    probabilities: torch.Tensor = logits.float().softmax(-1).cpu()
-    return probabilities

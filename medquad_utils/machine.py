@@ -319,6 +319,24 @@ def cached(model_id: str, revision: str | None = None) -> bool:
     return any(Path(folder).glob("*.safetensors"))
 
 
+def hub_commit(model_id: str, revision: str | None = None) -> str | None:
+    """Return the commit of ``revision`` (default: main) of a model: the cached one, else the Hub's.
+
+    Where neither knows it, return ``revision``; loading the model then says why.
+    """
+    import huggingface_hub
+
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    for local in (True, False):  # a base must not change because the Hub has a newer one
+        with suppress(Exception):  # the library raises many kinds of error here
+            file = huggingface_hub.hf_hub_download(
+                model_id, "config.json", revision=revision, local_files_only=local
+            )
+            return Path(file).parent.name  # the cache names a snapshot's folder by its commit
+    return revision
+
+
 def is_here(model_id: str, revision: str | None = None) -> bool:
     """Return whether the weights of a model are on this machine, fetched or in the Hub's cache."""
     return model_id == "embedded" or bool(fetched(model_id)) or cached(model_id, revision)

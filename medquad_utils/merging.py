@@ -18,10 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils import CourseError
-from medquad_utils.chat import encode, end_ids, prompt_messages
+from medquad_utils.chat import encode, prompt_messages
 from medquad_utils.evaluation import Cell, measure, score_columns
 from medquad_utils.files import Row, whole_folder
-from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
+from medquad_utils.generation import (
+    ask,
+    check_adapter,
+    load_base,
+    load_tokenizer,
+    load_tuned,
+    save_with,
+)
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory, unpacked
@@ -144,29 +151,23 @@ def _lora_factors(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write ``model`` in the Hub's layout, whole or not at all, replacing an older copy.
 
-    The weights keep their dtype, in files of at most 2 GB. The generation config, also that of
-    ``model`` itself, stops at every end token. The tokenizer pads on the left, for generation.
+    The weights keep their dtype, in files of at most 2 GB. ``generation.save_with`` says what
+    stands beside them.
     """
     from safetensors import SafetensorError
 
     check_folder(folder, FILES)
-    config, side = model.generation_config, tokenizer.padding_side
-    config.eos_token_id = end_ids(tokenizer)  # type: ignore[union-attr]
-    config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     try:
-        tokenizer.padding_side = "left"
         with whole_folder(folder) as fresh, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
             model.save_pretrained(fresh, max_shard_size="2GB")
-            tokenizer.save_pretrained(fresh)
+            save_with(tokenizer, fresh)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
         raise CourseError(
             f"cannot save {folder.name}/: {reason}. Nothing was changed; free some disk space."
         ) from error
-    finally:
-        tokenizer.padding_side = side
     return folder
 
 

@@ -66,11 +66,13 @@ PROFILES = {p.name: p for p in (
     Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
             learning_rate=2e-3, epochs=3, max_new_tokens=64),
-    Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct", None,
+    Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "12fd25f77366fa6b3b4b768ec3050bf629380bac",
             Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
             learning_rate=5e-4, epochs=1, max_new_tokens=200, gpu_gb=2),
-    Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct", None,
+    Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct",
+            "9213176726f574b556790deb65791e0c5aa438b6",
             Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub",
             **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, gpu_gb=4, gated=True),
     Profile("llama-8b", "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -192,8 +194,8 @@ class Plan:
 
     @property
     def hub_revision(self) -> str | None:
-        """The pinned commit of a model on the Hub, for ``from_pretrained``."""
-        return self.revision if self.on_hub else None
+        """The commit of a model on the Hub, for ``from_pretrained``: pinned, or looked up."""
+        return machine.hub_commit(self.model_id, self.revision) if self.on_hub else None
 
     @property
     def model_source(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import importlib.metadata
 import re
 import shutil
@@ -23,9 +22,9 @@ from medquad_utils import CourseError, merging
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.files import read_json, whole_folder, write_json
-from medquad_utils.generation import check_adapter, load_tokenizer
+from medquad_utils.generation import adapter_id, check_adapter, load_tokenizer, save_with
 from medquad_utils.machine import free_memory, hub_token
-from medquad_utils.profiles import Plan
+from medquad_utils.profiles import BASES, Plan
 from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_missing
 from medquad_utils.scores import SCORES
 from medquad_utils.splits import BOILERPLATE
@@ -58,8 +57,9 @@ class Licence:
 
     id: str  # in the Hub's list of licences
     name: str
-    url: str
-    agreement: str = ""  # title of the agreement that must be copied along; "" = none
+    url: str = ""
+    title: str = ""  # of its text, in capitals
+    agreement: bool = False  # a copy of the text must go along, with the words below
     notice: str = ""  # required text of NOTICE
     built: str = ""  # required words in the card
     begins: str = ""  # required beginning of the model's name
@@ -77,17 +77,36 @@ LICENCES = {
 }
 
 
-def licence_of(model_id: str) -> Licence:
-    """Return the licence that a model derived from ``model_id`` inherits."""
-    name = model_id.lower()
-    if "llama-3" not in name:
-        return LICENCES["apache-2.0"]  # the course's other bases
-    return LICENCES["llama3.2" if "llama-3.2" in name else "llama3"]
+def licence_of(base: Plan | str, *texts: Path) -> Licence:
+    """Return the licence that a model derived from ``base``, a plan or a Hub id, inherits.
+
+    The course knows those of its own bases and of Llama 3. For others, a copy of the licence says
+    it: a file of ``texts``, or LICENSE in the base's folder. Without one it is "unknown".
+    """
+    model_id = base if isinstance(base, str) else "" if base.model_path else base.model_id
+    if llama := re.search(r"/.*llama-?3(\.\d)?(?!\d)", model_id.lower()):
+        return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
+    if model_id in BASES:
+        return LICENCES["apache-2.0"]
+    folder = Path(getattr(base, "model_path", "") or "nowhere")
+    for file in (*texts, folder / "LICENSE", folder / "LICENSE.txt"):
+        text = _licence_text(file)
+        for licence in LICENCES.values():
+            if licence.title and licence.title in " ".join(text.upper().split())[:2000]:
+                return licence
+    return LICENCES["unknown"]
 
 
-def check_name(repo: str, model_id: str) -> None:
+def _licence_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> None:
     """Check the repository name: valid on the Hub, and allowed by the base model's licence."""
     from huggingface_hub.utils import validate_repo_id
+
+    model_id = base if isinstance(base, str) else base.model_id
+    licence = licence or licence_of(base)
 
     try:
         validate_repo_id(repo)
@@ -97,52 +116,52 @@ def check_name(repo: str, model_id: str) -> None:
             f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', "
             "for example me/my-model."
         ) from error
-    licence, example = licence_of(model_id), f"{user}/{licence_of(model_id).prefix}medquad-qlora"
+    example = f"{user}/{licence.prefix}medquad-qlora"
     if not re.match(licence.begins.replace(" ", "[-_.]?"), name, re.IGNORECASE):
         raise CourseError(
             f"--repo {repo!r}: {model_id} is under the {licence.name}, so the name of a derived "
             f"model must begin with {licence.begins!r}. Take for example {example}."
         )
-    if "llama" not in model_id.lower() and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
+    llama = licence.begins or "llama" in model_id.lower()
+    if not llama and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
         raise CourseError(
             f"--repo {repo!r}: the base {model_id!r} is not a Llama of Meta, so the name must not "
             f"say so. Take for example {example}."
         )
 
 
-def agreement(plan: Plan, given: Path | None = None) -> str:
-    """Return the text of LICENSE: the base's agreement, from ``given``, its folder or the cache.
+def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
+    """Return the text of LICENSE: the base's licence, from ``given``, its folder or the cache.
 
-    Where this machine does not have the agreement, a placeholder says how to add it.
+    Where this machine does not have an agreement, a placeholder says how to add it.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    licence, names = licence_of(plan.model_id), ("LICENSE", "LICENSE.txt")
-    if not licence.agreement:
+    names = ("LICENSE", "LICENSE.txt")
+    if licence.id == "apache-2.0":
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
     if given:
         files = [given]
-    elif plan.model_path:
-        files = [Path(plan.model_path, name) for name in names]
-    else:
-        cached = [
-            try_to_load_from_cache(plan.model_id, name, revision=plan.revision) for name in names
-        ]
+    elif plan.on_hub:
+        cached = [try_to_load_from_cache(plan.model_id, name, revision=plan.hub_revision)
+                  for name in names]  # fmt: skip
         files = [Path(path) for path in cached if isinstance(path, str)]
+    else:
+        files = [Path(plan.model_source, name) for name in names]
     for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        if licence.agreement in " ".join(text.upper().split()):
+        if (text := _licence_text(file)) and licence.title in " ".join(text.upper().split()):
             return text
     if given:
         raise CourseError(
             f"--licence {given.name} is not the {licence.name}: expected a text with the title "
-            f"{licence.agreement}."
+            f"{licence.title}."
         )
+    place = "its authors" if plan.model_path else f"https://huggingface.co/{plan.model_id}"
     return (
         f"{INCOMPLETE}\n\nThis model is derived from {plan.model_id}, under the {licence.name}:\n"
-        f"{licence.url}\n\nEvery copy needs a copy of the agreement, the file LICENSE of\n"
-        f"https://huggingface.co/{plan.model_id}: medquad publish ... --licence FILE\n"
+        f"{licence.url}\n\nEvery copy needs a copy of the licence, which comes from {place}:\n"
+        "medquad publish ... --licence FILE\n"
     )
 
 
@@ -172,10 +191,9 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     if any(trained[key] != earlier[key] for key in (earlier.keys() & trained.keys()) - folders):
         train = {}
         notes.append("metrics/train.json is of another training")
-    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     if not evaluation:
         evaluation = _of_lesson(lesson) if lesson else {}
-    elif evaluation.get("recipe", {}).get("adapter") != digest:
+    elif evaluation.get("recipe", {}).get("adapter") != adapter_id(adapter):
         evaluation = {}
         notes.append("evaluation/metrics.json is of another adapter")
     parts = {"training": train, "data": data, "evaluation": evaluation}
@@ -201,14 +219,18 @@ def _of_lesson(record: Mapping[str, Any]) -> dict[str, Any]:
     return about | {"overall": {"arms": arms}}
 
 
-def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -> str:
+def card(
+    repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str,
+    licence: Licence | None = None,
+) -> str:  # fmt: skip
     """Return the README.md of ``repo``, with metadata.
 
     ``merged``: a whole model, else an adapter of ``plan.model_id`` at commit ``revision``.
+    ``licence`` is the base's (default: ``licence_of`` the plan).
     """
     tuned = metrics.evaluation.get("overall", {}).get("arms", {}).get("tuned", {})
     return _render(
-        "card.md.jinja", plan, str(metrics.plan.get("source", plan.source)), repo=repo,
+        "card.md.jinja", plan, str(metrics.plan.get("source", plan.source)), licence, repo=repo,
         merged=merged, revision=revision, trained=metrics.plan, train=metrics.train,
         data=metrics.data, evaluation=metrics.evaluation,
         columns=COLUMNS, scores=SCORES,
@@ -222,12 +244,14 @@ def card(repo: str, plan: Plan, metrics: Metrics, merged: bool, revision: str) -
     )  # fmt: skip
 
 
-def notice(plan: Plan, source: str) -> str:
+def notice(plan: Plan, source: str, licence: Licence | None = None) -> str:
     """Return the text of NOTICE: the line of the base's licence, the base, and the data."""
-    return _render("notice.jinja", plan, source)
+    return _render("notice.jinja", plan, source, licence)
 
 
-def _render(template: str, plan: Plan, source: str, **values: Any) -> str:
+def _render(
+    template: str, plan: Plan, source: str, licence: Licence | None, **values: Any
+) -> str:  # fmt: skip
     """Fill in a template: numbers are formatted, and what is missing reads "not measured"."""
 
     def shown(value: Any) -> Any:
@@ -241,8 +265,9 @@ def _render(template: str, plan: Plan, source: str, **values: Any) -> str:
     )  # fmt: skip
     environment.filters["escaped"] = lambda text: escaped(text) if isinstance(text, str) else text
     return environment.get_template(template).render(
-        values, plan=plan, source=source, licence=licence_of(plan.model_id),
-        embedded=plan.model_id == "embedded", course=COURSE, paper=PAPER, doi=DOI,
+        values, plan=plan, source=source, licence=licence or licence_of(plan),
+        embedded=plan.model_id == "embedded", local=bool(plan.model_path),
+        course=COURSE, paper=PAPER, doi=DOI,
     )  # fmt: skip
 
 
@@ -258,17 +283,17 @@ def build(
     It holds the adapter, or base and adapter merged (``merged``, and always where the base is not
     on the Hub), with tokenizer, generation config, card, LICENSE (of ``licence``) and NOTICE.
     """
-    check_name(repo, plan.model_id)
+    terms = licence_of(plan, *filter(None, [licence]))
+    check_name(repo, plan, terms)
     source = adapter or plan.folder / "adapter"
     check_adapter(plan, source)
     merging.check_folder(folder, FILES)
     merged = merged or not plan.on_hub
-    revision = base_revision(plan) if plan.on_hub else ""
     metrics = read_metrics(plan, source)
     texts = {
-        "README.md": card(repo, plan, metrics, merged, revision),
-        "NOTICE": notice(plan, metrics.plan.get("source", plan.source)),
-        "LICENSE": agreement(plan, licence),
+        "README.md": card(repo, plan, metrics, merged, plan.hub_revision or "", terms),
+        "NOTICE": notice(plan, metrics.plan.get("source", plan.source), terms),
+        "LICENSE": agreement(plan, terms, licence),
     }
     try:
         with whole_folder(folder) as fresh:
@@ -279,8 +304,6 @@ def build(
                 _write_adapter(plan, source, fresh)
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
-            for file in fresh.iterdir():
-                file.chmod(0o644)  # safetensors writes 600, which another account cannot serve
             check(fresh, repo)
     except OSError as error:
         reason = f"{error.strerror or error}. Nothing was changed; free some disk space"
@@ -288,37 +311,13 @@ def build(
     return folder
 
 
-def base_revision(plan: Plan) -> str:
-    """Return the commit of the base that the plan pins, or else the cached one."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return plan.revision or Path(snapshot_download(plan.model_id, local_files_only=True)).name
-    except LocalEntryNotFoundError as error:
-        raise CourseError(
-            f"the commit of {plan.model_id} is unknown: load the base once (medquad ask), then "
-            "publish."
-        ) from error
-
-
 def _write_adapter(plan: Plan, adapter: Path, folder: Path) -> None:
-    from transformers import GenerationConfig
-
     folder.mkdir()
     config = read_json(adapter / "adapter_config.json")  # may name a folder of this machine
-    config |= {"base_model_name_or_path": plan.model_id, "revision": base_revision(plan)}
+    config |= {"base_model_name_or_path": plan.model_id, "revision": plan.hub_revision}
     write_json(folder / "adapter_config.json", config)
     shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-    tokenizer = load_tokenizer(plan)
-    tokenizer.padding_side = "left"  # for generation
-    tokenizer.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-    ).save_pretrained(folder)
+    save_with(load_tokenizer(plan), folder)
 
 
 # ---- the check before the push ------------------------------------------------------------------
@@ -395,7 +394,7 @@ def check(folder: Path, repo: str) -> None:
     if licence is None or TAG not in (data.get("tags") or []):
         raise CourseError("README.md is no card of medquad publish: build the folder again.")
     if licence.agreement:
-        check_name(repo, str(base))
+        check_name(repo, str(base), licence)
     problems = {
         f"README.md and NOTICE must attribute MedQuAD (doi {DOI}, CC BY 4.0)":
             DOI not in text or DOI not in credits,
@@ -404,6 +403,7 @@ def check(folder: Path, repo: str) -> None:
         "adapter_config.json must name the Hub id and the revision of its base":
             bool(config) and (named != base or not config.get("revision")),
         **_end_problems(folder),
+        **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
@@ -425,6 +425,26 @@ def _end_problems(folder: Path) -> dict[str, bool]:
     }
 
 
+def _reader_problems(folder: Path) -> dict[str, bool]:
+    """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
+    names = ("config.json", "tokenizer_config.json", "generation_config.json")
+    config, tokenizer, generation = (_json(folder / name) for name in names)
+    rope = config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
+    return {
+        "config.json must repeat rope_theta and rope_scaling where older programs look for them":
+            rope.get("rope_theta") != config.get("rope_theta")
+            or scaled != bool(config.get("rope_scaling")),
+        "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
+            tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
+            or "extra_special_tokens" in tokenizer,
+        "generation_config.json must be greedy: so were the answers that the card scores":
+            generation.get("do_sample") is not False or "temperature" in generation,
+        f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
+    }  # fmt: skip
+
+
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
     """Check that the run's metrics give every card line that holds a digit: nobody types a result.
 
@@ -432,8 +452,8 @@ def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
     """
     merged = (folder / "config.json").is_file()
     metrics = read_metrics(plan, plan.folder / "adapter")
-    revision = base_revision(plan) if plan.on_hub else ""
-    expected = card(repo, plan, metrics, merged, revision).splitlines()
+    licence = licence_of(plan, folder / "LICENSE")
+    expected = card(repo, plan, metrics, merged, plan.hub_revision or "", licence).splitlines()
     lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     for count, line in enumerate(lines, start=1):
         if line not in expected and re.search(r"\d", line):

@@ -17,9 +17,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -27,7 +25,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
-from medquad_utils.files import Row, locked, read_json, whole_folder, write_json
+from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.machine import guarded, peak_memory_gb, triton_needs
 from medquad_utils.memory import Shape, adapter_parameters
@@ -59,6 +57,10 @@ CONFIGS = {p.stem: p for p in (Path(__file__).parent / "assets" / "accelerate").
 WATCHED = 10
 # Fields of a plan that do not change what is learned: a run may resume with other values.
 OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
+# Fields of a record that make another adapter, whatever machine trains it; the folders' names are
+# not among them, because ``base`` and ``data`` are hashes of what is in them.
+MADE_FROM = ("base", "data", "seed", "rows", "max_steps", "lora_r", "lora_alpha", "lora_dropout",
+             "learning_rate", "epochs")  # fmt: skip
 HELD_OUT = 5  # rows: evaluation gives no interval for fewer
 FIELD = 6  # lesson 09 trains often: it takes one in six of the plan's rows, on each side
 
@@ -92,20 +94,39 @@ def ensure_adapter(plan: Plan) -> Path:
     that long starts unasked.
 
     Raises:
-        CourseError: the adapter of another base than the embedded one is missing.
+        CourseError: the adapter of another base than the embedded one is missing or differs; names
+            what differs.
     """
     folder = plan.folder / "adapter"
-    record = generation.adapter_record(folder)
-    now = plan.as_dict() | {"base": base_id(plan)}  # not the sizes of a step: they may differ
-    if any(record.get(k) != now[k] for k in ("model_id", "base", "source", "data_path", "seed")):
-        if plan.model_id != "embedded":
-            raise CourseError(
-                f"no adapter of this plan is in {plan.folder.name}/adapter, and training one takes "
-                "minutes on a GPU to an hour on a CPU. Run lesson 04 first, or: medquad train "
-                f"--profile {plan.profile} (how long: medquad estimate)."
-            )
+    data.prepare(plan)
+    changed = differs(generation.adapter_record(folder), record_of(plan, fit=False), MADE_FROM)
+    if changed and plan.model_id != "embedded":
+        raise CourseError(
+            f"no adapter of this plan is in {plan.folder.name}/adapter ({changed}), and training "
+            "one takes minutes on a GPU to an hour on a CPU. Set the plan back, run lesson 04 "
+            f"first, or: medquad train --profile {plan.profile} (how long: medquad estimate)."
+        )
+    if changed:
+        print(f"An adapter is trained: {changed}.")
         train(plan)
     return folder
+
+
+def record_of(plan: Plan, fit: bool = True) -> dict[str, Any]:
+    """Return what is kept with an adapter: the plan, and which weights and rows it really used.
+
+    Without ``fit`` it lacks the sizes of a step, which a machine too small to train does not have.
+    """
+    used = {"revision": plan.hub_revision, "base": base_id(plan)}
+    used["data"] = data.identity(plan.folder / "data")
+    return plan.as_dict(fit) | used
+
+
+def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Say which of ``keys`` have another value in two records; "" if none has."""
+    pairs = {key: (before.get(key), now[key]) for key in keys}
+    changed = [f"{key} was {a!r}, now {b!r}" for key, (a, b) in pairs.items() if a != b]
+    return "; ".join(changed) if before else "there is none yet"
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -344,9 +365,8 @@ def require(checks: Sequence[tuple[str, str, bool]]) -> None:
 
 
 def recipe(plan: Plan) -> dict[str, Any]:
-    """Return everything in the plan that determines the adapter, and the base's weights."""
-    values = {k: v for k, v in plan.as_dict(fit=True).items() if k not in OF_MACHINE}
-    return values | {"base": base_id(plan)}
+    """Return everything in the plan's record that determines the adapter."""
+    return {k: v for k, v in record_of(plan).items() if k not in OF_MACHINE}
 
 
 def resumable(plan: Plan) -> Path | None:
@@ -359,11 +379,10 @@ def resumable(plan: Plan) -> Path | None:
     record, now = folder / "plan.json", recipe(plan)
     before = read_json(record, "processes") if record.is_file() else now
     checkpoint = last_checkpoint(folder, before["processes"])
-    changed = [f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if before.get(k) != now[k]]
-    if checkpoint and changed:
+    if checkpoint and (changed := differs(before, now, now)):
         raise CourseError(
             f"the checkpoints in {plan.profile}/checkpoints are of another plan "
-            f"({'; '.join(changed)}). Delete the folder to start afresh, or set the plan back."
+            f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
     if process_state(plan).is_main_process:
         for path in checkpoints(folder):
@@ -412,7 +431,7 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "trainable_parameters": lora.trainable_parameters(trainer.model),
         "train_curve": losses,
         "validation_curve": validation,
-        "plan": plan.as_dict(fit=True),
+        "plan": record_of(plan),
     }
     if not plan.sharded:  # there a process holds parts of the matrices
         spectrum = lora.singular_values(trainer.model)
@@ -437,19 +456,19 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **
     weights = full_weights(trainer.model)
     if not trainer.is_world_process_zero():
         return folder
-    record = plan.as_dict(fit=True) | {"base": base_id(plan)} | more
+    record = record_of(plan) | more
     if plan.model_path:  # relative, so that both folders can move together
         record["model_path"] = os.path.relpath(plan.model_path, folder)
     try:
         with whole_folder(folder) as fresh:
             trainer.model.save_pretrained(fresh, state_dict=weights)
-            trainer.processing_class.save_pretrained(fresh)
             # PEFT names the base by its path on this machine, here and in a README of its own.
             config = read_json(fresh / "adapter_config.json")
             config["base_model_name_or_path"] = plan.model_id if plan.on_hub else None
             write_json(fresh / "adapter_config.json", config)
             (fresh / "README.md").unlink(missing_ok=True)
             write_json(fresh / "plan.json", record)
+            generation.save_with(trainer.processing_class, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
         raise CourseError(
@@ -545,12 +564,9 @@ def ensure(
 
 def _ingredients(rows: Sequence[Row], start: Path | None) -> dict[str, str]:
     """Hash what ``ensure`` trains from: its examples, and the adapter in ``start``."""
-    shown = ([row["question"], row["answer"], *row.get("passages", ())] for row in rows)
-    made_from = {"examples": json.dumps(list(shown)).encode()}
-    if start:
-        made_from["start"] = (start / "adapter_model.safetensors").read_bytes()
-    hashes = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in made_from.items()}
-    return {"start": "base"} | hashes
+    shown = [[row["question"], row["answer"], *row.get("passages", ())] for row in rows]
+    before = generation.adapter_id(start) if start else "base"
+    return {"examples": value_hash(shown), "start": before}
 
 
 def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:

@@ -640,11 +640,17 @@ def test_prepare_starts_again_for_another_seed_source_or_rule(tmp_path: Path) ->
 
 def test_prepare_starts_again_for_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
     plan = own_rows(tmp_path)
-    first, file = data.prepare(plan), Path(plan.data_path)
-    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
-    file.write_text(file.read_text().replace("Only", "Lone"))
-    os.utime(file, ns=times)
-    assert data.prepare(plan).train[0]["answer"] == first.train[0]["answer"].replace("Only", "Lone")
+    first, file = data.prepare(plan), tmp_path / "mine.jsonl"
+    state, text = file.stat(), file.read_text()
+    file.write_text(text.replace("Only", "Just"))
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert file.stat().st_size == state.st_size and data.prepare(plan).train != first.train
+    file.write_text(text)
+    assert data.prepare(plan) == first
+    before = data.identity(plan.folder / "data")
+    files.write_rows(plan.folder / "data" / "test.parquet", first.train)
+    assert data.prepare(plan) == first, "a part that somebody changed is made again"
+    assert data.identity(plan.folder / "data") == before != ""
 
 
 @pytest.mark.parametrize("name", ["data.json", "train.parquet", "mine.parquet"])

@@ -389,7 +389,11 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
         ({"questions": "topics.csv"}, "no column for the question"),
         ({"limit": "0"}, "expected whole numbers over 0"),
         ({"data": "nowhere"}, "no train.parquet in nowhere/"),
-        ({"adapter": "other"}, "trained on 'xml' rows, not on 'sample'"),
+        ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has others"),
+        (
+            {"adapter": "same", "data": "elsewhere"},
+            "'sample' rows (abc), and elsewhere/ has others",
+        ),
         ({"adapter": "nowhere"}, "no adapter in nowhere/: lesson 04 trains one"),
     ],
 )
@@ -401,6 +405,11 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(
     Path("topics.csv").write_text("topic,answer\ngout,x\n")
     Path("other").mkdir()
     Path("other", "plan.json").write_text('{"profile": "tiny", "source": "xml"}')
+    Path("same").mkdir()
+    Path("same", "plan.json").write_text(json.dumps(tiny().as_dict() | {"data": "abc"}))
+    Path("elsewhere").mkdir()
+    Path("elsewhere", "data.json").write_text('{"splits": "def"}')
+    Path("elsewhere", "train.parquet").touch()
     given = {"questions": str(jsonl(tmp_path, GOUT)), "profile": "tiny"} | options
     assert cli.main(["evaluate", *(f"--{name}={value}" for name, value in given.items())]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -82,7 +82,7 @@ def test_medquad_is_fetched_once_without_files_that_do_not_belong(
     good = tmp_path / "good" / "2_GARD_QA" / "0000001.xml"
     good.parent.mkdir(parents=True)
     good.write_text(DOCUMENT)
-    monkeypatch.setattr(fetch, "MEDQUAD_HASH", fetch.content_hash([good]))
+    monkeypatch.setattr(fetch, "MEDQUAD_HASH", fetch.content_hash([good], good.parents[1]))
     assert "1 rows" in fetch.medquad(serve(archive(FILES)))
     assert written() == {"MedQuAD/2_GARD_QA/0000001.xml", "MedQuAD/LICENSE.txt"}
     assert not list(tmp_path.rglob("outside.xml"))

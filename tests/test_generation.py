@@ -18,7 +18,7 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
 
-from medquad_utils import CourseError, chat, generation, quantization
+from medquad_utils import CourseError, chat, generation, quantization, training
 from medquad_utils.profiles import PROFILES, TINY_MODEL
 
 LONG = "What causes gout, and how do doctors find out that someone has it?"
@@ -99,14 +99,6 @@ def test_a_stream_ends_with_its_reader(base: Any, monkeypatch: pytest.MonkeyPatc
     assert lengths[0] < 200, "it went on although nobody reads"
     with pytest.raises(ValueError, match="max_new_tokens"):  # and does not wait for ever
         list(generation.stream(*base, QUESTIONS[0], -1))
-
-
-def test_next_token_probabilities_lead_to_the_greedy_token(base: Any) -> None:
-    first, later = (generation.next_token_probabilities(*base, PROMPT, s) for s in ("", "The"))
-    assert (first.shape, first.dtype) == ((3072,), torch.float32)
-    assert int(first.argmax()) == int(logits(*base)[0, -1].argmax())
-    assert float(first.sum()) == pytest.approx(1, abs=1e-5)
-    assert not torch.allclose(later, first)
 
 
 def test_unpacked_weights_answer_alike_to_the_bit(
@@ -200,6 +192,119 @@ def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
     return folder
 
 
+def without(file: Path, part: str) -> Path:
+    """Take the tensors whose names hold ``part`` out of a file of weights."""
+    kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
+    save_file(kept, file, {"format": "pt"})
+    return file.parent
+
+
+def flipped(file: Path, part: str) -> Path:
+    """Turn round the rows of the tensors whose names hold ``part``."""
+    tensors = load_file(file)
+    save_file({n: t.flip(0).contiguous() if part in n else t for n, t in tensors.items()}, file)
+    return file.parent
+
+
+def test_a_base_is_named_by_all_its_tensors_and_not_by_its_folder(tmp_path: Path) -> None:
+    def of(folder: Path) -> str:
+        return generation.base_id(dataclasses.replace(tiny(), model_path=str(folder)))
+
+    same, other, told = (Path(shutil.copytree(TINY_MODEL, tmp_path / n)) for n in "abc")
+    flipped(other / "model.safetensors", "layers.3.mlp.down_proj")  # the last of the file
+    (told / "chat_template.jinja").write_text("another " + chat.CHAT_TEMPLATE)
+    assert of(same) == generation.base_id(tiny())
+    assert len({of(folder) for folder in (same, other, told)}) == 3
+
+
+def test_an_adapter_is_named_by_its_weights_and_their_scale(
+    tiny_adapter: Path, tmp_path: Path
+) -> None:
+    same, scaled, other = (Path(shutil.copytree(tiny_adapter, tmp_path / n)) for n in "abc")
+    spoil(same, CONFIG, {"base_model_name_or_path": "moved"})
+    spoil(scaled, CONFIG, {"lora_alpha": 64})
+    flipped(other / WEIGHTS, "layers.3.mlp.down_proj.lora_B")
+    assert generation.adapter_id(same) == generation.adapter_id(tiny_adapter)
+    assert len({generation.adapter_id(folder) for folder in (same, scaled, other)}) == 3
+
+
+def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch moves on the Hub after training: the adapter's record still says which base."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, plan = (
+        tmp_path / "models--me--base",
+        dataclasses.replace(tiny(tmp_path), model_id="me/base"),
+    )
+    assert generation.base_id(plan) == "me/base@main", "nobody knows yet"
+    for commit in ("a" * 40, "b" * 40):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    record = training.record_of(plan, fit=False)
+    assert (record["revision"], record["base"]) == ("a" * 40, f"me/base@{'a' * 40}")
+    (repo / "refs" / "main").write_text("b" * 40)
+    assert plan.hub_revision == "b" * 40
+    assert dataclasses.replace(plan, revision=record["revision"]).hub_revision == "a" * 40
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        (folder / name).write_text("{}")
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CourseError, match=r"trained on me/base \(me/base@a+\), but .*@b+\)"):
+        generation.check_adapter(plan, folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: spoil(f, "config.json", {"tie_word_embeddings": False}), "missing lm_head"),
+        (lambda f: without(f / "model.safetensors", "1.mlp.up_proj"), r"missing .*1\.mlp\.up_proj"),
+        (lambda f: spoil(f, "config.json", {"num_hidden_layers": 3}), r"unexpected .*layers\.3"),
+    ],
+    ids=["no head", "no layer", "more than the config says"],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
+    folder = damage(Path(shutil.copytree(TINY_MODEL, tmp_path / "model")))
+    with pytest.raises(CourseError, match=rf"do not fit its config\.json \(.*{message}"):
+        generation.load_base(dataclasses.replace(tiny(), model_path=str(folder)))
+
+
+NF4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+MUTE = "{% for turn in messages if turn.role == 'user' %}{{ turn.content }}{% endfor %}"
+STRICT = "{{ raise_exception('System role not supported') }}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", NF4, r"quantised already \(bitsandbytes\): expected 16 or 32 bits"),
+        ("config.json", {"vocab_size": 3000}, "has a token 3071, but its embedding has 3000 rows"),
+        ("chat_template.jinja", "", "template cannot be used .*Use the instruct version"),
+        ("chat_template.jinja", MUTE, "it leaves out the system turn or the question"),
+        ("chat_template.jinja", STRICT, "System role not supported"),
+    ],
+    ids=["4 bits", "too few rows", "no template", "no system turn", "a template that refuses"],
+)
+def test_a_base_that_does_not_suit_is_refused_before_its_weights_are_read(
+    file: str, content: Any, message: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"not read")
+    if isinstance(content, dict):
+        spoil(folder, file, content)
+    elif content:
+        (folder / file).write_text(content)
+    else:
+        (folder / file).unlink()
+    with pytest.raises(CourseError, match=message):
+        generation.load_base(dataclasses.replace(tiny(), model_path=str(folder)))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -208,8 +313,30 @@ def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
         (lambda folder: spoil(folder, RECORD, {"base": "0123"}), r"trained on embedded \(0123\)"),
         (lambda folder: spoil(folder, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 aga"),
         (lambda folder: spoil(folder, CONFIG, {"r": 8}), "does not load onto embedded"),
+        (lambda folder: without(folder / WEIGHTS, "layers.2.mlp.up_proj"), "not have the same ten"),
+        (lambda folder: spoil(folder, CONFIG, {"init_lora_weights": "pissa_niter_4"}), "= 'pissa_"),
+        (
+            lambda folder: spoil(folder, CONFIG, {"modules_to_save": ["lm_head"]}),
+            "has modules_to_s",
+        ),
+        (lambda folder: spoil(folder, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),
+        (
+            lambda folder: spoil(folder, CONFIG, {"of_tomorrow": 1}),
+            "has of_tomorrow = 1 in adapter",
+        ),
     ],
-    ids=["missing", "another model", "other weights of it", "torn", "another rank"],
+    ids=[
+        "missing",
+        "another model",
+        "other weights of it",
+        "torn",
+        "another rank",
+        "a layer less",
+        "of a changed base",
+        "trained layers",
+        "trained tokens",
+        "unknown",
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
     damage: Any, message: str, tiny_adapter: Path, tmp_path: Path

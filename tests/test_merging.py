@@ -167,6 +167,29 @@ def test_a_saved_folder_loads_as_the_model_that_was_measured(
         assert torch.equal(logits(again), logits(model))
 
 
+def test_a_saved_folder_says_everything_where_older_programs_look(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """transformers before 5, vLLM and Ollama know no rope_parameters; the base samples."""
+    model = generation.load_base(plan(), quantized=False)
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
+    model.config.rope_parameters = scaling | {"rope_theta": 12345.0}
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    folder = merging.save(model, tiny_tokenizer, tmp_path / "saved")
+    names = ("config", "tokenizer_config", "generation_config")
+    config, tokenizer, settings = (json.loads((folder / f"{n}.json").read_text()) for n in names)
+    assert (config["rope_theta"], config["rope_scaling"]) == (12345.0, scaling)
+    assert config["pad_token_id"] == tiny_tokenizer.pad_token_id
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "<|eot_id|>" in tokenizer["additional_special_tokens"]
+    assert (tokenizer["padding_side"], tiny_tokenizer.padding_side) == ("left", "right")
+    assert settings["do_sample"] is False and not {"temperature", "top_p"} & settings.keys()
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.config.rope_parameters == scaling | {"rope_theta": 12345.0}
+
+
 PLAIN = """
 import json, sys
 from transformers import pipeline

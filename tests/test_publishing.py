@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
 
-from medquad_utils import CourseError, cli, publishing
+from medquad_utils import CourseError, chat, cli, generation, publishing
 from medquad_utils.files import write_json
 from medquad_utils.profiles import TINY_MODEL, Plan
 
@@ -66,8 +67,7 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
     plan = tiny(tmp_path_factory.mktemp("run"))
     adapter = Path(shutil.copytree(trained_adapter, plan.folder / "adapter"))
     train = {"steps": 4321, "plan": json.loads((adapter / "plan.json").read_text())}
-    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    evaluation = EVALUATION | {"recipe": {"adapter": digest[:16]}}
+    evaluation = EVALUATION | {"recipe": {"adapter": generation.adapter_id(adapter)}}
     write_json(plan.folder / "metrics" / "train.json", train)
     write_json(plan.folder / "metrics" / "explore.json", DATA)
     write_json(plan.folder / "evaluation" / "metrics.json", evaluation)
@@ -252,6 +252,98 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
     assert (out / "LICENSE").read_text() == given.read_text()
 
 
+def test_a_file_that_only_its_owner_may_read_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").chmod(0o600)
+    with pytest.raises(CourseError, match=r"model\.safetensors cannot be read by other accounts"):
+        publishing.check(copy, OPEN)
+
+
+APACHE = "Apache License\n  Version 2.0, January 2004"
+LLAMA_32 = "LLAMA 3.2 COMMUNITY\nLICENSE AGREEMENT"
+
+
+@pytest.mark.parametrize(("name", "text", "licence"), [
+    ("mylab-llama-3.2-1b", LLAMA_32, "llama3.2"), ("derm", LLAMA_32, "llama3.2"),
+    ("mylab-llama-3.2-1b", "", "unknown"), ("SmolLM2-135M-Instruct", "mine", "unknown"),
+    ("derm", APACHE, "apache-2.0"),
+])  # fmt: skip
+def test_of_a_local_base_nothing_is_claimed_that_its_folder_does_not_say(
+    name: str, text: str, licence: str, plan: Plan, tmp_path: Path
+) -> None:
+    base = tmp_path / name
+    base.mkdir()
+    (base / "LICENSE.txt").write_text(text)
+    local = dataclasses.replace(plan, profile="small", model_id=name, model_path=str(base))
+    terms = publishing.licence_of(local)
+    assert terms.id == licence
+    words = publishing.card(
+        "me/llama-derm", local, publishing.Metrics({}, {}, {}, {}, ()), True, ""
+    )
+    data, credits = ModelCard(words).data, publishing.notice(local, "sample")
+    assert (data.license, data.get("base_model")) == (licence, None)
+    assert "HuggingFaceTB" not in words and f"huggingface.co/{name}" not in words + credits
+    assert (
+        "**Base developed by:** not stated" in words
+        and "Fine-tuned from:** a model in a loc" in words
+    )
+    assert ("Built with Llama" in words) == (licence == "llama3.2")
+    copied = publishing.agreement(local, terms)
+    assert copied.startswith(publishing.INCOMPLETE) == (licence == "unknown" and not text)
+    if licence == "llama3.2":
+        with pytest.raises(CourseError, match="must begin with 'Llama'"):
+            publishing.check_name("me/derm-qa", local)
+    (given := tmp_path / "given").write_text("META LLAMA 3 COMMUNITY LICENSE AGREEMENT")
+    told = publishing.licence_of(local, given)
+    assert told.id == "llama3", "the user says it"
+    assert publishing.agreement(local, told, given) == given.read_text()
+
+
+@pytest.mark.parametrize(("base", "licence"), [
+    ("embedded", "apache-2.0"), ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    (LLAMA, "llama3"), ("meta-llama/Llama-3.1-8B", "llama3.1"), ("someone/else", "unknown"),
+    ("meta-llama/Llama-3.9-1B", "unknown"), ("x/Hermes-Llama-3.1-8B", "llama3.1"),
+    ("huggyllama/llama-30b", "unknown"), ("someone/tiny-llama", "unknown"),
+])  # fmt: skip
+def test_a_licence_is_known_or_unknown(base: str, licence: str) -> None:
+    assert publishing.licence_of(base).id == licence
+
+
+OLD = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+name, turns = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+chat = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(name))
+answers = [chat(turn, max_new_tokens=32)[0]["generated_text"][-1]["content"] for turn in turns]
+print(json.dumps([transformers.__version__, answers]))
+"""
+OLD_ONES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.0")
+
+
+@pytest.mark.full  # it downloads 14 MB, and two processes import torch
+def test_an_older_transformers_gives_the_same_greedy_answers(
+    published: Path, tmp_path: Path
+) -> None:
+    """With its own settings: it is greedy because the folder says so."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--target", str(tmp_path / "old"), *OLD_ONES, "requests", "urllib3",
+                "charset_normalizer"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and not os.environ.get("CI"):
+        pytest.skip(f"transformers 4.57 cannot be installed here: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr[-1000:]
+    turns, said = json.dumps([chat.prompt_messages(q) for q in chat.THREE_QUESTIONS]), {}
+    for folder in (str(tmp_path / "old"), ""):
+        here = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": folder}
+        command = [sys.executable, "-c", OLD, str(published), turns]
+        done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        version, answers = json.loads(done.stdout.splitlines()[-1])
+        said[version] = answers
+    assert len(said) == 2 and "4.57.6" in said, "one of them is the older one"
+    assert said["4.57.6"] == said.popitem()[1] and all(said["4.57.6"])
+
+
 EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
 
 
@@ -265,6 +357,9 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
+    ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
+    ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),
+    ("tiny", "tokenizer_config.json", "PreTrainedTokenizerFast", "Backend", "must name Pre"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),

@@ -294,6 +294,9 @@ def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch: pytest.Monkey
     assert training.resumable(plan) == there, "a refusal does not change the owner"
     moved = dataclasses.replace(plan, hardware="another machine", why="auto", card_gb=99.0)
     assert training.resumable(moved) == there
+    files.write_json(plan.folder / "data" / "data.json", {"splits": "other rows"})
+    with pytest.raises(CourseError, match=r"data was '', now 'other rows'"):
+        training.resumable(plan)
     monkeypatch.setattr(training, "base_id", lambda plan: "other weights")
     with pytest.raises(CourseError, match=r"base was .*, now 'other weights'"):
         training.resumable(plan)
@@ -378,6 +381,46 @@ def test_a_killed_run_resumes_and_ends_bit_equal_to_a_whole_one(
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert not torn.parent.exists(), "a finished run leaves nothing to resume"
+
+
+def diseases(file: Path, prefix: str = "") -> None:
+    """Write two questions about each of 40 diseases, whose names begin with ``prefix``."""
+    lines = ["qtype,question,answer,focus"]
+    for n in range(40):
+        told = f"is a disease with the number {n} in a list of forty such diseases."
+        lines.append(f"causes,What causes D{n} ?,The cause {told},{prefix}D{n}")
+        lines.append(f"symptoms,What are the symptoms of D{n} ?,The sign {told},{prefix}D{n}")
+    file.write_text("\n".join(lines))
+
+
+def test_an_adapter_of_other_rows_weights_or_settings_is_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under one name the file gets other diseases, and so another split; and so on."""
+    diseases(file := tmp_path / "t.csv")
+    plan, trained = tiny(tmp_path, source="csv", data_path=str(file)), list[Plan]()
+
+    def train(plan: Plan) -> None:
+        trained.append(plan)
+        files.write_json(plan.folder / "adapter" / "plan.json", training.record_of(plan))
+
+    monkeypatch.setattr(training, "train", train)
+    training.ensure_adapter(plan)
+    training.ensure_adapter(dataclasses.replace(plan, compute_dtype="bfloat16", why="elsewhere"))
+    moved = tmp_path / "moved" / "t.csv"
+    moved.parent.mkdir()
+    moved.write_bytes(file.read_bytes())
+    training.ensure_adapter(dataclasses.replace(plan, data_path=str(moved)))
+    assert len(trained) == 1, "the same rows and settings"
+    capsys.readouterr()
+    diseases(file, prefix="rare ")
+    training.ensure_adapter(plan)
+    assert len(trained) == 2
+    assert "An adapter is trained: data was " in capsys.readouterr().out
+    for name, value in {"rows": 8, "max_steps": 2, "lora_r": 4}.items():
+        other = dataclasses.replace(plan, **{name: value}, model_id="me/base")
+        with pytest.raises(CourseError, match=rf"\(base was .*{name} was .*, now {value}[;)]"):
+            training.ensure_adapter(other)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
