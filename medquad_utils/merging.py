@@ -17,18 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medquad_utils import CourseError
+from medquad_utils import CourseError, generation
 from medquad_utils.chat import encode, prompt_messages
 from medquad_utils.evaluation import Cell, measure, score_columns
 from medquad_utils.files import Row, whole_folder
-from medquad_utils.generation import (
-    ask,
-    check_adapter,
-    load_base,
-    load_tokenizer,
-    load_tuned,
-    save_with,
-)
+from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory, unpacked
@@ -161,7 +154,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         with whole_folder(folder) as fresh, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
             model.save_pretrained(fresh, max_shard_size="2GB")
-            save_with(tokenizer, fresh)
+            generation.save_with(tokenizer, fresh)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error

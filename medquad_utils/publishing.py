@@ -394,7 +394,7 @@ def check(folder: Path, repo: str) -> None:
     if licence is None or TAG not in (data.get("tags") or []):
         raise CourseError("README.md is no card of medquad publish: build the folder again.")
     if licence.agreement:
-        check_name(repo, str(base), licence)
+        check_name(repo, str(base or "the base"), licence)
     problems = {
         f"README.md and NOTICE must attribute MedQuAD (doi {DOI}, CC BY 4.0)":
             DOI not in text or DOI not in credits,
