@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from medquad_utils import CourseError, __version__, machine, profiles
+from medquad_utils import CourseError, __version__, files, machine, profiles, tables
 from medquad_utils.profiles import PROFILES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
@@ -20,12 +20,18 @@ RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
+PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
 QUESTION = ("question", None, "", "in quotes")
+
+
+def _path(text: str) -> str:
+    return str(files.user_path(text)) if text else ""
+
 
 # What the type of an option's default says about it.
 KINDS: dict[type, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction}, list: {"action": "append"},
-    int: {"type": int}, float: {"type": float}, str: {}, type(None): {"required": True},
+    str: {}, type(None): {"required": True},
 }  # fmt: skip
 
 # Command -> (its help, its options). An option is (flag, metavar, default, help).
@@ -44,7 +50,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         RUNS,
         ("--source", "S", "sample", "sample, hub, xml, csv, jsonl or parquet (default: sample)"),
         ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
-        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data)"),
+        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
@@ -102,7 +108,14 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that imports the options of ``medquad train``, and torch with them, at first use."""
+    """A parser that says a mistake in one line.
+
+    It imports the options of ``medquad train``, and torch with them, at first use.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as any other mistake of a user."""
+        raise CourseError(f"{message} (all options: {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self.prog.endswith(" train"):
@@ -120,36 +133,28 @@ def parser() -> argparse.ArgumentParser:
     for name, (text, options) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         for flag, metavar, default, about in options:
-            kind = KINDS[type(default)] | ({"metavar": metavar} if metavar else {})
+            number = {"type": functools.partial(profiles.number, flag, type(default))}
+            kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
+            kind |= {"type": _path} if metavar in PATHS else {}
             command.add_argument(flag, help=about, default=default, **kind)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on stderr and exit status 1."""
-    options = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads wait without spinning: 10 % slower on idle cores, over twice as fast on shared ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        status: int = globals()[f"_{options.command}"](options) or 0
-        sys.stdout.flush()  # a closed pipe shows here, not after the last line of Python
-        return status
-    except CourseError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:  # an extra that is not installed
-        message = f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
-    except BrokenPipeError:  # head or less has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        where = error.filename or "no file named"
-        message = f"{error.strerror or error}: {where}. Check --runs, --out and the disk's space."
-    except KeyboardInterrupt:
-        print("\nmedquad: stopped; files that were written are complete.", file=sys.stderr)
-        return 130
-    print(f"medquad: {message}", file=sys.stderr)
-    return 1
+
+    def work() -> int:
+        options = parser().parse_args(arguments)
+        for name in ("out", "runs", "space", "reference"):
+            if place := getattr(options, name, ""):
+                path = files.user_path(place)
+                files.check_place(path.parent if path.suffix in (".html", ".png") else path)
+        return globals()[f"_{options.command}"](options) or 0
+
+    return machine.guarded(work)
 
 
 def _silence() -> None:
@@ -171,7 +176,8 @@ def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
 
 
 def _check_question(options: argparse.Namespace) -> None:
-    if not options.question.strip():
+    options.question = tables.clean_text(options.question)
+    if not options.question:
         example = f'medquad {options.command} "What causes asthma?"'
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
@@ -239,12 +245,17 @@ def _fetch(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from medquad_utils import course
 
+    pairs = [tuple(pair.partition("=")[::2]) for pair in options.p if "=" in pair]
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
-    parameters = dict(pair.split("=", 1) for pair in options.p)
-    if options.model:
-        parameters["model"] = options.model
-    only = [number for number in options.only.split(",") if number]
+    given = {"model": options.model, "out": options.runs, "profile": options.profile}
+    names = [*dict(pairs), *(n for n, value in given.items() if value not in ("", "auto"))]
+    if len(names) > len(set(names)) or len(dict(pairs)) < len(pairs):
+        raise CourseError(f"a parameter is given twice ({', '.join(options.p)}): keep one value.")
+    parameters = dict(pairs) | ({"model": options.model} if options.model else {})
+    only = [number for number in options.only.split(",") if number.strip()]
+    if options.only and not only:
+        raise CourseError(f"--only {options.only!r}: expected numbers of lessons, such as 02,04.")
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")
     keep = Path(options.reference) if options.reference else None
@@ -263,7 +274,9 @@ def _data(options: argparse.Namespace) -> None:
     plan = profiles.resolve(
         "tiny", source=options.source, data_path=options.path, seed=options.seed, out=options.runs
     )
-    folder = Path(options.out or plan.folder / "data")
+    # The default folder is tiny's own: its lessons would replace the parts of other rows.
+    own = plan.source == "sample" and not (options.without or options.specialty)
+    folder = Path(options.out or (plan.folder if own else Path(plan.out)) / "data")
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
     print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
@@ -271,12 +284,14 @@ def _data(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
-    from medquad_utils import generation
+    from medquad_utils import evaluation, generation
     from medquad_utils.chat import NOTICE
 
     plan = _plan(options)
     load = generation.load_base if options.base else generation.load_tuned
     model, tokenizer = load(plan), generation.load_tokenizer(plan)
+    context = model.config.max_position_embeddings
+    evaluation.check_question(options.question, tokenizer, context, plan.max_new_tokens)
     for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
         print(piece, end="", flush=True)
     print(f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else ""))
@@ -285,6 +300,8 @@ def _ask(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from medquad_utils import data, evaluation, report
 
+    if options.out:
+        files.check_ours(Path(options.out) / "metrics.json", '"about_scores"')
     if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
@@ -300,10 +317,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"archive: {(loaded := data.load_table(Path(options.archive)))}")
         archive = loaded.rows
     folder = Path(options.out or plan.folder / "evaluation")
-    metrics = evaluation.evaluate(
-        plan, questions, train, folder, adapter, archive, validation, options.batch, options.safety
-    )
-    page, text = report.write(metrics, folder)
+    with files.locked(folder, wait=False):
+        metrics = evaluation.evaluate(
+            plan, questions, train, folder, adapter, archive, validation, options.batch,
+            options.safety,
+        )  # fmt: skip
+        page, text = report.write(metrics, folder)
     print(f"{report.table(metrics)}\n")
     print(f"written: {page}, {text.name}, metrics.json, answers.parquet")
 
@@ -311,6 +330,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
     _check_suffix(options.out, ".html")
+    if options.out:
+        files.check_ours(Path(options.out), "medquad")
     from medquad_utils import explanation
 
     plan = _plan(options)
@@ -326,6 +347,8 @@ def _demo(options: argparse.Namespace) -> None:
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
     plan = _plan(options)
     if options.space:
+        for name in demo.SPACE_FILES:
+            files.check_ours(Path(options.space) / name, "medquad")
         folder = demo.write_space(Path(options.space), options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
@@ -339,6 +362,7 @@ def _publish(options: argparse.Namespace) -> None:
 
     plan = _plan(options)
     folder = Path(options.out or plan.folder / "published")
+    files.check_ours(folder / "README.md", publishing.TAG, whole=True)
     licence = Path(options.licence) if options.licence else None
     publishing.build(plan, options.repo, folder, options.merged, licence=licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
@@ -360,6 +384,8 @@ def _estimate(options: argparse.Namespace) -> None:
     if every not in words and not (every.isdecimal() and int(every)):
         raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
     _check_suffix(options.out, ".png")
+    if options.out:
+        files.check_ours(Path(options.out), "Matplotlib")
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),

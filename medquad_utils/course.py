@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 
 from medquad_utils import CourseError, plots, reference
-from medquad_utils.files import read_json, whole_file
+from medquad_utils.data import HUB, SPECIALTIES
+from medquad_utils.files import locked, read_json, refuse_link, user_path, whole_file
 from medquad_utils.machine import default_out
-from medquad_utils.profiles import resolve
+from medquad_utils.profiles import number, resolve
 
 STAMP = "medquad"  # key in a committed notebook's metadata: profile, versions and source_hash
 
@@ -49,7 +50,7 @@ def notebooks_folder() -> Path:
 def lessons(only: Sequence[str] = ()) -> list[Path]:
     """List the lessons in order, or only those with the numbers in ``only`` ("02", "4")."""
     paths = {path.name[:2]: path for path in sorted(notebooks_folder().glob("0*_*.ipynb"))}
-    wanted = [number.strip().zfill(2) for number in only] or list(paths)
+    wanted = list(dict.fromkeys(number.strip().zfill(2) for number in only)) or list(paths)
     if unknown := [number for number in wanted if number not in paths]:
         raise CourseError(f"no lesson {', '.join(unknown)}: there are {', '.join(paths)}.")
     return [paths[number] for number in wanted]
@@ -102,7 +103,7 @@ def run(
     if keep:
         reference.check(keep)
     values = _values(chosen, parameters or {})
-    values["out"] = str(Path(out or str(values.get("out") or default_out())).resolve())
+    values["out"] = str(user_path(out or values.get("out") or default_out()).resolve())
     accepted = inspect.signature(resolve).parameters
     settings = {"profile": profile} | {k: v for k, v in values.items() if k in accepted}
     plan = resolve(**settings)
@@ -111,11 +112,12 @@ def run(
     if not only:
         _ = plan.fit  # refuse a machine that is too small to train before the first lesson
     results = []
-    for number, notebook in enumerate(chosen, start=1):
-        print(f"\n[{number}/{len(chosen)}] {title(notebook)}")
-        own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
-        results.append(_run_one(notebook, own, plan.folder))
-        print(f"      {results[-1].headline}")
+    with locked(plan.folder / "notebooks", wait=False):
+        for count, notebook in enumerate(chosen, start=1):
+            print(f"\n[{count}/{len(chosen)}] {title(notebook)}")
+            own = {k: v for k, v in values.items() if k in parameters_of(notebook)}
+            results.append(_run_one(notebook, own, plan.folder))
+            print(f"      {results[-1].headline}")
     rows = [(r.lesson, clock(r.seconds), f"{r.peak_gb:.1f} GB", r.headline) for r in results]
     rows.append(("all", clock(sum(r.seconds for r in results)), "", ""))
     print("", plots.Table(rows, ("lesson", "min:s", "peak RAM", "headline")), sep="\n")
@@ -127,28 +129,32 @@ def run(
 
 
 def _values(chosen: Sequence[Path], given: Mapping[str, str]) -> dict[str, Any]:
-    """Check the parameters of the command line; numbers become numbers, paths absolute."""
+    """Check the parameters of the command line; the type of each is that of its default."""
     defaults: dict[str, str] = {}
     for notebook in chosen:
         defaults |= parameters_of(notebook)
     if unknown := [name for name in given if name not in defaults]:
         names = ", ".join(sorted(defaults))
         raise CourseError(f"unknown parameter {', '.join(unknown)}: the lessons take {names}.")
-    values: dict[str, Any] = {}
-    for name, text in given.items():
-        kind = type(ast.literal_eval(defaults[name]))  # str, int or float
-        try:
-            values[name] = kind(text)
-        except ValueError:
-            values[name] = -1
-        if kind is not str and values[name] < 0:
-            number = "whole number" if kind is int else "number"
-            raise CourseError(f"parameter {name}={text}: expected a {number}, 0 or more.")
-        if name == "data_path" and text and not Path(text).exists():
+    if given.get("specialty") and given["specialty"] not in SPECIALTIES:
+        raise CourseError(
+            f"specialty={given['specialty']}: expected one of {', '.join(SPECIALTIES)}."
+        )
+    return {name: _value(name, text, defaults[name]) for name, text in given.items()}
+
+
+def _value(name: str, text: str, default: str) -> str | int | float:
+    kind = type(ast.literal_eval(default))
+    if kind is not str:
+        return number(name, kind, text)  # type: ignore[no-any-return]
+    if name in ("data_path", "model", "out") and text:
+        path = user_path(text)
+        if name == "data_path" and not (path.exists() or text in HUB):
             raise CourseError(f"{name}={text}: there is no such file or folder. Check the path.")
-        if name in ("data_path", "model") and text and Path(text).exists():
-            values[name] = str(Path(text).resolve())  # the kernels run in notebooks/, not here
-    return values
+        path = path.parent if path.name == "config.json" else path
+        if path.exists() if name != "model" else (path / "config.json").is_file():
+            return str(path.resolve())  # the kernels run in notebooks/, not here
+    return text
 
 
 def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
@@ -159,7 +165,9 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
 
     target = folder / "notebooks" / notebook.name
     target.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(target)
     settings = {"log_output": False, "progress_bar": True, "config": _kernel_config()}
+    settings["kernel_manager_class"] = _own_kernel()
     started = time.time()
     try:
         with _peak_memory() as peak:
@@ -212,6 +220,18 @@ def _kernel_config() -> Any:
 
     able = zmq.has("curve") and "transport_encryption" in KernelManager.class_trait_names()
     return Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
+
+
+def _own_kernel() -> type:
+    """Return a manager of kernels that run in this Python, whatever kernels are installed."""
+    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Own(AsyncKernelManager):
+        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+    return Own
 
 
 def clock(seconds: float) -> str:

@@ -13,13 +13,13 @@ import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, files, tables
+from medquad_utils import CourseError, files, machine, tables
 from medquad_utils.assets import raw, sample
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import COLUMNS, LISTS, Row
@@ -50,6 +50,10 @@ Places = dict[str, list[Place]]  # what happened to records -> which
 
 NO_ANSWER = "no answer"
 CLEANED = "control characters removed, or letters composed (NFC)"
+
+
+FOREIGN = "HTML, or letters that were decoded wrongly; kept"
+MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|&(?:amp|nbsp|lt|gt|quot|#\d+);|â€|[ÂÃ][\x80-\xbf]")
 
 
 def _places() -> Places:
@@ -169,15 +173,13 @@ def load_hub(name: str) -> Loaded:
             "data set, then source=csv data_path=FILE."
         )
     table, commit = HUB[name]
-    try:
+    todo = (
+        f"Check the network, or read MedQuAD from a folder: {GIT_CLONE}, then source=xml "
+        "data_path=MedQuAD; source=sample needs no network."
+    )
+    with machine.network(f"the data set {name} could not be loaded from the Hub", todo):
         folder = Path(snapshot_download(name, repo_type="dataset", revision=commit,
                                         allow_patterns=table))  # fmt: skip
-    except Exception as error:  # the library raises many kinds of error here
-        raise CourseError(
-            f"the data set {name} could not be loaded from the Hub "
-            f"({type(error).__name__}). Check the network, or read MedQuAD from a folder: "
-            f"{GIT_CLONE}, then source=xml data_path=MedQuAD; source=sample needs no network."
-        ) from error
     loaded = load_table(folder)
     loaded.commit = folder.name  # the Hub's cache names the folder of a snapshot by its commit
     return loaded
@@ -231,6 +233,8 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
         loaded.notes[f"question type {how}"].append(place)
     if any(clean[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
         loaded.notes[CLEANED].append(place)
+    if MARKUP.search(row["question"] + texts["answer"][0]):
+        loaded.notes[FOREIGN].append(place)
     if len(texts["answer"]) > 1:
         loaded.notes["several right answers, of which training reads the first"].append(place)
     loaded.rows.append(row)
@@ -293,21 +297,35 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, content of its files, seed and options."""
-    path, sources = Path(plan.data_path), list[Path]()
-    if plan.source == "sample":
-        sources = [sample.CONDITIONS, raw.WORDING]
-    elif plan.source != "hub":
-        sources = list_files(path, [path.suffix, ".xml", *ENDINGS])
+    sources = _files_of(plan)
+    root = Path(os.path.commonpath(sources)) if sources else Path(plan.data_path)
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "files": files.content_hash(
-            sources, Path(os.path.commonpath(sources)) if sources else path
-        ),
+        "files": files.content_hash(sources, root),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
     }
+
+
+def _check_replaced(plan: Plan, folder: Path) -> None:
+    """Check that the files to write replace no input and nothing that others wrote."""
+    card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
+    inputs = {file.resolve() for file in _files_of(plan)}
+    if own := [path.name for path in parts if path.resolve() in inputs]:
+        raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
+    files.check_ours(card, '"leakage"')
+    for path in parts:
+        files.check_ours(path, "PAR1" if card.is_file() else "medquad")
+
+
+def _files_of(plan: Plan) -> list[Path]:
+    """List the files of the plan's source on this machine."""
+    if plan.source == "sample":
+        return [sample.CONDITIONS, raw.WORDING]
+    path = Path(plan.data_path)
+    return [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
 
 
 def prepare(plan: Plan) -> Splits:
@@ -315,7 +333,7 @@ def prepare(plan: Plan) -> Splits:
     folder = plan.folder / "data"
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
     if card.is_file() and all(part.is_file() for part in parts):
-        written = files.read_json(card)
+        written = files.read_json(card, "recipe", "cleaning", "notes", "splits")
         if written["recipe"] == _recipe(plan):
             train, validation, test = map(files.read_rows, parts)
             splits = Splits(train, validation, test, written["cleaning"], written["notes"])
@@ -343,28 +361,29 @@ def make(
     ``without`` names cleaning rules to turn off. ``specialty`` selects a sub-corpus. Returns the
     splits and the content of ``data.json``.
     """
+    _check_replaced(plan, folder)
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
-    rows = select(rows, specialty) if specialty else rows
+    chosen = select(rows, specialty) if specialty else rows
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
-    splits = dataclasses.replace(split(rows, seed=plan.seed), cleaning=cleaning)
+    splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
-    card |= {
-        "splits": _hash(splits),
-        "specialty": specialty,
-        "focus_recovery": None,
-        "leakage": leakage_report(splits),
-    }
-    if any(row["focus"] for row in rows):
+    card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
+    kept = sum(splits.sizes().values()) + card["other_specialties"]
+    assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
+    card |= {"splits": _hash(splits), "focus_recovery": None, "leakage": leakage_report(splits)}
+    if any(row["focus"] for row in chosen):
         with suppress(CourseError):  # the questions name no disease, only the column focus does
-            card["focus_recovery"] = focus_recovery(rows, plan.seed)
-    # Without data.json the parts are not used, so a kill never leaves parts of two recipes.
-    with suppress(OSError):
+            card["focus_recovery"] = focus_recovery(chosen, plan.seed)
+    with files.locked(folder), ExitStack() as stack:
+        # All is written before anything is replaced, data.json last. Without it the parts are not
+        # used, so a kill never leaves parts of two recipes.
+        for name, value in {"data.json": card, "leakage.json": card["leakage"]}.items():
+            files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
+        for part in PARTS:
+            path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
+            files.dump_rows(path, getattr(splits, part))
         (folder / "data.json").unlink(missing_ok=True)
-    for part in PARTS:
-        files.write_rows(folder / f"{part}.parquet", getattr(splits, part))
-    files.write_json(folder / "leakage.json", card["leakage"])
-    files.write_json(folder / "data.json", card)
     return splits, card
 
 
@@ -388,6 +407,7 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
         "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
         "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
         "cleaning": splits.cleaning,
+        "dropped": sum(effect["dropped"] for effect in splits.cleaning.values()),
         "rows": splits.sizes(),
         "shares": splits.shares(),
         "notes": splits.notes,
@@ -411,6 +431,10 @@ def summary(card: Mapping[str, Any]) -> str:
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
         f"an answer + {sum(card['skipped'].values()):,} skipped",
+        f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
+        f"{card['dropped']:,} dropped by cleaning"
+        + f" + {card['other_specialties']:,} of other fields"
+        * bool(card["specialty"]),
         "\n".join(card["reading"]),
         _table("source", card["by_source"]),
         _table("question type", card["by_qtype"]),

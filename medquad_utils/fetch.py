@@ -6,7 +6,6 @@ was fetched is found by itself afterwards (``machine.fetched``).
 
 from __future__ import annotations
 
-import http.client
 import io
 import re
 import subprocess
@@ -62,7 +61,8 @@ def small() -> str:
         import huggingface_hub
 
         kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        huggingface_hub.snapshot_download(name, revision=SMALL.revision, allow_patterns=kinds)
+        with machine.network(f"{name} cannot be fetched from the Hub", "Try again later."):
+            huggingface_hub.snapshot_download(name, revision=SMALL.revision, allow_patterns=kinds)
         return f"{name} came from the Hub"
     import gguf  # noqa: F401  transformers needs it: its absence shows before a download
 
@@ -132,15 +132,13 @@ def _download(url: str) -> zipfile.ZipFile:
     from tqdm.auto import tqdm
 
     content = io.BytesIO()
-    try:
+    with machine.network(f"MedQuAD cannot be fetched from {url}", BY_HAND):
         with urllib.request.urlopen(url, timeout=30) as answer:
             size = int(answer.headers.get("content-length", 0)) or None
             with tqdm(total=size, unit="B", unit_scale=True) as bar:
                 while part := answer.read(1 << 16):
                     bar.update(content.write(part))
         return zipfile.ZipFile(content)
-    except (OSError, zipfile.BadZipFile, http.client.HTTPException) as error:
-        raise CourseError(f"MedQuAD cannot be fetched from {url} ({error}). {BY_HAND}") from error
 
 
 def _extract(archive: zipfile.ZipFile, folder: Path) -> None:

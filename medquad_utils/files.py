@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +25,70 @@ COLUMNS = (*REQUIRED, "focus", *LISTS, "source", "url", "document_id")
 MEASURED = Path(__file__).parent / "assets" / "measured"  # JSON that tests/benchmarks write
 
 
+def user_path(text: str | Path) -> Path:
+    """Turn a path as a user gives it into a ``Path``; ``~`` is the home folder."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()  # raises for a name that is too long
+        if "\0" in str(path):
+            raise ValueError("a zero byte is in it")
+    except (RuntimeError, ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CourseError(f"path {str(text)[:80]!r}: {why}. Write another path.") from error
+    return path
+
+
+def check_place(folder: Path) -> None:
+    """Check before any work that files can be written to ``folder``, which need not be there."""
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise CourseError(f"cannot write to {folder.name}: {reason(error)}") from error
+
+
+def check_ours(path: Path, mark: str, whole: bool = False) -> None:
+    """Check that a file may be replaced: it is absent, or holds the text ``mark`` of this package.
+
+    ``whole`` asks for the folder around it, which is empty or holds the marked file.
+
+    Raises:
+        CourseError: somebody else wrote it, or it is a link.
+    """
+    refuse_link(path)
+    replaced = path.parent if whole else path
+    with suppress(OSError):  # it cannot be read: writing will say so
+        there = any(replaced.iterdir()) if replaced.is_dir() else replaced.exists()
+        if there and not (path.is_file() and mark.encode() in path.read_bytes()):
+            raise CourseError(
+                f"{replaced.name} is there already, and medquad did not write it. "
+                "Move it away, or choose another folder or name with --out."
+            )
+
+
+def refuse_link(path: Path) -> None:
+    """Check that ``path`` is no link to a file: writing would lose the link."""
+    if path.is_symlink():
+        raise CourseError(
+            f"{path.name} is a link, which would be lost. Delete it, or choose another folder "
+            "or name with --out."
+        )
+
+
+def _temporary(path: Path, ending: str = "part") -> Path:
+    """Name a file beside ``path`` for this process; remove those that killed processes left."""
+    import psutil
+
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
+        if not ((pid := left.name.split(".")[-2]).isdecimal() and psutil.pid_exists(int(pid))):
+            if ending == "old" and not path.exists():
+                left.rename(path)  # it was killed between the two renames
+            remove = shutil.rmtree if left.is_dir() else os.unlink
+            with suppress(OSError):
+                remove(left)
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it to ``path`` at the end.
@@ -29,39 +96,62 @@ def whole_file(path: Path) -> Iterator[Path]:
     An error or a kill on the way leaves an older ``path`` as it was.
 
     Raises:
-        CourseError: the disk is full or the folder cannot be written.
+        CourseError: the disk is full, the folder cannot be written, or ``path`` is a link.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    refuse_link(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = _temporary(path)
         yield temporary
         temporary.replace(path)  # atomic, because both are in one folder
     except OSError as error:
-        raise CourseError(
-            f"cannot write {path.name}: {error.strerror or error}. "
-            "Free some space or choose another folder with out=..."
-        ) from error
+        raise CourseError(f"cannot write {path.name}: {reason(error)}") from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            if temporary:
+                temporary.unlink()
+
+
+def reason(error: OSError) -> str:
+    """Say why the system refused to write, and what helps."""
+    space, name = "Free some space", "A file is in the way"
+    todo = {
+        errno.ENOSPC: space, errno.EFBIG: space, errno.EDQUOT: space, errno.EROFS: "It is locked",
+        errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EISDIR: name,
+        errno.ENAMETOOLONG: "Shorten the name",
+    }.get(error.errno or 0, "Check the path")  # fmt: skip
+    return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a folder to create beside ``folder``, and replace ``folder`` at the end.
 
-    An error passes through unchanged and leaves an older ``folder`` as it was.
+    An error passes through unchanged and leaves an older ``folder`` as it was. If ``folder`` is a
+    link, the folder that it leads to is replaced, and the link stays.
     """
-    fresh, older = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder.name)
+    fresh, older = _temporary(folder), _temporary(folder, "old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
-        # No system call replaces a folder that has files in it, so the older one steps aside.
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
+        for _ in range(100):  # another process may replace the folder at the same moment
+            with suppress(FileNotFoundError):
+                # No system call replaces a folder that has files in it: the older steps aside.
+                folder.rename(older)
+            try:
+                fresh.rename(folder)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(older, ignore_errors=True)
     except BaseException:
         if older.exists() and not folder.exists():
             older.rename(folder)
@@ -69,6 +159,36 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold ``folder`` against other processes that lock it; the lock ends with this process.
+
+    Raises:
+        CourseError: another process holds it, and ``wait`` is false.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = -1
+    try:
+        with suppress(OSError):  # the folder cannot be written, which the first file will say
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise CourseError(
+                    f"another run is writing to {folder.parent.name}/{folder.name}: wait for its "
+                    "end, or choose another folder with --runs."
+                ) from error
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def content_hash(paths: Iterable[Path], root: Path) -> str:
@@ -86,38 +206,82 @@ def value_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file in UTF-8."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *keys: str, **kinds: type) -> Any:
+    """Read an object from a JSON file that this package wrote.
+
+    ``keys`` must be in it; ``kinds`` are types of values that may be in it.
+
+    Raises:
+        CourseError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        wrong = {key for key, kind in kinds.items() if not isinstance(value.get(key, kind()), kind)}
+        if wrong := wrong | (set(keys) - value.keys()):
+            raise ValueError(f"{min(wrong)} is wrong or missing")
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        told = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise CourseError(
+            f"{path.parent.name}/{path.name} is damaged ({told}): delete it, and run the lesson "
+            "that writes it again."
+        ) from error
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
     with whole_file(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        dump_json(temporary, value)
+
+
+def dump_json(temporary: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to a path of ``whole_file``."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of ``write_rows``."""
+    """Read a file of ``write_rows``.
+
+    Raises:
+        CourseError: the file is damaged, or holds other columns.
+    """
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.lib.ArrowInvalid) as error:
-        advice = "Delete it and run lesson 01 again."
-        raise CourseError(f"cannot read {path.name}: {error}. {advice}") from error
+        if wrong := [n for n, row in enumerate(rows, 1) if not _is_row(row)]:
+            raise ValueError(f"row {wrong[0]} is not one of medquad data")
+    except (OSError, ValueError, pyarrow.lib.ArrowException) as error:
+        told = " ".join(str(error).split()).replace(str(path), path.name)
+        todo = "Delete it and run lesson 01 again, or medquad data if you named the folder."
+        raise CourseError(f"cannot read {path.name}: {told[:200]}. {todo}") from error
     return rows
+
+
+def _is_row(row: Row) -> bool:
+    texts = all(isinstance(row.get(column), str) for column in REQUIRED)
+    return texts and row.keys() >= set(COLUMNS)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as parquet, in the columns ``COLUMNS``."""
+    with whole_file(path) as temporary:
+        dump_rows(temporary, rows)
+
+
+def dump_rows(temporary: Path, rows: Sequence[Row]) -> None:
+    """Write rows as parquet to a path of ``whole_file``."""
     import pyarrow
     import pyarrow.parquet
 
     # The types are given, because a column that is empty in these rows has none of its own.
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
-    schema = pyarrow.schema([(c, texts if c in LISTS else text) for c in COLUMNS])
-    with whole_file(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)
+    types = [(column, texts if column in LISTS else text) for column in COLUMNS]
+    schema = pyarrow.schema(types, metadata={"medquad": "rows"})  # by which check_ours knows it
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)

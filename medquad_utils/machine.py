@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import io
 import os
 import platform
 import re
@@ -14,15 +15,16 @@ import sys
 import sysconfig
 import tempfile
 import timeit
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError
-from medquad_utils.files import read_json
+from medquad_utils.files import read_json, reason, user_path
 
 PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
@@ -53,14 +55,87 @@ class Hardware:
         return f"{name}, {self.memory_gb:.0f} GB"
 
 
+def guarded(work: Callable[[], int]) -> int:
+    """Run a command and return its exit status; whatever goes wrong is one line on stderr.
+
+    An error that nobody foresaw leaves its traceback in a file for temporary files.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # a service closed it
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            _ = processes(), local_rank()  # a launcher's variables, before a library reads them
+            status = work()
+        except SystemExit as stop:  # argparse: help, or a wrong option
+            status = int(stop.code or 0)
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
+        return status
+    except BrokenPipeError:  # head or less has read enough
+        _drop_stdout()
+        return 141
+    except KeyboardInterrupt:
+        message, status = "stopped; files that were written are complete.", 130
+    except Exception as error:
+        message, status = _told(error), 1
+    if not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal():  # the first process speaks
+        print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+    return status
+
+
+def _told(error: Exception) -> str:
+    """Describe an error that ended a command in one line, with the next step."""
+    if isinstance(error, CourseError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):  # an extra that is not installed
+        return f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{Path(os.fsdecode(error.filename)).name}: {reason(error)}"
+    about_network = re.search(r"(?i)prox|socks|certificat|\bssl|\burl|no such file", str(error))
+    if about_network and (steering := network_settings()):
+        return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
+    if isinstance(error, OSError) and error.errno:
+        return reason(error)
+    log = Path(tempfile.gettempdir()) / f"{PACKAGE}-error.log"
+    with suppress(OSError):
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return (
+        f"unexpected {_first_line(error)}. Please report it with {log.name}, from the folder for "
+        "temporary files."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0][:200]
+    return f"{type(error).__name__}: {first}"
+
+
+def _drop_stdout() -> None:
+    """Send what is still to print nowhere: Python would fail once more at its exit."""
+    with suppress(OSError, ValueError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _number(name: str, default: int) -> int:
+    if not (text := os.environ.get(name) or str(default)).isdecimal():
+        raise CourseError(f"{name}={text!r}: expected a whole number, as a launcher sets it.")
+    return int(text)
+
+
 def processes() -> int:
     """Return how many processes share the run: set by ``torchrun`` or ``accelerate launch``."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def local_rank() -> int:
     """Return the number of this process on this machine, and so of its GPU; 0 if alone."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
 
 
 def detect() -> Hardware:
@@ -177,31 +252,58 @@ def triton_needs() -> tuple[str, bool]:
     return todo if lacking else ", ".join(found), not lacking
 
 
+# What steers every client of the network: a proxy, certificates, a mirror of the Hub.
+STEERING = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
+            "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT", "HF_HUB_OFFLINE")  # fmt: skip
+
+
+def network_settings() -> str:
+    """Name the variables that steer the network here, without their values: some hold passwords."""
+    names = [n for n in STEERING if os.environ.get(n) or os.environ.get(n.lower())]
+    return f"the environment sets {', '.join(names)}" if names else ""
+
+
+@contextmanager
+def network(what: str, todo: str) -> Iterator[None]:
+    """Turn whatever a client of the network raises into one message; ``todo`` is the next step."""
+    try:
+        yield
+    except CourseError:
+        raise
+    except Exception as error:  # each library has many kinds, and proxies add their own
+        steering = f"; {text}" if (text := network_settings()) else ""
+        raise CourseError(f"{what} ({_first_line(error)}{steering}). {todo}") from error
+
+
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Ask the Hugging Face Hub for a sign of life; ``HF_HUB_OFFLINE=1`` counts as no."""
+    """Ask the Hugging Face Hub for a sign of life; ``HF_HUB_OFFLINE=1`` counts as no.
+
+    A mirror may refuse a question for its home page (4xx) and still give files.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
-    import huggingface_hub
+    with suppress(CourseError), network("the Hub is out of reach", ""):
+        import huggingface_hub
 
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:  # with the client that downloads: same proxy, same certificates
-        answer = huggingface_hub.get_session().head(url, timeout=timeout, follow_redirects=True)
-        answer.raise_for_status()
-    except Exception:  # whatever the client raises, a download would fail in the same way
-        return False
-    return True
+        # The client that downloads: same proxy, same certificates.
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        session = huggingface_hub.get_session()
+        status = session.head(url, timeout=timeout, follow_redirects=True).status_code
+        return bool(status < 500 and status != 407)  # 407: the proxy asks for a password
+    return False
 
 
 def cache(name: str) -> Path:
     """Return the folder in $MEDQUAD_CACHE for a model (OWNER/NAME) or for ``MedQuAD``."""
-    base = os.environ.get("MEDQUAD_CACHE") or Path.home() / ".cache" / "medquad"
-    return Path(base) / name.replace("/", "--")
+    base = user_path(os.environ.get("MEDQUAD_CACHE") or "~/.cache/medquad")
+    return base / name.replace("/", "--")
 
 
 def fetched(name: str) -> Path | None:
     """Return the folder that ``medquad fetch`` wrote for ``name``, if it is there."""
-    folder = cache(name)
-    return folder if folder.is_dir() else None
+    with suppress(CourseError, OSError):  # no home folder, or one that cannot be read
+        return folder if (folder := cache(name)).is_dir() else None
+    return None
 
 
 def cached(model_id: str, revision: str | None = None) -> bool:
@@ -321,7 +423,7 @@ def default_out() -> str:
     On Kaggle it is a folder in the working directory, the one place that Kaggle keeps.
     """
     if chosen := os.environ.get("MEDQUAD_OUT"):
-        return chosen
+        return str(user_path(chosen))
     if on_colab() and DRIVE.is_dir():
         return str(DRIVE / "medquad-runs")  # Colab's own disk is lost with the session
     if on_kaggle():

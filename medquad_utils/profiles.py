@@ -13,13 +13,14 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, machine
-from medquad_utils.files import read_json
+from medquad_utils.files import read_json, user_path
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, training_memory
 from medquad_utils.memory import Shape as Shape  # part of this module's interface
@@ -28,6 +29,8 @@ TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 # Source -> what its data_path names.
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
+LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
+MOST_RANK = 4096  # of an adapter: the width of the largest base
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
@@ -169,8 +172,9 @@ class Plan:
                 raise ValueError(f"a {config.model_type} has experts, which are not counted")
             return Shape.of(config)
         except Exception as error:  # whatever the file holds, or the network does
+            reason = str(error).splitlines()[0].replace(self.model_source, self.model_id)
             raise CourseError(
-                f"model {self.model_id!r}: its sizes cannot be read ({str(error).splitlines()[0]})."
+                f"model {self.model_id!r}: its sizes cannot be read ({reason})."
                 " Expected OWNER/NAME or the folder of a Llama."
             ) from error
 
@@ -297,6 +301,13 @@ def resolve(
         CourseError: an unknown profile, source or model, or a source without its path.
     """
     machine.show_errors_plainly()
+    given = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
+    for name, value in given.items():
+        number(name, int, str(value))
+    if lora_r > MOST_RANK:
+        raise CourseError(f"lora_r={lora_r}: expected a rank of at most {MOST_RANK:,}.")
+    if max_steps == 1:
+        raise CourseError("max_steps=1: the first step only warms up, at rate 0. Expected 0 or 2.")
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
@@ -314,10 +325,20 @@ def resolve(
         lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
         learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
         rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
-        max_new_tokens=recipe.max_new_tokens, seed=seed, out=out or machine.default_out(),
+        max_new_tokens=recipe.max_new_tokens, seed=seed,
+        out=str(user_path(out or machine.default_out())),
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
     )  # fmt: skip
+
+
+def number(name: str, kind: type, text: str) -> Any:
+    """Read a parameter of ``kind`` int or float, from 0 to ``LARGEST``."""
+    with suppress(ValueError):
+        if text.isascii() and 0 <= (value := kind(text)) <= LARGEST:
+            return value
+    what = "whole number" if kind is int else "number"
+    raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")
 
 
 def resolve_trained(
@@ -328,7 +349,7 @@ def resolve_trained(
     Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
     ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
     """
-    out = out or machine.default_out()
+    out = str(user_path(out or machine.default_out()))
     if profile == "auto":
         records = [adapter / "plan.json"] if adapter else Path(out).glob("*/adapter/plan.json")
         trained = sorted((r for r in records if r.is_file()), key=lambda r: r.stat().st_mtime)
@@ -337,7 +358,8 @@ def resolve_trained(
     adapter = adapter or plan.folder / "adapter"
     if not (adapter / "plan.json").is_file():
         return plan
-    base = plan.as_dict() | read_json(adapter / "plan.json")
+    kinds = {"profile": str, "seed": int, "model_id": str, "model_path": str}
+    base = plan.as_dict() | read_json(adapter / "plan.json", **kinds)
     plan = dataclasses.replace(plan, seed=base["seed"])
     if model:
         return plan
@@ -435,6 +457,12 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
     """Return source and path, checked; a fetched MedQuAD is used where no other path is given."""
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
+    data_path = str(user_path(data_path)) if data_path else ""
+    if data_path and source == "sample":
+        raise CourseError(
+            f"source 'sample' reads no file, and data_path is {Path(data_path).name!r}. Name its "
+            "kind, too: -p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
+        )
     fetched = machine.fetched("MedQuAD")
     if fetched and not data_path and source in ("hub", "xml"):
         return "xml", str(fetched)  # the XML names diseases, the Hub's table does not
@@ -447,7 +475,7 @@ def find_data(source: str, data_path: str) -> tuple[str, str]:
 
 def find_base(profile: Profile, model: str) -> dict[str, Any]:
     """Return the plan's model_id, revision and model_path; "" is the profile's own base."""
-    path = Path(model).parent if Path(model).name == "config.json" else Path(model)
+    path = user_path(model).parent if Path(model).name == "config.json" else user_path(model)
     if model and (path / "config.json").is_file():
         return {"model_id": path.resolve().name, "revision": None, "model_path": str(path)}
     if model and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):

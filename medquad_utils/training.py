@@ -20,12 +20,13 @@ import argparse
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,11 +38,11 @@ from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
-from medquad_utils.files import Row, read_json, value_hash, whole_folder, write_json
+from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.machine import local_rank, peak_memory_gb, triton_needs
+from medquad_utils.machine import guarded, peak_memory_gb, triton_needs
 from medquad_utils.memory import Shape, adapter_parameters
-from medquad_utils.profiles import PROFILES, Plan, resolve
+from medquad_utils.profiles import PROFILES, Plan, number, resolve
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
@@ -71,16 +72,19 @@ def train(plan: Plan) -> dict[str, Any]:
     """Do the whole run; one that was interrupted goes on. Returns the metrics of ``finish``."""
     state = process_state(plan)
     tokenizer = load_tokenizer(plan)
-    with main_first(state):
-        splits = data.prepare(plan)
-    rows = select(plan, tokenizer, splits)
-    trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
-    require(preflight(plan, tokenizer, rows.train, trainer))
-    with main_first(state):
-        checkpoint = resumable(plan)
-    started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return finish(plan, trainer, time.time() - started)
+    with ExitStack() as lock:
+        with main_first(state):
+            if state.is_main_process:
+                lock.enter_context(locked(plan.folder / "checkpoints", wait=False))
+            splits = data.prepare(plan)
+        rows = select(plan, tokenizer, splits)
+        trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
+        require(preflight(plan, tokenizer, rows.train, trainer))
+        with main_first(state):
+            checkpoint = resumable(plan)
+        started = time.time()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return finish(plan, trainer, time.time() - started)
 
 
 def ensure_adapter(plan: Plan) -> Path:
@@ -373,7 +377,7 @@ def resumable(plan: Plan) -> Path | None:
     """
     folder = plan.folder / "checkpoints"
     record, now = folder / "plan.json", recipe(plan)
-    before = read_json(record) if record.is_file() else now
+    before = read_json(record, "processes") if record.is_file() else now
     checkpoint = last_checkpoint(folder, before["processes"])
     if checkpoint and (changed := differs(before, now, now)):
         raise CourseError(
@@ -381,7 +385,7 @@ def resumable(plan: Plan) -> Path | None:
             f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
     if process_state(plan).is_main_process:
-        for path in folder.glob("checkpoint-*"):
+        for path in checkpoints(folder):
             if checkpoint is None or _step(path) > _step(checkpoint):
                 shutil.rmtree(path)
         write_json(record, now)
@@ -390,12 +394,18 @@ def resumable(plan: Plan) -> Path | None:
 
 def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     """Return the newest checkpoint that all ``processes`` wrote to its end, or ``None``."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        with suppress(OSError, ValueError):  # a kill left no state, or a part of one
+    for checkpoint in sorted(checkpoints(folder), key=_step, reverse=True):
+        with suppress(OSError, CourseError):  # a kill left no state, or a part of one
             read_json(checkpoint / "trainer_state.json")  # process 0 writes it last
             if len(list(checkpoint.glob("rng_state*.pth"))) >= processes:
                 return checkpoint
     return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """List the folders of checkpoints; a copy of one, or an archive, has another name."""
+    paths = folder.glob("checkpoint-*")
+    return [p for p in paths if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
 
 
 def _step(checkpoint: Path) -> int:
@@ -632,7 +642,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``medquad train`` and ``python -m medquad_utils.training``."""
     for name, (default, text) in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, default=default, type=type(default), help=text)
+        kind = partial(number, flag, int) if isinstance(default, int) else str
+        parser.add_argument(flag, default=default, type=kind, help=text)
     text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
     parser.add_argument("--print-launch", choices=sorted(CONFIGS), help=text)
 
@@ -663,12 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="On several GPUs: torchrun --nproc_per_node N -m medquad_utils.training [options]",
     )
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except CourseError as error:
-        if local_rank() == 0:
-            print(f"medquad: {error}", file=sys.stderr)
-        return 1
+    return guarded(lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

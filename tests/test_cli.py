@@ -53,6 +53,19 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "-p", "source"], "'source': expected NAME=VALUE"),
     (["train", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),
     ([*RUN, "-p", "rows=-5"], "rows=-5: expected a whole number"),
+    ([*RUN, "-p", "seed=4294967296"], "seed=4294967296: expected a whole number from 0 to"),
+    ([*RUN, "-p", "rows=1_000"], "rows=1_000: expected a whole number"),
+    ([*RUN, "-p", "max_steps=1"], "max_steps=1: the first step only warms up"),
+    ([*RUN, "-p", "specialty=magic", "--only", "09"], "specialty=magic: expected one of cardio"),
+    ([*RUN, "-p", "rows=1", "-p", "rows=2"], "given twice (rows=1, rows=2)"),
+    ([*RUN, "-p", "profile=small"], "given twice (profile=small)"),
+    ([*RUN, "-p", "data_path=a file"], "'sample' reads no file, and data_path is 'a file'"),
+    ([*RUN, "--reference", "a file/kept"], "cannot write to kept: Not a directory"),
+    ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
+    (["train", "--lora-r", "-1"], "--lora-r=-1: expected a whole number from 0 to"),
+    (["data", "--seed", "1e5"], "--seed=1e5: expected a whole number"),
+    (["estimate", "--price", "nan"], "--price=nan: expected a number"),
+    (["data", "--sead", "1"], "unrecognized arguments: --sead 1 (all options: medquad --help)"),
     ([*RUN, "-p", "source=xml"], "'xml' needs data_path"),
     ([*RUN, "-p", "model=nowhere"], "model 'nowhere': expected OWNER/NAME"),
     ([*RUN, "--only", "01", "--runs", "a file"], "a file"),
@@ -127,3 +140,11 @@ def test_the_doctor_ends_with_a_status(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [state, "it", "text"] and lines[1].strip() == "-> do this"
     assert lines[-1].startswith("not ready: 1 to fix" if status else "ready for class")
+
+
+@pytest.mark.full  # forks that kill themselves, close their outputs and fill their disks
+@pytest.mark.parametrize("script", [("bad_inputs.py", "60", "1"), ("kills.py", "3", "2")])
+def test_bad_inputs_are_refused_and_killed_trainings_resume(script: tuple[str, ...]) -> None:
+    command = [sys.executable, str(REPO / "tests" / script[0]), *script[1:]]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"

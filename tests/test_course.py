@@ -50,7 +50,14 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_lesson_runs_with_its_parameters_and_is_stamped(toys: Path) -> None:
+def test_a_lesson_runs_with_its_parameters_and_is_stamped(
+    toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = toys.parent / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "another Python", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(other.parents[1]))
     path, before = toys / "01_toy.ipynb", (toys / "01_toy.ipynb").read_bytes()
     (result,) = course.run("tiny", ["01"], {"rows": "12", "rate": "0.25"})
     assert (result.lesson, result.headline) == ("01 toy", "saw 12 rows at 0.25")

@@ -241,6 +241,12 @@ def test_texts_pass_one_gate(tmp_path: Path) -> None:
     assert (loaded.rows, loaded.notes[data.CLEANED]) == ([only], [1])
 
 
+@pytest.mark.parametrize("answer", ["A <b>kind</b> of rash.", "Salt &amp; water.", "Itâ€™s gout."])
+def test_markup_and_wrong_letters_are_kept_and_counted(answer: str, tmp_path: Path) -> None:
+    loaded = data.load_table(write_table(tmp_path / "a.jsonl", [GOOD, GOOD | {"answer": answer}]))
+    assert (loaded.rows[1]["answer"], loaded.notes) == (answer, {data.FOREIGN: [2]})
+
+
 HEAD, TEXT = "question,answer,source,focus_area", "“It’s 5 µg,” says Sjögren."
 KAGGLE = f'{HEAD}\n"What causes Gout ?","{TEXT}",GARD,Gout\nWho knows?,"Two\nlines.",CDC,\n'
 GOUT = row("What causes Gout ?", TEXT)
@@ -645,6 +651,74 @@ def test_prepare_starts_again_for_other_content_of_the_same_size_and_time(tmp_pa
     files.write_rows(plan.folder / "data" / "test.parquet", first.train)
     assert data.prepare(plan) == first, "a part that somebody changed is made again"
     assert data.identity(plan.folder / "data") == before != ""
+
+
+@pytest.mark.parametrize("name", ["data.json", "train.parquet", "mine.parquet"])
+def test_parts_replace_neither_their_input_nor_what_others_wrote(name: str, tmp_path: Path) -> None:
+    mine = write_table(tmp_path / "mine.parquet", diseases(60))
+    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / name.replace("mine", "test")
+    theirs.write_text("mine") if name != "mine.parquet" else theirs.symlink_to(mine)
+    plan, before = tiny(source="parquet", data_path=str(mine)), theirs.read_bytes()
+    with pytest.raises(CourseError, match=f"{theirs.name} (is there already|would replace)"):
+        data.make(plan, tmp_path / "out")
+    assert theirs.read_bytes() == before
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [theirs.name]
+    with pytest.raises(CourseError, match="would replace the file that it is made from"):
+        data.make(replace(plan, data_path=str(mine.rename(tmp_path / "train.parquet"))), tmp_path)
+
+
+def test_a_write_sweeps_what_killed_ones_left_and_goes_through_no_link(tmp_path: Path) -> None:
+    (link := tmp_path / "link.json").symlink_to("a.json")
+    gone, alive = 2**22 + 1, os.getppid()  # no process has the first number
+    for pid in (gone, alive):
+        (tmp_path / f".a.json.{pid}.part").touch()
+    files.write_json(file := tmp_path / "a.json", {"a": 1})
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "link.json", f".a.json.{alive}.part"}
+    with pytest.raises(CourseError, match=r"link\.json is a link"):
+        files.write_json(link, {})
+    assert files.read_json(file) == {"a": 1} and link.is_symlink()
+
+
+def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undone(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "link").symlink_to("disk/folder")
+    for text in "ab":
+        with files.whole_folder(tmp_path / "link") as fresh:
+            fresh.mkdir()
+            (fresh / "file").write_text(text)
+    folder = tmp_path / "disk" / "folder"
+    assert (tmp_path / "link").is_symlink() and (folder / "file").read_text() == "b"
+    folder.rename(folder.with_name(f".folder.{2**22 + 1}.old"))
+    with pytest.raises(KeyError), files.whole_folder(folder):
+        raise KeyError
+    assert (folder / "file").read_text() == "b"
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_another_process_locks_is_waited_for_or_refused(tmp_path: Path) -> None:
+    said = pytest.raises(CourseError, match="another run is writing to")
+    with files.locked(tmp_path), said, files.locked(tmp_path, wait=False):
+        pytest.fail("locked twice")
+    with files.locked(tmp_path, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"recipe": 1}', '{"a', "[" * 99_999])
+def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path) -> None:
+    plan = own_rows(tmp_path)
+    data.prepare(plan)
+    (plan.folder / "data" / "data.json").write_text(content)
+    with pytest.raises(CourseError, match=r"data/data\.json is damaged \(.*: delete it, and run"):
+        data.prepare(plan)
+
+
+def test_parquet_of_other_columns_or_without_texts_is_refused(tmp_path: Path) -> None:
+    for rows in ([{"text": "a"}], [row(answer=None)]):
+        path = write_table(tmp_path / "train.parquet", rows)
+        with pytest.raises(CourseError, match=r"cannot read train\.parquet: .*not one of medquad"):
+            files.read_rows(path)
 
 
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:

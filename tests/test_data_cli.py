@@ -16,7 +16,7 @@ MISTAKES = {
     "--source xml": "source 'xml' needs data_path: the folder to read. Add -p data_path=...",
     "--without spelling": f"no cleaning rule 'spelling': there are {', '.join(NAMES)}",
     "--specialty magic": "no specialty 'magic': there are cardiology, oncology",
-    "--out {}/data.json/data": "cannot write train.parquet: Not a directory. Free some space or",
+    "--out {}/data.json/data": "cannot write to data: Not a directory. A file is in the way, or",
 }
 
 
@@ -49,6 +49,7 @@ def test_printed_numbers_are_the_written_ones(tmp_path: Path, capsys: Any) -> No
     sizes = {name: len(files.read_rows(tmp_path / f"{name}.parquet")) for name in splits.PARTS}
     assert table(text, "part") == {name: f"{size:,} rows" for name, size in sizes.items()}
     assert list(table(text, "cleaning rule")) == list(NAMES) == list(card["cleaning"])
+    assert f"{card['loaded']:,} rows = {sum(sizes.values()):,} in the parts + " in text
     dropped = sum(effect["dropped"] for effect in card["cleaning"].values())
     assert sum(sizes.values()) == card["loaded"] - dropped
     lost = card["unanswered"] + sum(card["skipped"].values())
@@ -93,3 +94,11 @@ def test_mistake_is_one_line_and_changes_no_file(tmp_path: Path, capsys: Any) ->
         assert (text, errors.count("\n")) == ("", 1)
         assert errors.startswith(f"medquad: {message}")
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_own_rows_are_not_where_the_lessons_of_tiny_write(tmp_path: Path, capsys: Any) -> None:
+    for words in (own(tmp_path / "a.jsonl"), ("--without", "white space"), ()):
+        assert main(["data", "--runs", str(tmp_path / "runs"), *words]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "runs" / "data" / "data.json").is_file()
+    assert json.loads((tmp_path / "runs/tiny/data/data.json").read_text())["recipe"]["data"] == ""

@@ -104,6 +104,17 @@ def test_without_a_network_the_message_says_how_to_bring_medquad() -> None:
     assert written() == set()
 
 
+def test_what_steers_the_network_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("https_proxy", "socks5://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://[")
+    named = "sets HTTPS_PROXY, .*HF_ENDPOINT.*git clone https://github.com/abachaa/MedQuAD"
+    with pytest.raises(CourseError, match=named) as refused:
+        fetch.medquad("https://127.0.0.1:9/a.zip")
+    assert "secret" not in str(refused.value) and not machine.hub_reachable(1.0)
+
+
 def test_without_hub_and_package_index_the_weights_of_small_name_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
