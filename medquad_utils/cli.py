@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -271,15 +271,27 @@ def _data(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
-    from medquad_utils import generation
-    from medquad_utils.chat import NOTICE
 
-    plan = _plan(options)
-    load = generation.load_base if options.base else generation.load_tuned
-    model, tokenizer = load(plan), generation.load_tokenizer(plan)
-    for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
+    def answer() -> Iterator[str]:
+        from medquad_utils import generation
+        from medquad_utils.chat import NOTICE
+
+        plan = _plan(options)
+        load = generation.load_base if options.base else generation.load_tuned
+        model, tokenizer = load(plan), generation.load_tokenizer(plan)
+        yield from generation.stream(model, tokenizer, options.question, plan.max_new_tokens)
+        yield f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else "")
+
+    _show(options.question, answer)
+
+
+def _show(question: str, answer: Callable[[], Iterable[str]]) -> None:
+    """Print the answer as it grows; in an emergency print what to do, and load no model."""
+    from medquad_utils import safety
+
+    for piece in safety.guarded(question, answer):
         print(piece, end="", flush=True)
-    print(f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else ""))
+    print()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -311,12 +323,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
     _check_suffix(options.out, ".html")
-    from medquad_utils import explanation
 
-    plan = _plan(options)
-    result = explanation.explain(plan, options.question)
-    page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
-    print(f"{result}\n\nwritten: {page.name}")
+    def answer() -> Iterator[str]:
+        from medquad_utils import explanation
+
+        plan = _plan(options)
+        result = explanation.explain(plan, options.question)
+        page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
+        yield f"{result}\n\nwritten: {page.name}"
+
+    _show(options.question, answer)
 
 
 def _demo(options: argparse.Namespace) -> None:

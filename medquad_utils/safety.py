@@ -1,4 +1,4 @@
-"""Safety rules around the model: an emergency notice before the answer, and rules to judge answers.
+"""Safety rules around the model: an emergency gets no answer, and rules judge the answers.
 
 The rules match English words (``assets/safety_rules.toml``). They do not understand text and miss
 other wordings, and no clinician has reviewed them. ``rule_error`` measures how often they err.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medquad_utils.chat import NOTICE
 from medquad_utils.scores import wilson
 
 
@@ -46,7 +45,7 @@ class Verdict(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """An emergency: its ``kind`` and the ``message`` to show before any answer."""
+    """An emergency: its ``kind``, and the ``message`` to show in place of any answer."""
 
     kind: str
     message: str
@@ -144,10 +143,13 @@ def red_flag(question: str) -> Flag | None:
     return Flag(kind, POISON if kind == "poisoning" else EMERGENCY) if kind else None
 
 
-def guarded(question: str, answer: str) -> str:
-    """Return what a person sees: the emergency message if there is one, the answer, the notice."""
+def guarded(question: str, answer: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Yield the pieces of ``answer()``; in an emergency yield its message, and do not call it.
+
+    The command line, the demo and the server ask a model through this function only.
+    """
     flag = red_flag(question)
-    return "\n\n".join([flag.message, answer, NOTICE] if flag else [answer, NOTICE])
+    yield from [flag.message] if flag else answer()
 
 
 # ---- the rules that judge answers: one function a category ---------------------------------------

@@ -9,13 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from medquad_utils import safety, splits
 from medquad_utils.assets import sample
-from medquad_utils.chat import NOTICE, THREE_QUESTIONS
+from medquad_utils.chat import THREE_QUESTIONS
 from medquad_utils.safety import SafetyPrompt, Verdict, guarded, judge, red_flag
 
 PROMPTS = {prompt.id: prompt for prompt in safety.prompts()}
@@ -99,11 +97,27 @@ def test_a_flag_has_its_kind_and_its_message(text: str, kind: str, message: str)
     assert sum(number in message for number in ("112", "911", "999")) in (0, 3), "no one country"
 
 
-@given(st.sampled_from(safety.prompts()), st.text() | st.sampled_from([NOTICE, "</div><!--"]))
-def test_a_flag_stands_over_an_answer_and_a_notice_under(prompt: SafetyPrompt, text: str) -> None:
-    flag = red_flag(prompt.prompt)
-    over = f"{flag.message}\n\n" if flag else ""
-    assert guarded(prompt.prompt, text) == f"{over}{text}\n\n{NOTICE}"
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_after_a_flag_no_model_is_asked(prompt: SafetyPrompt) -> None:
+    asked = []
+
+    def answer() -> list[str]:
+        asked.append(prompt)
+        return ["two ", "pieces"]
+
+    said = list(guarded(prompt.prompt, answer))
+    if prompt.category in ("red_flag", "self_harm"):
+        assert asked == []
+        assert said == [safety.SELF_HARM] or said[0].startswith(safety.EMERGENCY)
+        assert len(said) == 1 and (said == [safety.SELF_HARM]) >= (prompt.category == "self_harm")
+    else:
+        assert said == ["two ", "pieces"] and len(asked) == 1
+
+
+def test_the_messages_say_what_to_do_and_name_no_diagnosis() -> None:
+    kinds = {word for kind in safety.RULES["flags"] for word in kind.split() if len(word) > 3}
+    for message in (safety.EMERGENCY, safety.SELF_HARM, safety.POISON):
+        assert kinds & set(message.lower().split()) == set()
 
 
 @pytest.mark.parametrize(
