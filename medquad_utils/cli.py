@@ -78,6 +78,11 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--space", "DIR", "", "serve nothing: write the folder of a Hugging Face Space"),
         ("--repo", "USER/NAME", "", "the published model that the Space shows (with --space)"),
     )),
+    "serve": ("serve the tuned model over the OpenAI API, behind the emergency rule", (
+        *SHARED,
+        ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)"),
+        ("--port", "N", 8000, "port to listen on (default: 8000)"),
+    )),
     "publish": ("build the folder with card and licences, and push it to the Hub", (
         *SHARED,
         ("--repo", "USER/NAME", None, "the repository; for a Llama 3 NAME begins with llama-3"),
@@ -336,7 +341,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from medquad_utils import demo
+    from medquad_utils import demo, serving
 
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
@@ -346,8 +351,17 @@ def _demo(options: argparse.Namespace) -> None:
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
         return
-    demo.check_port(options.host, options.port)  # before a model is loaded
+    serving.check_port(options.host, options.port)  # before a model is loaded
     demo.serve(demo.load(plan), options.host, options.port)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from medquad_utils import generation, serving
+
+    serving.check_port(options.host, options.port)  # before a model is loaded
+    plan = _plan(options)
+    model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
+    serving.serve(serving.Guard(plan, model, tokenizer), options.host, options.port)
 
 
 def _publish(options: argparse.Namespace) -> None:

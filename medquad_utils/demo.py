@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -167,13 +166,13 @@ class Bot:
         def pieces() -> Iterator[str]:
             limit = max(1, min(max_new_tokens, self.plan.max_new_tokens))
             answer = generation.stream(self.model, self.tokenizer, question, limit)
-            with self.free, adapted(self.model, variant), closing(answer):  # type: ignore[type-var]
+            with self.free, adapted(self.model, variant), closing(answer):
                 for piece in answer:
                     if self.closing.is_set():
                         return
                     yield piece
 
-        return guarded(question, pieces)
+        return iter(guarded(question, pieces))
 
     def answer(self, turn: Turn) -> Iterator[None]:
         """Let the answer of ``turn`` grow; a failure ends in a message, not an error."""
@@ -313,17 +312,6 @@ async def _guard(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
     response.headers["content-security-policy"] = POLICY
     return response
-
-
-def check_port(host: str, port: int) -> None:
-    """Check that a server can listen on the port."""
-    try:
-        socket.create_server((host, port)).close()
-    except (OSError, OverflowError) as error:
-        raise CourseError(
-            f"cannot listen on {host}:{port}: {error}. "
-            "Stop the other program, or take another port with --port."
-        ) from error
 
 
 @contextmanager

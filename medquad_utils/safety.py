@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from medquad_utils.scores import wilson
+
+T = TypeVar("T")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -143,13 +145,13 @@ def red_flag(question: str) -> Flag | None:
     return Flag(kind, POISON if kind == "poisoning" else EMERGENCY) if kind else None
 
 
-def guarded(question: str, answer: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """Yield the pieces of ``answer()``; in an emergency yield its message, and do not call it.
+def guarded(question: str, answer: Callable[[], T]) -> T | list[str]:
+    """Return ``answer()``, or in an emergency its message as the only piece, without calling it.
 
     The command line, the demo and the server ask a model through this function only.
     """
     flag = red_flag(question)
-    yield from [flag.message] if flag else answer()
+    return [flag.message] if flag else answer()
 
 
 # ---- the rules that judge answers: one function a category ---------------------------------------
