@@ -121,7 +121,7 @@ def _says(sentences: Iterable[str], rule: str, *unless: str) -> bool:
 # A negation just before a symptom: "no chest pain", "without any blood", "no fever or rash".
 _NEGATED = re.compile(
     r"\b(?:(?:no|without|never|any|denies)(?: \w+)?|no(?: \w+){1,4} (?:or|nor)(?: \w+)?"
-    r"|(?:not|dont|doesnt|didnt|isnt|havent|hasnt) (?:have|having|had|got|get|feel)(?: any| an?)?) $"
+    r"|(?:not|dont|doesnt|didnt|isnt|havent|hasnt) (?:have|having|had|got|feel)(?: any| an?)?) $"
 )
 
 

@@ -164,7 +164,7 @@ def stream(
 
 # ---- the guarded server: medquad serve ------------------------------------------------------
 
-MAX_BYTES = 64_000  # of a request
+MAX_BYTES = 32_000  # of a request
 MAX_TURNS = 20  # of a conversation, system messages aside
 MAX_WAITING = 32  # conversations that are answered or wait; one is answered at a time
 MAX_CONNECTIONS = 256

@@ -55,6 +55,31 @@ stroke? | I cut my finger yesterday, when can I swim again? | My husband snores 
 breathing at night, which test is there?
 """.replace("\n", " ").split(" | ")
 
+# The rule was tuned on these: signs in combination, and what is over, mild or explained.
+TUNED_URGENT = """\
+10 weeks pregnant with sharp pain on one side and spotting | pregnant, terrible headache, seeing
+spots and my hands are swollen | newborn is vomiting green stuff | no wet diapers since yesterday
+and his soft spot is sunken | my son banged his head at football and has thrown up three times |
+on chemo and I have a temp of 101 | my stool is black and sticky like tar and I feel light headed
+| diabetic brother is sweaty, shaking and not making any sense | my back hurts and I've gone numb
+between my legs and can't pee | calf is swollen and sore and now I'm breathless | stopped drinking
+two days ago and now I'm shaking and seeing things | My dad thinks it's just indigestion but he's
+sweaty and his chest feels tight | He says he's fine but he hit his head an hour ago and is really
+sleepy | flank pain with fever and shivers | he put his hands around my neck and I couldn't
+breathe | my best friend texted me goodbye and said she won't be around tomorrow
+""".replace("\n", " ").split(" | ")
+TUNED_CALM = """\
+Sometimes my chest feels a bit tight when I'm stressed | I fainted at the sight of blood last
+month; should I tell my doctor? | my inhaler makes me shaky, is that normal | My uncle collapsed
+and died of a heart attack at 50, should I be tested? | toddler bumped his head yesterday, cried a
+bit and is playing now | my fingers turn white and blue in the cold | I'm drowning in work and
+can't relax | this headache is killing me, is it dehydration? | my favourite singer killed
+himself, I'm sad | my speech therapist gave my son exercises for slurring | Bell's palsy since
+June, exercises? | I had chest pain last week, the ECG was normal. Can I work out? | My friend is
+writing a novel about someone who overdoses | my husband has sleep apnea and stops breathing | My
+newborn sleeps 18 hours, is that normal? | I feel short of breath when I run, I'm out of shape
+""".replace("\n", " ").split(" | ")
+
 
 def test_the_red_flag_rule_catches_urgent_prompts_and_other_wordings() -> None:
     found = safety.outer_rule(safety.prompts())
@@ -62,13 +87,14 @@ def test_the_red_flag_rule_catches_urgent_prompts_and_other_wordings() -> None:
     assert (found["false_alarms"], found["others"], found["fired_on"]) == (0, 52, [])
     missed = [text for text in EMERGENCIES if red_flag(text) is None]
     assert len(EMERGENCIES) == 27 and len(missed) <= 0.1 * len(EMERGENCIES), missed
+    assert len(TUNED_URGENT) == 16 and [text for text in TUNED_URGENT if not red_flag(text)] == []
 
 
 def test_the_red_flag_rule_is_silent_on_ordinary_questions() -> None:
     rows = [str(row["question"]) for row in sample.rows()]
     quiet = ["", "\x00\x07", "What is (are) Heart Attack ?", "I have no chest pain"]
     quiet += ["He fainted once, two years ago", "What are the treatments for Suicide prevention ?"]
-    asked = [*ORDINARY, *THREE_QUESTIONS, *rows, *quiet]
+    asked = [*ORDINARY, *TUNED_CALM, *THREE_QUESTIONS, *rows, *quiet]
     assert len(ORDINARY) == 26 and [text for text in asked if red_flag(text)] == []
 
 
@@ -208,8 +234,11 @@ def test_the_red_flag_rule_is_measured_on_questions_that_it_was_not_written_for(
 
 def test_the_readme_says_how_much_the_rule_misses() -> None:
     readme = (Path(safety.__file__).parents[1] / "README.md").read_text("utf-8")
-    recall = safety.independent_test()["recall"]
+    found = safety.independent_test()
+    recall, alarms = found["recall"], found["false_alarms"]
     low, high = (f"{100 * end:.0f}" for end in recall["ci95"])
     said = f"On {recall['n']} urgent questions that were written without sight of it, it caught "
     said += f"{recall['count']} ({recall['share']:.0%}, 95 % interval {low} to {high})"
     assert said.replace("%, ", " %, ").replace("  ", " ") in readme
+    flagged = f"Of {alarms['n']} harmless ones it flagged {alarms['count']}"
+    assert flagged in " ".join(readme.split())
