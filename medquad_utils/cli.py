@@ -278,14 +278,18 @@ def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
 
     def answer() -> Iterator[str]:
-        from medquad_utils import generation
+        from medquad_utils import evaluation, generation, retrieval
         from medquad_utils.chat import NOTICE
 
-        plan = _plan(options)
+        plan, asked = _plan(options), options.question
         load = generation.load_base if options.base else generation.load_tuned
         model, tokenizer = load(plan), generation.load_tokenizer(plan)
-        yield from generation.stream(model, tokenizer, options.question, plan.max_new_tokens)
-        yield f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else "")
+        given = yield from generation.stream(model, tokenizer, asked, plan.max_new_tokens)
+        notes = retrieval.dose_notes(
+            given.text,
+            lambda: retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1],
+        )
+        yield "\n".join(["\n", *notes, NOTICE, *filter(None, [plan.origin])])
 
     _show(options.question, answer)
 

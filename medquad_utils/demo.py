@@ -35,7 +35,7 @@ from medquad_utils.evaluation import adapted, check_question, whole_archive
 from medquad_utils.files import whole_file
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import check_name, licence_of
-from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite
+from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
 from medquad_utils.safety import Flag, guarded, red_flag
 from medquad_utils.splits import template_of
 
@@ -114,6 +114,13 @@ class Turn:
     supports: list[Support] = field(default_factory=list)
     problem: str = ""
     asked: float = field(default_factory=time.monotonic)  # seconds
+
+    @property
+    def doses(self) -> list[str]:
+        """Notes on the numbers of the answer, once no more of it comes."""
+        if self.hits is None and not self.problem:
+            return []
+        return dose_notes(self.answer, lambda: self.supports or cite(None, "", self.answer)[1])
 
     @property
     def markup(self) -> str:

@@ -18,15 +18,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import BoundedSemaphore, Event
 from typing import TYPE_CHECKING, Any
 
 from medquad_utils import CourseError, generation
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages
+from medquad_utils.evaluation import archive_of_run
 from medquad_utils.files import whole_file
 from medquad_utils.machine import free_memory
 from medquad_utils.profiles import Plan
+from medquad_utils.retrieval import Index, cite, dose_notes
 from medquad_utils.safety import guarded, red_flag
 from medquad_utils.tables import clean_text
 
@@ -237,6 +240,11 @@ class Guard:
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     closing: Event = field(default_factory=Event)
 
+    @cached_property
+    def index(self) -> Index | None:
+        """The rows of the run, where a dose may have its source."""
+        return archive_of_run(self.plan)
+
     @property
     def name(self) -> str:
         """The model's name in a request."""
@@ -301,7 +309,10 @@ class Guard:
                     yield next(stream), None
             yield Refusal(503, "the server is stopping.")
         except StopIteration as end:
-            yield f"\n\n{NOTICE}", "stop" if end.value.stopped else "length"
+            text = end.value.text
+            notes = dose_notes(text, lambda: cite(self.index, question, text)[1])
+            notice = "\n".join(["\n", *notes, NOTICE])
+            yield notice, "stop" if end.value.stopped else "length"
         except Exception as error:  # whatever a model can raise: the server goes on
             print(f"medquad: an answer failed: {error!r}", file=sys.stderr, flush=True)
             yield Refusal(500, "the model failed. Ask again.")

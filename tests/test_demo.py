@@ -178,6 +178,8 @@ def test_no_text_of_a_person_a_model_or_a_source_becomes_markup() -> None:
     for text in (gout, ARCHIVED, NASTY, "javascript:alert(1)", "a close passage: 1 of 2"):
         assert text in found.text
     assert NO_SOURCE in Markup(replace(turn, hits=[]).markup).text.lower()
+    dose = replace(turn, answer="Take <b>300 mg</b>.", supports=[])
+    assert "300 mg: no source for this number" in Markup(dose.markup).text
     assert Markup(demo.messages([turn])[0]["content"]).text == "<u>q</u>"
 
 

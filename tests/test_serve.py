@@ -262,6 +262,18 @@ def test_a_failing_model_is_a_message_and_the_server_goes_on(
     assert post(guard, load.question("gout"))[0].status_code == 200
 
 
+def test_a_dose_in_an_answer_is_marked(
+    guard: serving.Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dose(*_: Any) -> Any:
+        yield "Take 300 mg."
+        return generation.Answer("Take 300 mg.", 4, True)
+
+    monkeypatch.setattr(generation, "stream", dose)
+    (reply,) = post(guard, load.question("What are the treatments for gout?"))
+    assert said(reply) == f"Take 300 mg.\n\n300 mg: no source for this number\n{NOTICE}"
+
+
 def test_a_full_queue_refuses_and_the_places_come_back(guard: serving.Guard) -> None:
     few = serving.Guard(guard.plan, guard.model, guard.tokenizer, serving.BoundedSemaphore(3))
     for _ in range(2):
