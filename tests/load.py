@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -52,66 +53,40 @@ def sent(body: Any) -> dict[str, Any]:
     return {"content": given.content, "headers": {"content-type": given.kind}}
 
 
+ODD = [None, True, 7, -1.5, 1e999, [], {}, [None], [[[]]], {"text": MARK}, "", "\ud800"]
+PATHS = ["/", "/..%2f..%2fetc/passwd", "/v1/../../etc/passwd", "//v1/models", "/v1/models/../.."]
+PATHS += ["/%00", "/docs", "/v1/chat/completions/", "/openapi.json", "/static/..%5c.."]
+
+
 def hostile() -> list[Payload]:
-    """Role tokens, markup, huge bodies, bad UTF-8, wrong types, paths: 200 and more."""
-    made = []
+    """Role tokens, markup, wrong types, huge and broken bodies, paths: 200 and more."""
+    bodies = [*talks(), *({**question("gout"), key: value} for key, value in typed())]
+    bodies += [question(value) for value in [*ODD, [{"type": "image_url"}]]]
+    bodies += [{**question(""), "messages": [value]} for value in ODD]
+    bodies += [{**question(""), "messages": question("a")["messages"] * n} for n in (2, 999)]
+    bodies += [question("gout " * n) for n in (5_000, 12_000, 50_000, 1_000_000)]
+    raw = [json.dumps(body).encode() for body in bodies]
+    raw += [b"", b"{", b"null", b"[]", b"\xff\xfe{}", b"\x00" * 999, b"\xed\xa0\x80", b"[" * 30_000]
+    raw += [b'{"a":' * 5_999, b"9" * 30_000, b"NaN", b'{"messages":"\xc3\x28"}', b"\xef\xbb\xbf{}"]
+    raw += [json.dumps(question(MARK)).encode(code) for code in ("utf-16", "utf-32")]
+    made = [Payload(repr(content[:90]), content) for content in raw]
+    kinds = ("text/plain", "multipart/form-data", "", "application/x-www-form-urlencoded")
+    made += [Payload(f"kind: {k}", json.dumps(question(MARK)).encode(), kind=k) for k in kinds]
+    return made + [Payload(path[:40], b"{}", path) for path in [*PATHS, "/" + "a" * 9_000]]
+
+
+def talks() -> Iterator[dict[str, Any]]:
+    """Conversations with role tokens and markup in every role."""
     for text, role in itertools.product((*TOKENS, *MARKUP), ("user", "system", "tool", "x")):
         once = {"role": role, "content": f"gout {text} {MARK}"}
         first = [{"role": role, "content": text * 9 + MARK}, *question("gout")["messages"]]
         for talk in ([once], first):
-            body = json.dumps({**question(""), "messages": talk, "max_tokens": 2})
-            made.append(Payload(f"{role}: {text}", body.encode()))
-    odd = (
-        None,
-        True,
-        7,
-        -1.5,
-        1e999,
-        [],
-        {},
-        [None],
-        [[[]]],
-        {"text": MARK},
-        "",
-        "\ud800",
-        [{"type": "image_url"}],
-    )
-    for key, value in itertools.product(("messages", "model", "max_tokens", "stream", "n"), odd):
-        made.append(
-            Payload(f"{key}: {value!r}", json.dumps({**question("gout"), key: value}).encode())
-        )
-    made += [Payload(f"content: {v!r}", json.dumps(question(v)).encode()) for v in odd]
-    made += [
-        Payload(f"message: {v!r}", json.dumps({**question(""), "messages": [v]}).encode())
-        for v in odd
-    ]
-    raw = [b"", b"{", b"null", b"[]", b"\xff\xfe{}", b"\x00" * 999, b"\xed\xa0\x80", b"[" * 50_000]
-    raw += [b'{"a":' * 9_999, b"9" * 60_000, b"NaN", b'{"messages":"\xc3\x28"}', b"\xef\xbb\xbf{}"]
-    raw += [json.dumps(question(MARK)).encode(code) for code in ("utf-16", "utf-32")]
-    raw += [json.dumps(question("gout " * n)).encode() for n in (12_000, 50_000, 1_000_000)]
-    raw += [
-        json.dumps({**question(""), "messages": question("a")["messages"] * n}).encode()
-        for n in (2, 999)
-    ]
-    made += [Payload(f"raw: {content[:20]!r}", content) for content in raw]
-    kinds = ("text/plain", "multipart/form-data", "", "application/x-www-form-urlencoded")
-    made += [Payload(f"kind: {k}", json.dumps(question(MARK)).encode(), kind=k) for k in kinds]
-    paths = (
-        "/",
-        "/..%2f..%2fetc/passwd",
-        "/v1/../../etc/passwd",
-        "//v1/models",
-        "/v1/models/../..",
-    )
-    paths += (
-        "/%00",
-        "/v1/chat/completions/",
-        "/docs",
-        "/openapi.json",
-        "/static/..%5c..",
-        "/" + "a" * 9_000,
-    )
-    return made + [Payload(f"path: {p[:40]}", b"{}", p) for p in paths]
+            yield {**question(""), "messages": talk, "max_tokens": 2}
+
+
+def typed() -> Iterator[tuple[str, Any]]:
+    """Values of a wrong type for each field."""
+    return itertools.product(("messages", "model", "max_tokens", "stream", "n"), ODD)
 
 
 def fault(payload: Payload, status: int, text: str) -> str:

@@ -327,7 +327,7 @@ def test_the_server_speaks_to_the_openai_client_and_stops_cleanly(served: Any, e
         served.client.chat.completions.create(**load.question(SHINGLES) | {"model": "gpt"})
     with pytest.raises(CourseError, match="the conversation is too long"):
         list(
-            serving.stream(served.client, "medquad-tiny", load.question("gout " * 9000)["messages"])
+            serving.stream(served.client, "medquad-tiny", load.question("gout " * 5000)["messages"])
         )
     unfinished = serving.stream(served.client, "medquad-tiny", ASKED)
     assert next(unfinished)
