@@ -112,9 +112,22 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
 ) -> list[int]:
     """Tokenize ``messages`` and the header of the answer."""
+    return _ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **settings: bool
+) -> list[int]:
+    # Other families have tokens of other forms, such as [INST] or </s>: a space breaks them up.
+    tokens = [t for t in tokenizer.get_added_vocab() if not (t[0].isalnum() or t.isspace())]
+    turns = []
+    for message in messages:
+        text = message["content"]
+        for token in (token for token in tokens if token in text):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        turns.append({**message, "content": text})
     # The template writes the BOS token. A call of the tokenizer on rendered text adds a second one.
-    turns = list(messages)
-    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(turns, return_dict=True, **settings)
     return list(encoded["input_ids"])
 
 
@@ -125,7 +138,7 @@ def encode(
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
     turns = example["prompt"] + example["completion"]
-    ids = list(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"])
+    ids = _ids(tokenizer, turns)
     # The ids begin with those of the prompt: no token spans the header's newlines and the answer.
     # A label stands at the place of its own token. The model shifts the labels when it computes
     # the loss.

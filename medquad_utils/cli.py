@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +83,11 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--port", "N", 7860, "port to listen on (default: 7860)"),
         ("--space", "DIR", "", "serve nothing: write the folder of a Hugging Face Space"),
         ("--repo", "USER/NAME", "", "the published model that the Space shows (with --space)"),
+    )),
+    "serve": ("serve the tuned model over the OpenAI API, behind the emergency rule", (
+        *SHARED,
+        ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)"),
+        ("--port", "N", 8000, "port to listen on (default: 8000)"),
     )),
     "publish": ("build the folder with card and licences, and push it to the Hub", (
         *SHARED,
@@ -284,17 +289,33 @@ def _data(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     _check_question(options)
-    from medquad_utils import evaluation, generation
-    from medquad_utils.chat import NOTICE
 
-    plan = _plan(options)
-    load = generation.load_base if options.base else generation.load_tuned
-    model, tokenizer = load(plan), generation.load_tokenizer(plan)
-    context = model.config.max_position_embeddings
-    evaluation.check_question(options.question, tokenizer, context, plan.max_new_tokens)
-    for piece in generation.stream(model, tokenizer, options.question, plan.max_new_tokens):
+    def answer() -> Iterator[str]:
+        from medquad_utils import evaluation, generation, retrieval
+        from medquad_utils.chat import NOTICE
+
+        plan, asked = _plan(options), options.question
+        load = generation.load_base if options.base else generation.load_tuned
+        model, tokenizer = load(plan), generation.load_tokenizer(plan)
+        context = model.config.max_position_embeddings
+        evaluation.check_question(asked, tokenizer, context, plan.max_new_tokens)
+        given = yield from generation.stream(model, tokenizer, asked, plan.max_new_tokens)
+        notes = retrieval.dose_notes(
+            given.text,
+            lambda: retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1],
+        )
+        yield "\n".join(["\n", *notes, NOTICE, *filter(None, [plan.origin])])
+
+    _show(options.question, answer)
+
+
+def _show(question: str, answer: Callable[[], Iterable[str]]) -> None:
+    """Print the answer as it grows; in an emergency print what to do, and load no model."""
+    from medquad_utils import safety
+
+    for piece in safety.guarded(question, answer):
         print(piece, end="", flush=True)
-    print(f"\n\n{NOTICE}" + (f"\n{plan.origin}" if plan.origin else ""))
+    print()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -332,16 +353,20 @@ def _explain(options: argparse.Namespace) -> None:
     _check_suffix(options.out, ".html")
     if options.out:
         files.check_ours(Path(options.out), "medquad")
-    from medquad_utils import explanation
 
-    plan = _plan(options)
-    result = explanation.explain(plan, options.question)
-    page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
-    print(f"{result}\n\nwritten: {page.name}")
+    def answer() -> Iterator[str]:
+        from medquad_utils import explanation
+
+        plan = _plan(options)
+        result = explanation.explain(plan, options.question)
+        page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
+        yield f"{result}\n\nwritten: {page.name}"
+
+    _show(options.question, answer)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from medquad_utils import demo
+    from medquad_utils import demo, serving
 
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
@@ -353,8 +378,17 @@ def _demo(options: argparse.Namespace) -> None:
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
         return
-    demo.check_port(options.host, options.port)  # before a model is loaded
+    serving.check_port(options.host, options.port)  # before a model is loaded
     demo.serve(demo.load(plan), options.host, options.port)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from medquad_utils import generation, serving
+
+    serving.check_port(options.host, options.port)  # before a model is loaded
+    plan = _plan(options)
+    model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
+    serving.serve(serving.Guard(plan, model, tokenizer), options.host, options.port)
 
 
 def _publish(options: argparse.Namespace) -> None:

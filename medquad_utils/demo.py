@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -36,8 +35,8 @@ from medquad_utils.evaluation import adapted, check_question, whole_archive
 from medquad_utils.files import whole_file
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import check_name, licence_of
-from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite
-from medquad_utils.safety import Flag, red_flag
+from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
+from medquad_utils.safety import Flag, guarded, red_flag
 from medquad_utils.splits import template_of
 
 # Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
@@ -104,7 +103,7 @@ def phrase(text: str, qtype: str) -> str:
 
 @dataclass
 class Turn:
-    """A question and its answer; ``problem`` says why the answer is missing or incomplete."""
+    """A question and its answer; a ``flag`` or ``problem`` says why there is none, or no end."""
 
     question: str
     variant: str = "tuned"
@@ -115,6 +114,13 @@ class Turn:
     supports: list[Support] = field(default_factory=list)
     problem: str = ""
     asked: float = field(default_factory=time.monotonic)  # seconds
+
+    @property
+    def doses(self) -> list[str]:
+        """Notes on the numbers of the answer, once no more of it comes."""
+        if self.hits is None and not self.problem:
+            return []
+        return dose_notes(self.answer, lambda: self.supports or cite(None, "", self.answer)[1])
 
     @property
     def markup(self) -> str:
@@ -163,13 +169,17 @@ class Bot:
 
     def stream(self, question: str, variant: str, max_new_tokens: int) -> Iterator[str]:
         """Yield the answer piece by piece; end early when the iterator or the demo is closed."""
-        limit = max(1, min(max_new_tokens, self.plan.max_new_tokens))
-        pieces = generation.stream(self.model, self.tokenizer, question, limit)
-        with self.free, adapted(self.model, variant), closing(pieces):  # type: ignore[type-var]
-            for piece in pieces:
-                if self.closing.is_set():
-                    return
-                yield piece
+
+        def pieces() -> Iterator[str]:
+            limit = max(1, min(max_new_tokens, self.plan.max_new_tokens))
+            answer = generation.stream(self.model, self.tokenizer, question, limit)
+            with self.free, adapted(self.model, variant), closing(answer):
+                for piece in answer:
+                    if self.closing.is_set():
+                        return
+                    yield piece
+
+        return iter(guarded(question, pieces))
 
     def answer(self, turn: Turn) -> Iterator[None]:
         """Let the answer of ``turn`` grow; a failure ends in a message, not an error."""
@@ -212,7 +222,7 @@ def messages(turns: list[Turn]) -> list[dict[str, str]]:
 
 def unfinished(turns: list[Turn]) -> bool:
     """Tell whether the last question still waits for its answer, or for more of it."""
-    return bool(turns) and turns[-1].hits is None and not turns[-1].problem
+    return bool(turns) and turns[-1].hits is None and not (turns[-1].problem or turns[-1].flag)
 
 
 def page(bot: Bot) -> gradio.Blocks:
@@ -253,7 +263,7 @@ def page(bot: Bot) -> gradio.Blocks:
 
 
 def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
-    """Connect the events. ``ask`` skips the queue, so an emergency notice appears at once."""
+    """Connect the events. ``ask`` skips the queue: an emergency's message appears at once."""
     state = gradio.State([])  # the turns; each page gets its own list, which changes in place
 
     def ask(text: str, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
@@ -309,17 +319,6 @@ async def _guard(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
     response.headers["content-security-policy"] = POLICY
     return response
-
-
-def check_port(host: str, port: int) -> None:
-    """Check that a server can listen on the port."""
-    try:
-        socket.create_server((host, port)).close()
-    except (OSError, OverflowError) as error:
-        raise CourseError(
-            f"cannot listen on {host}:{port}: {error}. "
-            "Stop the other program, or take another port with --port."
-        ) from error
 
 
 @contextmanager

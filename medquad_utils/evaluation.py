@@ -483,6 +483,12 @@ def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:
     return archive_index(train, [*validation, *test], validation)
 
 
+def archive_of_run(plan: Plan) -> retrieval.Index | None:
+    """Index the rows of the run, or return None if its folder does not hold them."""
+    there = (plan.folder / "data" / "data.json").is_file()
+    return whole_archive(plan, plan.folder / "adapter") if there else None
+
+
 def evaluate(
     plan: Plan, questions: Questions, train: Sequence[Row], folder: Path,
     adapter: Path | None = None, archive: Sequence[Row] = (), validation: Sequence[Row] = (),

@@ -22,7 +22,7 @@ from medquad_utils.files import whole_file
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
-from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite
+from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite, dose_notes
 from medquad_utils.safety import red_flag
 
 if TYPE_CHECKING:
@@ -152,23 +152,31 @@ class Explanation:
 
     @property
     def notices(self) -> list[str]:
-        """What has to be read with the answer; an emergency comes first."""
-        flag = red_flag(self.prompt.text)
-        notices = (flag and flag.message, chat.NOTICE, self.origin)
-        return [notice for notice in notices if notice]
+        """What has to be read with the answer."""
+        return [chat.NOTICE, *filter(None, [self.origin])]
+
+    @property
+    def doses(self) -> list[str]:
+        """Notes on the numbers of the answer that have a dose unit."""
+        return dose_notes(self.answer.text, lambda: self.supports)
 
     def __str__(self) -> str:
         """Format for a terminal: answer, notices, sources, words with the largest values."""
         order = numpy.argsort(-numpy.abs(self.values), kind="stable")[:5]
         top = ", ".join(f"{self.prompt.words[n]} {self.values[n]:+.2f}" for n in order)
         sources = [f"[{number}] {hit}" for number, hit in enumerate(self.hits, start=1)]
-        notice = self.notices.index(chat.NOTICE)  # an emergency message comes before the answer
-        lines = [*self.notices[:notice], self.answer.text, "", *self.notices[notice:], ""]
+        lines = [self.answer.text, "", *self.doses, *self.notices, ""]
         return "\n".join([*lines, *(sources or [f"{NO_SOURCE}."]), f"depends on (nats): {top}"])
 
 
 def explain(plan: Plan, question: str) -> Explanation:
-    """Answer ``question`` with the plan's adapter, look up passages, and explain the answer."""
+    """Answer ``question`` with the plan's adapter, look up passages, and explain the answer.
+
+    Raises:
+        CourseError: the question cannot be asked, or describes an emergency: what to do then.
+    """
+    if flag := red_flag(question):
+        raise CourseError(flag.message)
     tokenizer, model = load_tokenizer(plan), load_tuned(plan)
     context = int(model.config.max_position_embeddings)
     question = check_question(question, tokenizer, context, plan.max_new_tokens)

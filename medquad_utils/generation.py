@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -425,21 +425,29 @@ def ask(
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: Tokenizer, question: str, max_new_tokens: int = 128
-) -> Iterator[str]:
-    """Yield the greedy answer piece by piece; closing the iterator ends the generation."""
+    model: PreTrainedModel, tokenizer: Tokenizer, question: str, max_new_tokens: int = 128,
+    history: Messages = (),
+) -> Generator[str, None, Answer]:  # fmt: skip
+    """Yield the greedy answer piece by piece, and return it; closing ends the generation.
+
+    ``history`` holds the earlier turns of the conversation.
+    """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    ids = torch.tensor([prompt_ids(tokenizer, prompt_messages(question))], device=model.device)
+    messages = prompt_messages(question, history)
+    ids = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = Event()
     stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token
     settings = _greedy(tokenizer, max_new_tokens) | {"attention_mask": torch.ones_like(ids)}
 
-    def work() -> None:
+    def work() -> Answer:
         try:
             with unpacked(model):
-                model.generate(input_ids=ids, streamer=streamer, stopping_criteria=stop, **settings)
+                output: Any = model.generate(
+                    input_ids=ids, streamer=streamer, stopping_criteria=stop, **settings
+                )
+            return _read(tokenizer, output[0, ids.shape[1] :].tolist(), settings["eos_token_id"])
         finally:
             streamer.end()  # after an error the reader would wait for ever
 
@@ -449,4 +457,4 @@ def stream(
             yield from streamer
         finally:
             closed.set()
-    done.result()  # raises what went wrong in the thread
+    return done.result()  # raises what went wrong in the thread

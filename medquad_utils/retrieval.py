@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -42,6 +42,12 @@ PASSAGES = 3  # under an answer, at most
 SUPPORT = 0.6
 WORD = r"\w+"  # single letters and digits count: hepatitis C, type 1
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
+DOSE = re.compile(
+    r"\b\d[\d.,]*(?:\s?(?:-|–|to)\s?\d[\d.,]*)?\s?(?:mg|mcg|[µμ]g|g|ml|cc|i\.?u\.?|units?"
+    r"|(?:milli|micro)?grams?|millilit(?:er|re)s?|tablets?|pills?|capsules?|drops?|puffs?"
+    r"|(?:tea|table)spoons?)\b(?:\s?/\s?\w+)?",
+    re.IGNORECASE,
+)
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|Dr|Mr|Mrs|Ms|St|No|approx|[A-Z])\.)$")
 
 
@@ -278,10 +284,29 @@ def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
     return results
 
 
-def cite(index: Index, question: str, answer: str) -> tuple[list[Hit], list[Support]]:
+def cite(index: Index | None, question: str, answer: str) -> tuple[list[Hit], list[Support]]:
     """Return the passages close to ``question`` and the support of each sentence of ``answer``.
 
-    If the archive does not know the disease, there are no passages and no sentence has a source.
+    If the archive does not know the disease, or there is none, no sentence has a source.
     """
+    if index is None:
+        return [], [Support(sentence, 0.0, None, "") for sentence in sentences(answer)]
     hits = index.close(index.search([question], PASSAGES)[0])
     return hits, supports(index, answer, hits)
+
+
+def dose_notes(answer: str, cited: Callable[[], Sequence[Support]]) -> list[str]:
+    """Return a line for each number with a dose unit: its source, or that there is none.
+
+    A source is the closest passage of the sentence, if it holds the same number and unit.
+    ``cited`` gives the support of the sentences; it is called only if there is such a number.
+    """
+    if not DOSE.search(answer):
+        return []
+    notes: dict[str, str] = {}
+    for part in cited():
+        held = "".join(part.evidence.lower().split())
+        for match in DOSE.finditer(part.sentence):
+            source = part.hit if part.hit and "".join(match[0].lower().split()) in held else None
+            notes.setdefault(match[0], f"{match[0]}: {source or 'no source for this number'}")
+    return list(notes.values())

@@ -1,4 +1,4 @@
-"""Safety rules around the model: an emergency notice before the answer, and rules to judge answers.
+"""Safety rules around the model: an emergency gets no answer, and rules judge the answers.
 
 The rules match English words (``assets/safety_rules.toml``). They do not understand text and miss
 other wordings, and no clinician has reviewed them. ``rule_error`` measures how often they err.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from medquad_utils.chat import NOTICE
 from medquad_utils.scores import wilson
+
+T = TypeVar("T")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Verdict(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """An emergency: its ``kind`` and the ``message`` to show before any answer."""
+    """An emergency: its ``kind``, and the ``message`` to show in place of any answer."""
 
     kind: str
     message: str
@@ -117,37 +118,60 @@ def _says(sentences: Iterable[str], rule: str, *unless: str) -> bool:
     )
 
 
-# A negation up to one word before a symptom: "no chest pain", "without any blood".
-_NEGATED = re.compile(r"\b(?:no|without|never|any)(?: \w+)? $")
+# A negation just before a symptom: "no chest pain", "without any blood", "no fever or rash".
+_NEGATED = re.compile(
+    r"\b(?:(?:no|without|never|any|denies)(?: \w+)?|no(?: \w+){1,4} (?:or|nor)(?: \w+)?"
+    r"|(?:not|dont|doesnt|didnt|isnt|havent|hasnt) (?:have|having|had|got|feel)(?: any| an?)?) $"
+)
 
 
 def _mentions(rule: re.Pattern[str], words: str) -> bool:
     matches = rule.finditer(words)
-    return any(not _NEGATED.search(words[max(0, m.start() - 30) : m.start()]) for m in matches)
+    return any(not _NEGATED.search(words[max(0, m.start() - 50) : m.start()]) for m in matches)
+
+
+def _alone(words: str) -> str | None:
+    """Return the kind of the first pattern of ``flags`` in plain ``words``."""
+    rules = _rules("flags").items()
+    return next((kind for kind, rule in rules if _mentions(rule, words)), None)
+
+
+def _together(words: str) -> str | None:
+    """Return the kind of the first of ``combinations`` whose signs are all in ``words``."""
+    signs = {name for name, rule in _rules("signs").items() if _mentions(rule, words)}
+    for kind, combinations in RULES["combinations"].items():
+        if any(signs.issuperset(names.split()) for names in combinations):
+            return str(kind)
+    return None
 
 
 def red_flag(question: str) -> Flag | None:
     """Return the emergency that ``question`` describes: about a person, now; else None.
 
-    The rule prefers a false alarm to a missed emergency, and is silent on textbook questions. No
-    flag proves nothing: the rule knows common English wordings only. Linear in the text's length.
+    The rule is silent on textbook questions, and on what is over or mild. No flag proves nothing:
+    the rule knows common English wordings only. Linear in the text's length.
     """
-    words, rules, context = _words(question), _rules("flags"), _rules("context")
+    words, context = _words(question), _rules("context")
     # Self-harm counts whenever it was and whoever asks. Everything else has to be about a person,
     # and not over: "What are the symptoms of stroke?" and "I fainted once" raise no flag.
-    if _mentions(rules["self-harm"], words):
+    if _mentions(_rules("flags")["self-harm"], words):
         return Flag("self-harm", SELF_HARM)
-    over = context["long_past"].search(words) and not context["still"].search(words)
+    still = context["still"].search(words)
+    over = context["calm"].search(words) and not still
     if over or (context["asks"].match(words) and not context["person"].search(words)):
         return None
-    kind = next((kind for kind, rule in rules.items() if _mentions(rule, words)), None)
+    excused = context["excuse"].search(words) and not still
+    kind = (None if excused else _alone(words)) or _together(words)
     return Flag(kind, POISON if kind == "poisoning" else EMERGENCY) if kind else None
 
 
-def guarded(question: str, answer: str) -> str:
-    """Return what a person sees: the emergency message if there is one, the answer, the notice."""
+def guarded(question: str, answer: Callable[[], T]) -> T | list[str]:
+    """Return ``answer()``, or in an emergency its message as the only piece, without calling it.
+
+    The command line, the demo and the server ask a model through this function only.
+    """
     flag = red_flag(question)
-    return "\n\n".join([flag.message, answer, NOTICE] if flag else [answer, NOTICE])
+    return [flag.message] if flag else answer()
 
 
 # ---- the rules that judge answers: one function a category ---------------------------------------

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import REPO
 
-from medquad_utils import cli, course, machine, profiles
+from medquad_utils import cli, course, machine, profiles, safety
 from medquad_utils.machine import OK, PROBLEM, WARNING, Finding
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -84,6 +84,19 @@ def test_a_mistake_is_one_line_and_starts_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("medquad: ") and said in line
     assert [p.name for p in tmp_path.iterdir()] == ["a file"]
+
+
+@pytest.mark.parametrize("command", ["ask", "explain"])
+@pytest.mark.parametrize(("question", "said"), [
+    ("I can't breathe", safety.EMERGENCY), ("I want to die", safety.SELF_HARM),
+])  # fmt: skip
+def test_an_emergency_gets_what_to_do_and_loads_no_model(
+    command: str, question: str, said: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiles, "resolve_trained", lambda *_, **__: pytest.fail("it loads"))
+    assert cli.main([command, question]) == 0
+    assert capsys.readouterr().out == f"{said}\n" and [*tmp_path.iterdir()] == []
 
 
 def test_packages_that_do_not_fit_have_the_line_that_installs_them(monkeypatch: Patch) -> None:

@@ -78,11 +78,16 @@ def test_generation_stops_on_either_end_token(base: Any, end: str) -> None:
     assert (cut.stopped, cut.tokens) == (False, 5)
 
 
+def keep(stream: Any, returned: list[Any]) -> Any:
+    returned.append((yield from stream))
+
+
 def test_streamed_pieces_joined_are_the_answer(base: Any) -> None:
     for question in QUESTIONS[:2]:
-        pieces = list(generation.stream(*base, question, 20))
+        returned: list[Any] = []
+        pieces = list(keep(generation.stream(*base, question, 20), returned))
         assert "".join(pieces).strip() == generation.ask(*base, [question], 20)[0].text
-        assert len(pieces) > 1
+        assert len(pieces) > 1 and returned == generation.ask(*base, [question], 20)
 
 
 def test_a_stream_ends_with_its_reader(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,3 +207,24 @@ def test_on_real_medquad_the_threshold_holds_and_diseases_are_found(real_rows: l
         right = [[focus_of(hit.row) == focus_of(r) for hit in hits] for hits, r in pairs]
         assert numpy.mean([r[0] for r in right]) > 0.85
         assert numpy.mean([any(r) for r in right]) > 0.9
+
+
+def test_a_dose_has_its_source_or_says_that_there_is_none() -> None:
+    row = {**sample.rows()[0], "focus": "Gout", "question": "What are the treatments for Gout ?"}
+    row |= {"answer": "People with gout may take 300 mg of the medicine each day. Rest the joint."}
+    index = Index([row])
+    right = "People with gout may take 300mg of the medicine each day."
+    wrong = "People with gout may take 900 mg of the medicine each day. Two of 3 people recover."
+
+    def notes(answer: str, archive: Index | None) -> list[str]:
+        supports = retrieval.cite(archive, row["question"], answer)[1]
+        return retrieval.dose_notes(answer, lambda: supports)
+
+    index.threshold = 0.0
+    (found,) = notes(right, index)
+    assert found.startswith("300mg: Gout (")
+    assert notes(wrong, index) == ["900 mg: no source for this number"]
+    assert notes(right, None) == ["300mg: no source for this number"]
+    assert retrieval.dose_notes("It began in 1998.", lambda: pytest.fail("looked up")) == []
+    units = "5 ml, 2-3 tablets, 1,000 IU, 0.5 mg/kg and 10 to 20 drops"
+    assert len(retrieval.DOSE.findall(units)) == 5
