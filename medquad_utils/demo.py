@@ -28,7 +28,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 
-from medquad_utils import CourseError, generation
+from medquad_utils import CourseError, generation, machine
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
@@ -41,8 +41,7 @@ from medquad_utils.splits import template_of
 
 # Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-for name in ("NO_PROXY", "no_proxy"):
-    os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".strip(",")
+machine.direct_loopback()
 import gradio  # noqa: E402
 
 if TYPE_CHECKING:

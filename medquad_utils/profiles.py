@@ -335,7 +335,7 @@ def resolve(
 def number(name: str, kind: type, text: str) -> Any:
     """Read a parameter of ``kind`` int or float, from 0 to ``LARGEST``."""
     with suppress(ValueError):
-        if text.isascii() and 0 <= (value := kind(text)) <= LARGEST:
+        if text.isascii() and "_" not in text and 0 <= (value := kind(text)) <= LARGEST:
             return value
     what = "whole number" if kind is int else "number"
     raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import ctypes
 import http.client
 import json
 import os
@@ -27,7 +28,7 @@ from medquad_utils import CourseError, generation
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages
 from medquad_utils.evaluation import archive_of_run
 from medquad_utils.files import whole_file
-from medquad_utils.machine import free_memory
+from medquad_utils.machine import direct_loopback, free_memory
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import Index, cite, dose_notes
 from medquad_utils.safety import guarded, red_flag
@@ -76,6 +77,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, even by SIGKILL (prctl(2))."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
 def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
@@ -94,12 +100,14 @@ def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     _, *arguments = shlex.split(command(folder.name, port))
     line = [sys.executable, "-m", "transformers.cli.transformers", *arguments]
     free_memory()  # the server is another process
+    direct_loopback()
     log, began = folder.with_name("serve.log"), time.perf_counter()
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            line, cwd=folder.parent, env=offline, stdout=out, stderr=subprocess.STDOUT
-        )
+            line, cwd=folder.parent, env=offline, stdout=out, stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
     server = Server(process, folder.name, f"http://{HOST}:{port}/v1", log, 0.0)
     atexit.register(server.stop)
     _wait(server, port, patience)

@@ -40,7 +40,7 @@ from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
 from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.machine import guarded, peak_memory_gb, triton_needs
+from medquad_utils.machine import guarded, peak_memory_gb, triton_needs, versions
 from medquad_utils.memory import Shape, adapter_parameters
 from medquad_utils.profiles import PROFILES, Plan, number, resolve
 from medquad_utils.splits import Splits, draw
@@ -103,8 +103,8 @@ def ensure_adapter(plan: Plan) -> Path:
     if changed and plan.model_id != "embedded":
         raise CourseError(
             f"no adapter of this plan is in {plan.folder.name}/adapter ({changed}), and training "
-            "one takes minutes on a GPU to an hour on a CPU. Set the plan back, run lesson 04 "
-            f"first, or: medquad train --profile {plan.profile} (how long: medquad estimate)."
+            "one takes minutes on a GPU to an hour on a CPU. Take its plan again, or run lesson 04 "
+            f"or medquad train --profile {plan.profile} (how long: medquad estimate)."
         )
     if changed:
         print(f"An adapter is trained: {changed}.")
@@ -424,6 +424,7 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         "rows": sum(map(len, packed["seq_lengths"])),  # examples; a packed row holds several
         "packed_rows": len(packed),
         "seconds": round(seconds, 1),
+        "versions": versions(),
         "peak_memory_gb": peak_memory_gb(),
         "loss_first": round(losses[0][1], 4),
         "loss_last": round(losses[-1][1], 4),

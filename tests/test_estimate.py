@@ -324,7 +324,7 @@ def test_the_page_of_costs_holds_the_table(repo: Path) -> None:
     ("options", "config", "expected"),
     [
         ("--gpu T5", "", "unknown card 'T5': expected T4, L4, A10G, A100-40"),
-        ("--price nan", "", "price nan: expected"),
+        ("--price nan", "", "--price=nan: expected"),
         ("--out bar.txt", "", "--out 'bar.txt'"),
         ("--model nowhere.json", "", "model 'nowhere.json': expected OWNER/NAME"),
         ("", '{"model_type": "gpt2"}', "no attribute 'intermediate_size'). Expected OWNER/NAME or"),

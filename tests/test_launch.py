@@ -255,7 +255,8 @@ def test_each_process_takes_its_own_gpu(set_gpus: Any, monkeypatch: pytest.Monke
     set_gpus(2)
     under(2, monkeypatch, rank=1)
     assert machine.detect().gpus == 2
-    load = Mock(return_value=torch.nn.Linear(1, 1))
+    load = Mock(return_value=(torch.nn.Linear(1, 1), {}))  # model and loading report
+    monkeypatch.setattr(generation, "load_tokenizer", Mock())
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     generation.load_base(profiles.resolve("llama-8b", hardware=H100))
     assert load.call_args.kwargs["device_map"] == {"": 1}

@@ -143,13 +143,20 @@ def test_the_model_index_has_facts_safety_and_what_needs_no_training(published: 
 def test_the_limits_on_the_card_are_those_of_its_data(plan: Plan, tmp_path: Path) -> None:
     real = dataclasses.replace(plan, source="xml", out=str(tmp_path))
     measured = publishing.Metrics({}, {}, DATA, EVALUATION, ())
-    text = {p.source: publishing.card(OPEN, p, measured, True, "") for p in (plan, real)}
-    of_medquad = ("in the manner of the US", "genetic and rare", "2016 to 2019", "come from the")
+    own = dataclasses.replace(real, source="csv")
+    text = {p.source: publishing.card(OPEN, p, measured, True, "") for p in (plan, real, own)}
+    of_medquad = ("in the manner of the US", "genetic and rare", "before 2020", "come from the")
     of_sample = ("that the course wrote", "The course planted defects", "wrong on purpose")
     for words in (*of_medquad, *of_sample):
         sources = {source for source, card in text.items() if words in card}
         assert sources == ({"sample"} if words in of_sample else {"xml"}), words
     assert "| answers that are link lists / phenotype lists (dropped) | 20 / 16 |" in text["xml"]
+    assert publishing.OWN_LINE in text["csv"] and publishing.OWN_LINE in publishing.notice(
+        own, "csv"
+    )
+    for words in (publishing.DOI, "abachaa/MedQuAD", "National Institutes"):
+        assert words not in text["csv"] and words not in publishing.notice(own, "csv")
+        assert words in text["xml"], words
 
 
 def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> None:

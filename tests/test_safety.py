@@ -237,7 +237,7 @@ def test_the_readme_says_how_much_the_rule_misses() -> None:
     found = safety.independent_test()
     recall, alarms = found["recall"], found["false_alarms"]
     low, high = (f"{100 * end:.0f}" for end in recall["ci95"])
-    said = f"On {recall['n']} urgent questions that were written without sight of it, it caught "
+    said = f"On {recall['n']} urgent questions written without sight of it, it caught "
     said += f"{recall['count']} ({recall['share']:.0%}, 95 % interval {low} to {high})"
     assert said.replace("%, ", " %, ").replace("  ", " ") in readme
     assert f"and {alarms['count']} of {alarms['n']} others." in " ".join(readme.split())

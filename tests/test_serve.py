@@ -40,7 +40,8 @@ def server(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     here = tmp_path_factory.mktemp("run")
     folder = publishing.build(tiny(here), "me/tiny", here / "published", adapter=trained_adapter)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", serving.HOST)
+        for name in ("HTTP_PROXY", "http_proxy"):
+            patch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
         running = serving.start(folder)
         running.client = openai.OpenAI(base_url=running.address, api_key="none", max_retries=0)
         yield running
@@ -346,3 +347,17 @@ def test_the_server_stands_a_hundred_clients_and_hostile_ones(served: Any) -> No
     assert figures["answered"] >= serving.MAX_WAITING
     assert figures["health after"] == 200 and figures["memory grew by MB"] < 150
     assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is a call of Linux")
+def test_a_server_ends_when_its_starter_is_killed() -> None:
+    starter = (
+        "import subprocess, time; from medquad_utils import serving\n"
+        "server = subprocess.Popen(['sleep', '600'], preexec_fn=serving.end_with_parent)\n"
+        "print(server.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        assert not psutil.wait_procs([child], timeout=10)[1]

@@ -140,6 +140,8 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
+    "jupyter_client.kernelspec.KernelSpec": {"resource_dir"},
+    "medquad_utils.files.read_json": {"profile", "model_id", "model_path", "seed"},
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter
     "huggingface_hub.SpaceCardData": SPACE,
     "starlette.middleware.Middleware": taken(BaseHTTPMiddleware),

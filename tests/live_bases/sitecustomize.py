@@ -72,10 +72,10 @@ def counted(plain: Any) -> Any:
         line = {"here": alive, "elsewhere": elsewhere(), "cell": cell()}
         with (FOLDER / "loads.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        model = plain.__func__(cls, *args, **kwargs)
+        loaded = plain.__func__(cls, *args, **kwargs)  # with the loading report, if that was asked
         change(1)
-        weakref.finalize(model, change, -1)
-        return model
+        weakref.finalize(loaded[0] if isinstance(loaded, tuple) else loaded, change, -1)
+        return loaded
 
     return classmethod(from_pretrained)
 
