@@ -591,4 +591,5 @@ def _port(number: int) -> Answer:
 def direct_loopback() -> None:
     """Let clients in this process reach servers of this machine without a proxy."""
     for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".strip(",")
+        known = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost"]))

@@ -228,7 +228,7 @@ class Plan:
     def table(self) -> dict[str, str]:
         """Return the plan in plain words: what -> value."""
         model = f"{Path(self.model_path).name} (local folder)" if self.model_path else self.model_id
-        commit = f" @ {self.hub_revision[:8]}" if self.hub_revision else ""
+        commit = f" @ {found[:8]}" if (found := self.hub_revision) else ""  # may ask the Hub
         files = f" ({Path(self.data_path).name})" if self.data_path else ""
         steps = f"{self.epochs} epoch" + ("s" if self.epochs > 1 else "")
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
@@ -301,13 +301,7 @@ def resolve(
         CourseError: an unknown profile, source or model, or a source without its path.
     """
     machine.show_errors_plainly()
-    given = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
-    for name, value in given.items():
-        number(name, int, str(value))
-    if lora_r > MOST_RANK:
-        raise CourseError(f"lora_r={lora_r}: expected a rank of at most {MOST_RANK:,}.")
-    if max_steps == 1:
-        raise CourseError("max_steps=1: the first step only warms up, at rate 0. Expected 0 or 2.")
+    check_ranges(rows=rows, max_steps=max_steps, lora_r=lora_r, seed=seed)
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
@@ -330,6 +324,16 @@ def resolve(
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
     )  # fmt: skip
+
+
+def check_ranges(**given: int) -> None:
+    """Check the ranges of ``resolve``'s numbers."""
+    for name, value in given.items():
+        number(name, int, str(value))
+    if given["lora_r"] > MOST_RANK:
+        raise CourseError(f"lora_r={given['lora_r']}: expected a rank of at most {MOST_RANK:,}.")
+    if given["max_steps"] == 1:
+        raise CourseError("max_steps=1: the first step only warms up, at rate 0. Expected 0 or 2.")
 
 
 def number(name: str, kind: type, text: str) -> Any:
