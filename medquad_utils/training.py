@@ -41,7 +41,7 @@ from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset,
 from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.machine import guarded, peak_memory_gb, triton_needs, versions
-from medquad_utils.memory import Shape, adapter_parameters
+from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
 from medquad_utils.profiles import PROFILES, Plan, number, resolve
 from medquad_utils.splits import Splits, draw
 
@@ -211,8 +211,11 @@ def build_trainer(
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from transformers import set_seed
     from trl import SFTTrainer
+    from trl.trainer import utils
 
     set_seed(plan.seed)
+    if plan.device == "cpu":
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_LOSS_COLUMNS  # no setting: trl reads this constant
     config = sft_config(plan, folder)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -115,9 +115,9 @@ def packed_row(length: int) -> dict[str, Any]:
 def test_memory_of_a_step_is_what_autograd_and_the_tensors_say(
     shape: Shape, micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # trl's buffer for logits is 32,768 wide for any vocabulary; a CPU never touches the rest
-    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", shape.vocab)
     trainer, batch = small_trainer(shape, tmp_path, micro), packed_row(micro.length)
+    # trl's buffer for logits is as wide for any vocabulary; a CPU never touches the rest
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", shape.vocab)
     tensors = filter(torch.is_tensor, batch.values())
     held = [*trainer.model.parameters(), *trainer.model.buffers(), *tensors]
     storages = [tensor.untyped_storage() for tensor in held]

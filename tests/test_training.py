@@ -98,6 +98,29 @@ def new_trainer(run: Any, plan: Plan, **changes: Any) -> Any:
     return training.build_trainer(plan, generation.load_base(plan), run.tokenizer, rows, **changes)
 
 
+def test_a_cpu_computes_the_loss_in_narrow_tiles(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.kernels import chunked_logprob as kernel
+
+    fold, losses = kernel._forward_tile, []
+    widths: set[int] = set()
+
+    def watched(tile: torch.Tensor, *rest: Any, **flags: Any) -> None:
+        widths.add(tile.shape[1])
+        fold(tile, *rest, **flags)
+
+    monkeypatch.setattr(kernel, "_forward_tile", watched)
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
+    for columns in (8192, 1024):
+        monkeypatch.setattr(training, "CPU_LOSS_COLUMNS", columns)
+        trainer = new_trainer(run, small_plan(tmp_path))
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert widths == {trainer.model.config.vocab_size, 1024}
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("hardware", "bf16", "fp16"),
     [(CPU, False, False), (CPU_BF16, True, False), (T4, False, True), (A100, True, False)],
