@@ -23,7 +23,6 @@ from typing import Any
 
 import common
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from medquad_utils import chat, files, generation, lora, scores, training
 from medquad_utils.data import prepare
@@ -34,7 +33,8 @@ from medquad_utils.splits import Splits
 
 FILE = common.RESULTS / "compare_adapters.json"
 METHODS = ("LoRA", "rsLoRA", "DoRA", "OLoRA", "MiSS")
-RANKS, RATES, FULL_RATES = (2, 8, 16, 64), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+RANKS, RATES, LOW_RATES = (2, 8, 16, 64), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+CORE_RATES = (3e-4, 1e-3, 3e-3)  # a pretrained model takes smaller steps than the toy
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS_A_STEP = 8
 
@@ -95,12 +95,16 @@ def adapted(arm: Arm, base: Any) -> Any:
     return get_peft_model(base, config)
 
 
-def batch_of(tokenizer: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and labels of rows, padded on the right, where no earlier token looks."""
+def learn(model: Any, tokenizer: Any, rows: Sequence[Row]) -> None:
+    """Add the gradients of the mean loss of an answer's token over ``rows``.
+
+    One row a pass: no pads, and the logits of one row only.
+    """
     examples = [chat.encode(tokenizer, row) for row in rows]
-    ids, labels = ([torch.tensor(getattr(e, part)) for e in examples] for part in ("ids", "labels"))
-    padded = pad_sequence(labels, batch_first=True, padding_value=chat.IGNORED)
-    return pad_sequence(ids, batch_first=True), padded
+    tokens = sum(sum(label != chat.IGNORED for label in e.labels) for e in examples)
+    for example in examples:
+        ids, labels = (torch.tensor([part]).to(model.device) for part in (example.ids, example.labels))
+        model(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss.backward()
 
 
 def trained(plan: Plan, arm: Arm, rate: float, seed: int, rows: Splits, steps: int) -> Any:
@@ -112,8 +116,7 @@ def trained(plan: Plan, arm: Arm, rate: float, seed: int, rows: Splits, steps: i
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        ids, labels = batch_of(tokenizer, dice.sample(rows.train, ROWS_A_STEP))
-        model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss.backward()
+        learn(model, tokenizer, dice.sample(rows.train, ROWS_A_STEP))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -207,26 +210,32 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--profile", default="tiny")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--source", default="", help="xml, csv ... (default: the profile's own)")
+    parser.add_argument("--data-path", default="", help="the folder or file of that source")
     parser.add_argument("--out", default="", help="where the data go")
     parser.add_argument("--quick", action="store_true", help="two arms, three steps, no file")
     asked = parser.parse_args(arguments)
-    # 32 bits everywhere: the arms must differ in what they are called for and in nothing else.
-    plan = dataclasses.replace(resolve(asked.profile, out=asked.out), compute_dtype="float32")
+    core = asked.profile != "tiny"
+    plan = resolve(asked.profile, source=asked.source, data_path=asked.data_path, out=asked.out)
+    if not core:  # 32 bits: the arms must differ in what they are called for and in nothing else
+        plan = dataclasses.replace(plan, compute_dtype="float32")
     rows = training.select(plan, generation.load_tokenizer(plan), prepare(plan))
-    todo, steps, seeds = arms(core=asked.profile != "tiny"), asked.steps, asked.seeds
+    todo, steps, seeds = arms(core), asked.steps, asked.seeds
     texts = 4 if asked.quick else None
     if asked.quick:
         todo, steps, seeds = [Arm("LoRA"), Arm("MiSS", 2)], 3, 2
         rows = dataclasses.replace(rows, validation=rows.validation[:4], test=rows.test[:4])
     results = []
     for arm in todo:
-        rates = list(FULL_RATES if arm.method == "full" else RATES)[: 2 if asked.quick else None]
+        rates = LOW_RATES if arm.method == "full" else CORE_RATES if core else RATES
+        rates = rates[: 2 if asked.quick else None]
         results.append(measure(plan, arm, rows, steps, seeds, rates, texts))
         mean, low, high = span(results[-1]["bits_per_byte"])
         print(f"{arm.name:36} rate {results[-1]['rate']:g}: {mean:.3f} [{low:.3f}, {high:.3f}]")
         if not asked.quick:
             before = files.read_json(FILE) if FILE.is_file() else {}
-            run = common.record() | {"steps": steps, "seeds": seeds, "arms": results}
+            run = common.record() | {"steps": steps, "seeds": seeds, "dtype": plan.compute_dtype}
+            run["arms"] = results
             files.write_json(FILE, before | {asked.profile: run})
     if not asked.quick:
         files.write_json(FILE, files.read_json(FILE) | {f"{asked.profile} figure": figure(results)})
