@@ -33,7 +33,8 @@ from medquad_utils.splits import Splits
 
 FILE = common.RESULTS / "compare_adapters.json"
 METHODS = ("LoRA", "rsLoRA", "DoRA", "OLoRA", "MiSS")
-RANKS, RATES, LOW_RATES = (2, 8, 16, 64), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+RANKS, RATES = (2, 8, 16, 64), (1e-3, 3e-3, 1e-2, 3e-2)
+LOW_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of full fine-tuning
 CORE_RATES = (3e-4, 1e-3, 3e-3)  # a pretrained model takes smaller steps than the toy
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS_A_STEP = 8
