@@ -59,6 +59,13 @@ def test_a_link_out_of_the_notebooks_leads_to_the_repository(site: Path) -> None
     assert re.findall(r'href="(?:\.\./)*(?:medquad_utils|tests|\.github)/', pages) == []
 
 
+def test_formulas_are_drawn_without_a_script(site: Path) -> None:
+    page = (site / "03_attach_lora.html").read_text("utf-8")
+    text = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert "$" not in text
+    assert "<mfrac><mrow><mi>&#x003B1;</mi></mrow><mrow><mi>r</mi></mrow></mfrac>" in text
+
+
 def test_the_search_finds_double_quantisation_and_the_page_turns_dark(address: str) -> None:
     # Nothing but this machine can be reached: a page that needs the network shows it.
     with chromium("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") as browser:

@@ -1,15 +1,19 @@
-"""Hooks of the site: the lessons in the menu, and README.md and Colab.md as pages."""
+"""Hooks of the site: the lessons in the menu, README.md and Colab.md as pages, formulas."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 REPO = Path(__file__).parents[2]
+CODE = re.compile(r"(<(pre|code|script|style)\b.*?</\2>)", re.DOTALL)
+FORMULA = re.compile(r"(\$\$?)([^$<]+)\1")
 SOURCE = "https://github.com/medquad-qlora/medquad-qlora/blob/main/"
 
 
@@ -39,6 +43,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         "](../Colab.md", "](Colab.md"
     )
     return _outside(markdown)
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+    """Turn a lesson's formulas into MathML, which browsers draw without a script."""
+    if not page.file.src_path.endswith(".ipynb"):
+        return content  # a page may hold prices in dollars
+    # ``split`` also returns the name of each tag, as every third part.
+    parts = [part for n, part in enumerate(CODE.split(content)) if n % 3 < 2]
+    return "".join(FORMULA.sub(_mathml, p) if not n % 2 else p for n, p in enumerate(parts))
+
+
+def _mathml(found: re.Match[str]) -> str:
+    display = "block" if found[1] == "$$" else "inline"
+    return str(convert(html.unescape(found[2]), display=display))
 
 
 def _outside(text: str) -> str:
