@@ -223,20 +223,26 @@ def test_asset_and_lengths_are_those_of_medquad(medquad_xml: Any, real_rows: Any
 
 def result(arm: Any, score: float) -> dict[str, Any]:
     """A made-up result of ``compare_adapters.measure``."""
-    made = {"bits_per_byte": [score, score + 0.2], "validation": {"0.001": score, "0.01": math.inf}}
+    tried = {"0.001": score, "0.003": score + 1, "0.01": math.inf}
+    made = {"bits_per_byte": [score, score + 0.2], "validation": tried}
     return dataclasses.asdict(arm) | {"name": arm.name} | made
 
 
 def test_the_figure_of_the_comparison_sorts_all_arms_by_what_they_change() -> None:
     arms = compare_adapters.arms()
     table = compare_adapters.figure([result(arm, n) for n, arm in enumerate(arms)])
-    assert table["learning rate"] == {"rate 0.001": (2, 2, 2)}, "LoRA of rank 16 is the third arm"
+    rates = {"rate 0.001": (2, 2, 2), "rate 0.003": (3, 3, 3)}
+    assert table["learning rate"] == rates, "LoRA of rank 16 is the third arm"
     assert list(table["rank"]) == ["rank 2", "rank 8", "rank 16", "rank 64"]
     assert table["rank"]["rank 16"] == pytest.approx((2.1, 2, 2.2))
-    assert list(table["name"]) == ["rsLoRA", "DoRA", "OLoRA", "MiSS"]
-    assert list(table["layers"]) == ["q_proj v_proj", "q_proj k_proj v_proj o_proj"]
-    full = "full fine-tuning"
-    assert list(table["base and method"]) == ["LoRA of rank 16, base not quantised", full]
+    assert list(table["name"]) == ["LoRA", "rsLoRA", "DoRA", "OLoRA", "MiSS"]
+    assert list(table["layers"]) == ["all linear", "q and v", "attention"]
+    base = ["QLoRA", "LoRA, base not quantised", "full fine-tuning"]
+    assert list(table["base and method"]) == base
+    assert table["name"]["LoRA"] == table["layers"]["all linear"] == table["rank"]["rank 16"]
+    core = [result(arm, n) for n, arm in enumerate(compare_adapters.arms(core=True))]
+    assert list(compare_adapters.figure(core)) == ["learning rate", "rank"]
+    assert compare_adapters.figure(core[:1]) == {}, "a run that has just begun"
 
 
 @pytest.mark.full

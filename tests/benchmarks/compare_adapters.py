@@ -33,10 +33,16 @@ from medquad_utils.splits import Splits
 
 FILE = common.RESULTS / "compare_adapters.json"
 METHODS = ("LoRA", "rsLoRA", "DoRA", "OLoRA", "MiSS")
-RANKS, RATES = (2, 8, 16, 64), (1e-3, 3e-3, 1e-2, 3e-2)
-LOW_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of full fine-tuning
-CORE_RATES = (3e-4, 1e-3, 3e-3)  # a pretrained model takes smaller steps than the toy
+RANKS = (2, 8, 16, 64)
+RATES: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+LOW_RATES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # of full fine-tuning
+CORE_RATES: tuple[float, ...] = (
+    3e-4,
+    1e-3,
+    3e-3,
+)  # a pretrained model takes smaller steps than the toy
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LAYERS = {("q_proj", "v_proj"): "q and v", ATTENTION: "attention"}
 ROWS_A_STEP = 8
 
 
@@ -104,7 +110,9 @@ def learn(model: Any, tokenizer: Any, rows: Sequence[Row]) -> None:
     examples = [chat.encode(tokenizer, row) for row in rows]
     tokens = sum(sum(label != chat.IGNORED for label in e.labels) for e in examples)
     for example in examples:
-        ids, labels = (torch.tensor([part]).to(model.device) for part in (example.ids, example.labels))
+        ids, labels = (
+            torch.tensor([part]).to(model.device) for part in (example.ids, example.labels)
+        )
         model(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss.backward()
 
 
@@ -185,11 +193,13 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
     Rates were tried with one seed, on validation rows: a point each.
     """
     by_name = {result["name"]: result for result in results}
-    usual = by_name["LoRA of rank 16"]
-    tried = usual["validation"].items()
+    if not (usual := by_name.get("LoRA of rank 16")):
+        return {}
+    tried, known = usual["validation"].items(), span(usual["bits_per_byte"])
     table: dict[str, dict[str, tuple[float, float, float]]] = {
         "learning rate": {f"rate {r}": span([v]) for r, v in tried if math.isfinite(v)},
-        "layers": {}, "rank": {}, "name": {}, "base and method": {},
+        "layers": {"all linear": known}, "rank": {}, "name": {"LoRA": known},
+        "base and method": {"QLoRA": known},
     }  # fmt: skip
     for result in results:
         usual_layers = tuple(result["layers"]) == ALL_LINEAR
@@ -197,12 +207,40 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
         if result["method"] == "LoRA" and result["quantized"] and usual_layers:
             table["rank"][f"rank {result['rank']}"] = value
         elif not usual_layers:
-            table["layers"][" ".join(result["layers"])] = value
+            table["layers"][LAYERS[tuple(result["layers"])]] = value
         elif not result["quantized"]:
-            table["base and method"][result["name"]] = value
+            table["base and method"][result["name"].replace(" of rank 16", "")] = value
         elif result["rank"] == usual["rank"]:
             table["name"][result["method"]] = value
-    return {factor: values for factor, values in table.items() if values}
+    return {factor: values for factor, values in table.items() if len(values) > 1}
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return every profile's arms as Markdown."""
+    lines: list[str] = []
+    for profile in ("tiny", "small"):
+        if not (run := found.get(profile)):
+            continue
+        rows = []
+        for arm in run["arms"]:
+            scores_, forgot = (span(arm[name]) for name in ("bits_per_byte", "forgetting"))
+            spans = ["{:.3f} [{:.3f}, {:.3f}]".format(*values) for values in (scores_, forgot)]
+            tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in arm["validation"].items())
+            rows.append([arm["name"], f"{arm['parameters']:,}", tried, f"{arm['rate']:g}", *spans])
+        head = "arm|parameters|validation by rate|best rate|bits per byte|forgot"
+        minutes = sum(arm["seconds"] for arm in run["arms"]) / 60
+        lines += [f"{common.about(profile, run)} {run['steps']} steps in {run['dtype']}, "
+                  f"{run['seeds']} seeds, {minutes:.0f} minutes.",
+                  "", *common.table(head, rows), ""]  # fmt: skip
+    return "\n".join(lines).strip()
+
+
+def write(profile: str, run: dict[str, Any]) -> None:
+    """Put a profile's run and its figure into the JSON file, and all runs into README.md."""
+    before = files.read_json(FILE) if FILE.is_file() else {}
+    found = before | {profile: run, f"{profile} figure": figure(run["arms"])}
+    files.write_json(FILE, found)
+    common.write_readme("compare_adapters", page(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -228,18 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         rows = dataclasses.replace(rows, validation=rows.validation[:4], test=rows.test[:4])
     results = []
     for arm in todo:
-        rates = LOW_RATES if arm.method == "full" else CORE_RATES if core else RATES
-        rates = rates[: 2 if asked.quick else None]
+        usual = CORE_RATES if core else RATES
+        rates = (LOW_RATES if arm.method == "full" else usual)[: 2 if asked.quick else None]
         results.append(measure(plan, arm, rows, steps, seeds, rates, texts))
         mean, low, high = span(results[-1]["bits_per_byte"])
         print(f"{arm.name:36} rate {results[-1]['rate']:g}: {mean:.3f} [{low:.3f}, {high:.3f}]")
         if not asked.quick:
-            before = files.read_json(FILE) if FILE.is_file() else {}
             run = common.record() | {"steps": steps, "seeds": seeds, "dtype": plan.compute_dtype}
-            run["arms"] = results
-            files.write_json(FILE, before | {asked.profile: run})
-    if not asked.quick:
-        files.write_json(FILE, files.read_json(FILE) | {f"{asked.profile} figure": figure(results)})
+            write(asked.profile, run | {"arms": results})
     return results
 
 
