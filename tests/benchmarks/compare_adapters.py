@@ -36,11 +36,8 @@ METHODS = ("LoRA", "rsLoRA", "DoRA", "OLoRA", "MiSS")
 RANKS = (2, 8, 16, 64)
 RATES: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
 LOW_RATES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # of full fine-tuning
-CORE_RATES: tuple[float, ...] = (
-    3e-4,
-    1e-3,
-    3e-3,
-)  # a pretrained model takes smaller steps than the toy
+# A pretrained model takes smaller steps than the toy.
+CORE_RATES: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYERS = {("q_proj", "v_proj"): "q and v", ATTENTION: "attention"}
 ROWS_A_STEP = 8
