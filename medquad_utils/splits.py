@@ -71,6 +71,19 @@ def focus_of(row: Row) -> str:
     return normalise(match[1]) if match else ""
 
 
+def held_out_by(rows: Sequence[Row]) -> list[str]:
+    """Return what each row is held out by: its disease, and intervals resample it.
+
+    Where most rows name no disease, as in a table of questions and answers alone, a row without
+    one is held out by its question.
+    """
+    foci = [focus_of(row) for row in rows]
+    if 2 * foci.count("") <= len(foci):
+        return foci
+    pairs = zip(foci, rows, strict=True)
+    return [focus or normalise(row["question"]) for focus, row in pairs]
+
+
 NGRAM = 8  # words in a row that two texts share by copying, hardly by chance
 
 # Two diseases that share a rare concept or answer are one group. A common one joins nothing.
@@ -105,15 +118,14 @@ def groups(rows: Sequence[Row]) -> list[int]:
     """Number the group of each row: rows that share something specific to their disease.
 
     That is the focus, the normalised question, the URL, a rare CUI, or an answer that is not
-    boilerplate. Rows without a focus are one group.
+    boilerplate. Rows without a focus are one group, unless most rows have none.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     carriers: dict[tuple[str, str], set[str]] = defaultdict(set)
     keys = []
-    for row in rows:
-        focus = focus_of(row)
+    for row, focus in zip(rows, held_out_by(rows), strict=True):
         shared = [("cui", cui) for cui in row["cui"] or ()] + [("answer", row["answer"])]
         for key in shared:
             carriers[key].add(focus)
@@ -173,8 +185,8 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
     A group that is larger than the smallest part goes to training, with a note. An empty part, or
     fractions that do not add up to 1, raise a CourseError.
     """
-    numbers = groups(rows)
-    pairs = sorted(zip(numbers, map(focus_of, rows), strict=True), reverse=True)
+    numbers, names = groups(rows), held_out_by(rows)
+    pairs = sorted(zip(numbers, names, strict=True), reverse=True)
     first = dict(pairs)  # of each group the last pair stays: its first focus in the alphabet
     limit = max(1, min(fractions[1:]) * len(rows))
     large = {n: size for n, size in Counter(numbers).items() if size > limit}
@@ -182,12 +194,17 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
     place |= dict.fromkeys(large, 0.0)  # in training
     reason = f"is larger than a part of {limit:,.0f}: kept in training"
     notes = [f"group {first[n]!r} ({size:,} rows) {reason}" for n, size in large.items()]
+    if (unnamed := sum(not focus_of(row) for row in rows)) and "" not in names:
+        notes.append(
+            f"{unnamed:,} of {len(rows):,} rows name no disease: they are held out by their question "
+            "and answer. Two questions about one disease may be in two parts; a column focus that "
+            "names the disease prevents it."
+        )
     splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
     if not all(sizes := list(splits.sizes().values())):
         raise CourseError(
             f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
-            "rows. Load more rows. If the questions do not follow MedQuAD's templates, add a "
-            "column focus that names the disease."
+            "rows. Load more rows, or more diseases (a column focus names them)."
         )
     return splits
 

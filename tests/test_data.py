@@ -490,7 +490,8 @@ def test_rare_concept_or_answer_joins_diseases_and_a_common_one_does_not() -> No
         assert len(set(splits.groups(diseases(most + 1, **shared)))) == most + 1
     assert len(set(splits.groups(diseases(99, url="u")))) == 1
     nameless = [row(f"tell me about {n}", f"Answer {n}.") for n in range(3)]
-    assert splits.groups([*nameless, *diseases(2)]) == [0, 0, 0, 1, 2], "rows without a focus"
+    assert splits.groups([*nameless, *diseases(3)]) == [0, 0, 0, 1, 2, 3], "rows without a focus"
+    assert splits.groups([*nameless, *diseases(2)]) == [0, 1, 2, 3, 4], "most rows have none"
     rows = [*diseases(11, answer="11"), *diseases(10, answer="10"), *diseases(12, answer="12")]
     assert list(splits.boilerplate(rows).items()) == [("12", 12), ("11", 11)]
 
@@ -541,13 +542,25 @@ def test_group_larger_than_the_test_part_stays_in_training() -> None:
     assert splits.split(rows[:-1] + diseases(1, focus="One more")).notes == []
 
 
-def test_too_few_groups_are_refused_and_a_column_focus_helps() -> None:
-    questions = [row(f"why is thing {n} so?", f"Because of reason {n}.") for n in range(40)]
-    for rows in ([row(focus="Asthma")] * 40, questions, []):
+def test_too_few_groups_are_refused() -> None:
+    for rows in ([row(focus="Asthma")] * 40, []):
         with pytest.raises(CourseError, match=f"^{len(rows)} rows in . groups .*a column focus"):
             splits.split(rows)
+
+
+def test_rows_that_name_no_disease_are_held_out_by_question_and_answer() -> None:
+    questions = [row(f"why is thing {n // 2} so?", f"Because of {n}.") for n in range(200)]
+    same = [row(f"and thing {n}?", f"Because of {n // 2}.") for n in range(200, 300)]
+    split = splits.split([*questions, *same])
+    parts = (split.train, split.validation, split.test)
+    assert min(map(len, parts)) > 10 and sum(map(len, parts)) == 300
+    for a, b in combinations(parts, 2):
+        for key in ("question", "answer"):
+            assert not {r[key] for r in a} & {r[key] for r in b}
+    (note,) = split.notes
+    assert note.startswith("300 of 300 rows name no disease: they are held out by their question")
     named = [r | {"focus": f"Thing {n}"} for n, r in enumerate(questions)]
-    assert sum(splits.split(named).sizes().values()) == 40
+    assert splits.split(named).notes == []
 
 
 def test_leakage_is_the_share_of_test_rows_that_training_knows() -> None:
