@@ -66,7 +66,6 @@ QTYPES = {
     "susceptibility": "Who is at risk for {}?", "prevention": "How to prevent {}?",
     "inheritance": "Is {} inherited?",
 }  # fmt: skip
-EMPTY = "The question is empty: type one, or take one of the three."
 TOO_LONG = f"The question is too long: at most {MAX_CHARACTERS:,} characters are read."
 TOO_FAST = f"At most {RATE[0]} questions in {RATE[1]:.0f} seconds: wait a little, then ask again."
 BROKEN_OFF = (
@@ -145,8 +144,6 @@ class Bot:
             turn.problem = TOO_FAST
         elif len(whole) > MAX_CHARACTERS:
             turn.problem = TOO_LONG
-        elif not turn.question:
-            turn.problem = EMPTY
         else:
             try:
                 worded = check_question(phrase(text, qtype), self.tokenizer, context, limit)
@@ -189,7 +186,6 @@ def load(plan: Plan, adapter: Path | None = None) -> Bot:
         plan = replace(plan, model_path=str(folder))
         model = generation.load_base(plan, quantized=plan.device == "cuda")
     else:
-        generation.check_adapter(plan, folder)
         model = generation.load_tuned(plan, folder)
     return Bot(plan, model, generation.load_tokenizer(plan), whole_archive(plan, folder))
 

@@ -48,7 +48,7 @@ HOST = "127.0.0.1"  # loopback: no other machine can connect
 Pieces = AsyncGenerator[tuple[str, str | None], None]  # text, and how the answer ended
 
 
-def check_port(host: str, port: int = 0) -> int:
+def check_port(host: str = HOST, port: int = 0) -> int:
     """Check that a server can listen on the port, and return it; for 0, return a free one."""
     try:
         with socket.create_server((host, port)) as probe:
@@ -111,8 +111,8 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
         ended = process.poll() is not None
         if ended or time.monotonic() > deadline:
             server.stop()
-            text = log.read_text(encoding="utf-8", errors="replace").strip()
-            last = text.split("\n")[-1][:200] or "no output"
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            last = lines[-1][:200] or "no output"
             why = f"transformers serve did not answer within {patience:g} s"
             why = "transformers serve ended before it answered" if ended else why
             raise CourseError(f"{why} ({last}): see {log.name}.")
