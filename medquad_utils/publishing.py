@@ -187,8 +187,8 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
 
     Training metrics must come from the adapter's plan; an evaluation must name its weights.
     """
-    names = ("metrics/train", "metrics/explore", "evaluation/metrics")
-    train, data, evaluation = (_json(plan.folder / f"{name}.json") for name in names)
+    train, data = (_json(plan.folder / "metrics" / f"{n}.json") for n in ("train", "explore"))
+    evaluation = _json(plan.folder / "evaluation" / "metrics.json", recipe=dict)
     trained, earlier, notes = _json(adapter / "plan.json"), train.get("plan", {}), []
     folders = {"model_path", "data_path", "out"}  # may be written in two ways
     if any(trained[key] != earlier[key] for key in (earlier.keys() & trained.keys()) - folders):
@@ -202,8 +202,8 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     return Metrics(trained or earlier, train, data, evaluation, tuple(notes))
 
 
-def _json(path: Path) -> Any:
-    return read_json(path) if path.is_file() else {}
+def _json(path: Path, **kinds: type) -> Any:
+    return read_json(path, **kinds) if path.is_file() else {}
 
 
 def card(
