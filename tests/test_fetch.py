@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import io
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,21 +33,10 @@ def empty_cache(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
-    """Serve bytes as a file on this machine; returns their address."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def put(content: bytes) -> str:
-        (folder / "medquad.zip").write_bytes(content)
-        return f"http://127.0.0.1:{server.server_port}/medquad.zip"
-
-    yield put
-    server.shutdown()
-    server.server_close()
+def put(tmp_path: Path) -> Callable[[bytes], str]:
+    """A function that writes what GitHub would send to a file, and returns its address."""
+    file = tmp_path / "medquad.zip"
+    return lambda content: file.write_bytes(content) and file.as_uri()
 
 
 def archive(files: dict[str, str]) -> bytes:
@@ -69,13 +55,13 @@ def written() -> set[str]:
 
 
 def test_medquad_is_fetched_once_without_files_that_do_not_belong(
-    serve: Callable[[bytes], str], tmp_path: Path, monkeypatch: Patch
+    put: Callable[[bytes], str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     good = tmp_path / "good" / "2_GARD_QA" / "0000001.xml"
     good.parent.mkdir(parents=True)
     good.write_text(DOCUMENT)
     monkeypatch.setattr(fetch, "MEDQUAD_HASH", fetch.content_hash([good], good.parents[1]))
-    assert "1 rows" in fetch.medquad(serve(archive(FILES)))
+    assert "1 rows" in fetch.medquad(put(archive(FILES)))
     assert written() == {"MedQuAD/2_GARD_QA/0000001.xml", "MedQuAD/LICENSE.txt"}
     assert not list(tmp_path.rglob("outside.xml"))
     assert "1 rows" in fetch.medquad("http://127.0.0.1:9/gone.zip"), "again, without a network"
@@ -83,10 +69,10 @@ def test_medquad_is_fetched_once_without_files_that_do_not_belong(
 
 @pytest.mark.parametrize("content", [archive(FILES), b"<html>a login page</html>", b""])
 def test_without_the_tested_files_the_message_says_how_to_bring_them(
-    content: bytes, serve: Callable[[bytes], str]
+    content: bytes, put: Callable[[bytes], str]
 ) -> None:
     with pytest.raises(CourseError, match=re.escape(fetch.BY_HAND)):
-        fetch.medquad(serve(content) if content else "http://127.0.0.1:9/medquad.zip")
+        fetch.medquad(put(content) if content else "http://127.0.0.1:9/medquad.zip")
     assert written() == set()
 
 
@@ -109,11 +95,11 @@ def test_without_hub_and_package_index_the_weights_of_small_name_both(monkeypatc
 
 @pytest.mark.full
 def test_the_real_medquad_is_the_one_that_the_course_was_tested_with(
-    medquad_xml: Path, serve: Callable[[bytes], str]
+    medquad_xml: Path, put: Callable[[bytes], str]
 ) -> None:
     files = {f"top/{p.relative_to(medquad_xml)}": p for p in medquad_xml.rglob("*") if p.is_file()}
     packed = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    assert "16,423 rows" in fetch.medquad(serve(archive(packed)))
+    assert "16,423 rows" in fetch.medquad(put(archive(packed)))
 
 
 # ---- the real model ------------------------------------------------------------------------------
