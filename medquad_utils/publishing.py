@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from safetensors import SafetensorError
 
 from medquad_utils import CourseError, merging
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
@@ -31,8 +31,13 @@ from medquad_utils.splits import BOILERPLATE
 
 ASSETS = Path(__file__).with_name("assets")
 # The only names in a published folder: no pickle, no optimizer state, no file of another program.
-FILES = re.compile(rf"{merging.FILES.pattern}|README\.md|LICENSE|NOTICE")
+FILES = re.compile(
+    r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors"
+    r"(\.index\.json)?|(tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template\.jinja"
+    r"|README\.md|LICENSE|NOTICE"
+)
 NEEDED = "generation_config.json tokenizer.json tokenizer_config.json README.md LICENSE NOTICE"
+LICENCE_FILES = ("LICENSE", "LICENSE.txt")  # in the folder of a base
 INCOMPLETE = "THIS FILE IS A PLACEHOLDER"  # the first words of a LICENSE without the agreement
 TAG = "medquad-qlora"  # in every card: a later push recognises the repository by it
 COURSE = "https://github.com/medquad-qlora/medquad-qlora"
@@ -91,16 +96,17 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     if model_id in BASES:
         return LICENCES["apache-2.0"]
     folder = Path(getattr(base, "model_path", "") or "nowhere")
-    for file in (*texts, folder / "LICENSE", folder / "LICENSE.txt"):
-        text = _licence_text(file)
+    for file in (*texts, *(folder / name for name in LICENCE_FILES)):
         for licence in LICENCES.values():
-            if licence.title and licence.title in " ".join(text.upper().split())[:2000]:
+            if licence.title and _text_of(licence, file):
                 return licence
     return LICENCES["unknown"]
 
 
-def _licence_text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+def _text_of(licence: Licence, file: Path) -> str:
+    """Return the text of a licence file if it begins with the licence's title, else ""."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return text if licence.title in " ".join(text.upper().split())[:2000] else ""
 
 
 def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> None:
@@ -109,7 +115,6 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
 
     model_id = base if isinstance(base, str) else base.model_id
     licence = licence or licence_of(base)
-
     try:
         validate_repo_id(repo)
         user, name = repo.split("/")
@@ -118,18 +123,15 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
             f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', "
             "for example me/my-model."
         ) from error
-    example = f"{user}/{licence.prefix}medquad-qlora"
+    llama, problem = licence.begins or "llama" in model_id.lower(), ""
     if not re.match(licence.begins.replace(" ", "[-_.]?"), name, re.IGNORECASE):
-        raise CourseError(
-            f"--repo {repo!r}: {model_id} is under the {licence.name}, so the name of a derived "
-            f"model must begin with {licence.begins!r}. Take for example {example}."
-        )
-    llama = licence.begins or "llama" in model_id.lower()
-    if not llama and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
-        raise CourseError(
-            f"--repo {repo!r}: the base {model_id!r} is not a Llama of Meta, so the name must not "
-            f"say so. Take for example {example}."
-        )
+        problem = f"{model_id} is under the {licence.name}, so the name of a derived model must "
+        problem += f"begin with {licence.begins!r}"
+    elif not llama and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
+        problem = f"the base {model_id!r} is not a Llama of Meta, so the name must not say so"
+    if problem:
+        example = f"{user}/{licence.prefix}medquad-qlora"
+        raise CourseError(f"--repo {repo!r}: {problem}. Take for example {example}.")
 
 
 def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
@@ -139,7 +141,6 @@ def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    names = ("LICENSE", "LICENSE.txt")
     if licence.id == "apache-2.0":
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
@@ -147,12 +148,12 @@ def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
         files = [given]
     elif plan.on_hub:
         cached = [try_to_load_from_cache(plan.model_id, name, revision=plan.hub_revision)
-                  for name in names]  # fmt: skip
+                  for name in LICENCE_FILES]  # fmt: skip
         files = [Path(path) for path in cached if isinstance(path, str)]
     else:
-        files = [Path(plan.model_source, name) for name in names]
+        files = [Path(plan.model_source, name) for name in LICENCE_FILES]
     for file in files:
-        if (text := _licence_text(file)) and licence.title in " ".join(text.upper().split()):
+        if text := _text_of(licence, file):
             return text
     if given:
         raise CourseError(
@@ -186,16 +187,14 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
 
     Training metrics must come from the adapter's plan; an evaluation must name its weights.
     """
-    names = ("metrics/train", "metrics/explore", "metrics/evaluate", "evaluation/metrics")
-    train, data, lesson, evaluation = (_json(plan.folder / f"{name}.json") for name in names)
+    train, data = (_json(plan.folder / "metrics" / f"{n}.json") for n in ("train", "explore"))
+    evaluation = _json(plan.folder / "evaluation" / "metrics.json", recipe=dict)
     trained, earlier, notes = _json(adapter / "plan.json"), train.get("plan", {}), []
     folders = {"model_path", "data_path", "out"}  # may be written in two ways
     if any(trained[key] != earlier[key] for key in (earlier.keys() & trained.keys()) - folders):
         train = {}
         notes.append("metrics/train.json is of another training")
-    if not evaluation:
-        evaluation = _of_lesson(lesson) if lesson else {}
-    elif evaluation.get("recipe", {}).get("adapter") != adapter_id(adapter):
+    if evaluation and evaluation.get("recipe", {}).get("adapter") != adapter_id(adapter):
         evaluation = {}
         notes.append("evaluation/metrics.json is of another adapter")
     parts = {"training": train, "data": data, "evaluation": evaluation}
@@ -203,22 +202,8 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     return Metrics(trained or earlier, train, data, evaluation, tuple(notes))
 
 
-def _json(path: Path) -> Any:
-    return read_json(path) if path.is_file() else {}
-
-
-def _of_lesson(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring lesson 06's short record (score_column: mean) into the shape of an evaluation."""
-    arms = {
-        column: {
-            score: {"mean": record[key], "low": None, "high": None}
-            for score in SCORES
-            if (key := f"{score}_{column.replace(' ', '_')}") in record
-        }
-        for column in COLUMNS
-    }
-    about = {key: record.get(key) for key in ("questions", "diseases", "held_out")}
-    return about | {"overall": {"arms": arms}}
+def _json(path: Path, **kinds: type) -> Any:
+    return read_json(path, **kinds) if path.is_file() else {}
 
 
 def card(
@@ -228,21 +213,16 @@ def card(
     """Return the README.md of ``repo``, with metadata.
 
     ``merged``: a whole model, else an adapter of ``plan.model_id`` at commit ``revision``.
-    ``licence`` is the base's (default: ``licence_of`` the plan).
     """
     tuned = metrics.evaluation.get("overall", {}).get("arms", {}).get("tuned", {})
     return _render(
         "card.md.jinja", plan, str(metrics.plan.get("source", plan.source)), licence, repo=repo,
         merged=merged, revision=revision, trained=metrics.plan, train=metrics.train,
-        data=metrics.data, evaluation=metrics.evaluation,
-        columns=COLUMNS, scores=SCORES,
-        hub_metrics={
-            score: metric for score, metric in HUB_METRICS.items()
-            if score in tuned and tuned[score]["mean"] is not None
-        },
-        tag=TAG, dataset=HUB_DATASET, notice=NOTICE,
-        system_prompt=SYSTEM_PROMPT, question=THREE_QUESTIONS[0], sentence=sentence,
-        why_missing=why_missing, most_foci=BOILERPLATE,
+        data=metrics.data, evaluation=metrics.evaluation, columns=COLUMNS, scores=SCORES,
+        hub_metrics={s: metric for s, metric in HUB_METRICS.items() if s in tuned},
+        tag=TAG, dataset=HUB_DATASET, notice=NOTICE, system_prompt=SYSTEM_PROMPT,
+        question=THREE_QUESTIONS[0], sentence=sentence, why_missing=why_missing,
+        most_foci=BOILERPLATE,
     )  # fmt: skip
 
 
@@ -289,7 +269,9 @@ def build(
     check_name(repo, plan, terms)
     source = adapter or plan.folder / "adapter"
     check_adapter(plan, source)
-    merging.check_folder(folder, FILES)
+    if others := [p.name for p in folder.glob("*") if not FILES.fullmatch(p.name)]:
+        text = f"{folder.name}/ is in use: it holds {min(others)}. Choose another folder."
+        raise CourseError(text)
     merged = merged or not plan.on_hub
     metrics = read_metrics(plan, source)
     texts = {
@@ -303,17 +285,19 @@ def build(
                 model = merging.merge(plan, "dequantised", source)  # the route that drifts least
                 merging.save(model, load_tokenizer(plan), fresh)
             else:
-                _write_adapter(plan, source, fresh)
+                _copy_adapter(plan, source, fresh)
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
             check(fresh, repo)
-    except OSError as error:
-        reason = f"{error.strerror or error}. Nothing was changed; free some disk space"
-        raise CourseError(f"cannot write {folder.name}/: {reason}.") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CourseError(
+            f"cannot write {folder.name}/: {reason}. Nothing was changed; free some disk space."
+        ) from error
     return folder
 
 
-def _write_adapter(plan: Plan, adapter: Path, folder: Path) -> None:
+def _copy_adapter(plan: Plan, adapter: Path, folder: Path) -> None:
     folder.mkdir()
     config = read_json(adapter / "adapter_config.json")  # may name a folder of this machine
     config |= {"base_model_name_or_path": plan.model_id, "revision": plan.hub_revision}
@@ -341,8 +325,8 @@ COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data
 def scan(folder: Path, repo: str) -> None:
     """Check every text and weights header for strange files, local paths, the user name, tokens.
 
-    The message names the file and never shows a secret. A tokenizer's vocabulary and the licence
-    may contain any word: there, only tokens and this machine's own folders count.
+    No message shows a secret. A tokenizer's vocabulary and the licence may contain any word: there,
+    only tokens and this machine's own folders count.
     """
     secrets, words = dict(SECRETS), {"a local path": PATHS}
     if token := hub_token():
@@ -357,9 +341,8 @@ def scan(folder: Path, repo: str) -> None:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
-            raise CourseError(
-                f"{name} does not belong in a published model: remove it from {folder.name}/."
-            )
+            text = f"{name} does not belong in a published model: remove it from {folder.name}/."
+            raise CourseError(text)
         text = _text(file).replace(repo, "")
         patterns = everywhere if name in ("tokenizer.json", "LICENSE") else everywhere | words
         for what, pattern in patterns.items():
@@ -405,7 +388,6 @@ def check(folder: Path, repo: str) -> None:
         "adapter_config.json must name the Hub id and the revision of its base":
             bool(config) and (named != base or not config.get("revision")),
         **_end_problems(folder),
-        **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
@@ -413,7 +395,7 @@ def check(folder: Path, repo: str) -> None:
 
 
 def _end_problems(folder: Path) -> dict[str, bool]:
-    """Return whether answers run past an end token or are padded with one."""
+    """Return whether answers run past an end token, are padded with one, or are sampled."""
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -424,27 +406,8 @@ def _end_problems(folder: Path) -> dict[str, bool]:
     return {
         f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
         f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
+        f"{name} must be greedy: so were the answers that the card scores": bool(config.do_sample),
     }
-
-
-def _reader_problems(folder: Path) -> dict[str, bool]:
-    """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
-    names = ("config.json", "tokenizer_config.json", "generation_config.json")
-    config, tokenizer, generation = (_json(folder / name) for name in names)
-    rope = config.get("rope_parameters") or {}
-    scaled = rope.get("rope_type", "default") != "default"
-    closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
-    return {
-        "config.json must repeat rope_theta and rope_scaling where older programs look for them":
-            rope.get("rope_theta") != config.get("rope_theta")
-            or scaled != bool(config.get("rope_scaling")),
-        "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
-            tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
-            or "extra_special_tokens" in tokenizer,
-        "generation_config.json must be greedy: so were the answers that the card scores":
-            generation.get("do_sample") is not False or "temperature" in generation,
-        f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
-    }  # fmt: skip
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
@@ -452,9 +415,8 @@ def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
 
     Lines without digits may be added, and any line may be removed.
     """
-    merged = (folder / "config.json").is_file()
+    merged, licence = (folder / "config.json").is_file(), licence_of(plan, folder / "LICENSE")
     metrics = read_metrics(plan, plan.folder / "adapter")
-    licence = licence_of(plan, folder / "LICENSE")
     expected = card(repo, plan, metrics, merged, plan.hub_revision or "", licence).splitlines()
     lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     for count, line in enumerate(lines, start=1):
@@ -496,12 +458,14 @@ def run_snippet(folder: Path, repo: str) -> str:
 
 # ---- the push -----------------------------------------------------------------------------------
 
+TOKENS = "under https://huggingface.co/settings/tokens and set it as HF_TOKEN"
+
 
 def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     """Send ``folder`` to the Hub as the model ``repo`` and return its address.
 
-    Large files go first, invisible to others. A single commit then shows everything at once, so the
-    repository is empty or complete. A broken push resumes: what has arrived is not sent again.
+    One commit shows everything at once, so the repository is empty or complete. A broken push
+    resumes: large files that have arrived, invisible to others, are not sent again.
 
     Raises:
         CourseError: ``check`` fails, no agreement in LICENSE, a bad token, no network, or a
@@ -515,10 +479,7 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     if (folder / "LICENSE").read_text(encoding="utf-8").startswith(INCOMPLETE):
         raise CourseError(f"LICENSE lacks the agreement: give it with --licence FILE. {kept}")
     if not (token := hub_token()):
-        raise CourseError(
-            "no Hub token: make a write token under https://huggingface.co/settings/tokens and set "
-            f"it as HF_TOKEN. {kept}"
-        )
+        raise CourseError(f"no Hub token: make a write token {TOKENS}. {kept}")
     api = HfApi(endpoint=endpoint, token=token)
     names = sorted((p.name for p in folder.iterdir()), key=lambda n: (n == "README.md", n))
     try:
@@ -526,9 +487,8 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
         stale = sorted(before - {*names, ".gitattributes"})
         changes: list[Any] = [CommitOperationDelete(name) for name in stale]
         changes += [CommitOperationAdd(name, folder / name) for name in names]
-        commit = api.create_commit(
-            repo, changes, commit_message="Publish with medquad", parent_commit=parent
-        )
+        message = "Publish with medquad"
+        commit = api.create_commit(repo, changes, commit_message=message, parent_commit=parent)
     # a RuntimeError where the upload of a large file broke off
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise CourseError(f"{explain(error, repo)} {kept}") from error
@@ -556,8 +516,7 @@ def explain(error: Exception, repo: str) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", 0)
     messages = {
-        401: "the Hub does not know the token: make a new one under "
-        "https://huggingface.co/settings/tokens and set it as HF_TOKEN.",
+        401: f"the Hub does not know the token: make a new one {TOKENS}.",
         403: f"the token may not write to {repo}: it needs the right to write, and USER must be "
         "you or your organisation.",
         409: f"the name {repo} is taken: choose another one.",

@@ -8,7 +8,6 @@ import ctypes
 import http.client
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -23,6 +22,13 @@ from functools import cached_property
 from pathlib import Path
 from threading import BoundedSemaphore, Event
 from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from medquad_utils import CourseError, generation
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages
@@ -36,56 +42,46 @@ from medquad_utils.tables import clean_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOST = "127.0.0.1"  # loopback: no other machine can connect
 Pieces = AsyncGenerator[tuple[str, str | None], None]  # text, and how the answer ended
 
 
+def check_port(host: str = HOST, port: int = 0) -> int:
+    """Check that a server can listen on the port, and return it; for 0, return a free one."""
+    try:
+        with socket.create_server((host, port)) as probe:
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise CourseError(
+            f"cannot listen on {host}:{port}: {error}. "
+            "Stop the other program, or take another port with --port."
+        ) from error
+
+
+# ---- a bare server in a child process: transformers serve -----------------------------------
+
+
 @dataclass
 class Server:
-    """A running `transformers serve`, a child process that ends with this one."""
+    """A running server, a child process that ends with this one."""
 
     process: subprocess.Popen[bytes]
     model: str  # the name that a request must give
     address: str  # an OpenAI client's base_url
     log: Path
-    seconds: float  # from the start to the first answer
 
     def stop(self) -> int:
         """End this one process and return its exit status; a second call does nothing."""
-        self.process.terminate()
-        try:
-            return self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
-
-def command(model: str, port: int) -> str:
-    """Return the terminal command that starts the server, for the folder above ``model``."""
-    return shlex.join(["transformers", "serve", model, "--host", HOST, "--port", str(port)])
-
-
-def free_port() -> int:
-    """Return a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, even by SIGKILL (prctl(2))."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        self.process.kill()
+        return self.process.wait()
 
 
 def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     """Run ``transformers serve`` on ``folder``, a whole model, and wait until it answers.
 
-    Port 0 takes a free one. The limit is ``patience`` seconds.
+    Port 0 takes a free one; ``patience`` is in seconds.
     """
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -93,52 +89,46 @@ def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
             f"{folder.name}/ holds {'an adapter without its base' if adapter else 'no model'}: "
             "expected a whole model, as from medquad publish --merged --dry-run."
         )
-    port = port or free_port()
-    with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) == 0:
-            raise CourseError(f"port {port} is in use: choose another port (0 finds a free one).")
-    _, *arguments = shlex.split(command(folder.name, port))
-    line = [sys.executable, "-m", "transformers.cli.transformers", *arguments]
+    port = check_port(HOST, port)
+    line = ["transformers.cli.transformers", "serve", folder.name]
+    return launch(line, folder.name, port, folder.with_name("serve.log"), patience)
+
+
+def launch(line: Sequence[str], model: str, port: int, log: Path, patience: float) -> Server:
+    """Run a Python module with its options as a server of ``model``, in the folder of its log."""
     free_memory()  # the server is another process
     direct_loopback()
-    log, began = folder.with_name("serve.log"), time.perf_counter()
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            line, cwd=folder.parent, env=offline, stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", *line, "--host", HOST, "--port", str(port)],
+            cwd=log.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=out, stderr=out,
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
-    server = Server(process, folder.name, f"http://{HOST}:{port}/v1", log, 0.0)
+    server = Server(process, model, f"http://{HOST}:{port}/v1", log)
     atexit.register(server.stop)
-    _wait(server, port, patience)
-    server.seconds = time.perf_counter() - began
+    deadline = time.monotonic() + patience
+    while not _healthy(port):
+        ended = process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            server.stop()
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            last = lines[-1][:200] or "no output"
+            why = f"transformers serve did not answer within {patience:g} s"
+            why = "transformers serve ended before it answered" if ended else why
+            raise CourseError(f"{why} ({last}): see {log.name}.")
+        time.sleep(0.1)
     return server
 
 
-def _wait(server: Server, port: int, patience: float) -> None:
-    deadline = time.perf_counter() + patience
-    while not _healthy(port):
-        if server.process.poll() is not None:
-            text = server.log.read_text(encoding="utf-8", errors="replace").strip()
-            last = text.split("\n")[-1][:200] or "no output"
-            raise CourseError(
-                f"transformers serve ended before it answered ({last}): see {server.log.name}."
-            )
-        if time.perf_counter() > deadline:
-            server.stop()
-            raise CourseError(
-                f"transformers serve did not answer within {patience:g} s and was ended: "
-                f"see {server.log.name}."
-            )
-        time.sleep(0.1)
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, even by SIGKILL (prctl(2))."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
 def _healthy(port: int) -> bool:
-    # http.client ignores proxy settings, which must not apply to this machine
-    connection = http.client.HTTPConnection(HOST, port, timeout=5)
-    with closing(connection), suppress(OSError, http.client.HTTPException):
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+    with suppress(OSError, http.client.HTTPException):
+        urlopen(f"http://{HOST}:{port}/health", timeout=5).close()  # raises if the status is bad
+        return True
     return False
 
 
@@ -182,12 +172,24 @@ MAX_CONNECTIONS = 256
 PATIENCE = 20.0  # seconds for a client to send its request
 
 
-class Refusal(CourseError):
-    """A request that gets no answer: the HTTP ``status`` and what the client can do."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
+async def body_of(request: Request) -> dict[str, Any]:
+    """Read a JSON object of at most ``MAX_BYTES``, within ``PATIENCE`` seconds."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise HTTPException(415, "expected the content type application/json.")  # no web form
+    content = bytearray()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                content += part
+                if len(content) > MAX_BYTES:
+                    raise HTTPException(413, f"a request may have {MAX_BYTES:,} bytes at most.")
+        if isinstance(value := json.loads(content.decode("utf-8")), dict):
+            return value
+    except TimeoutError:
+        raise HTTPException(408, f"the request did not arrive within {PATIENCE:g} s.") from None
+    except (ValueError, RecursionError):
+        pass
+    raise HTTPException(400, "expected a JSON object in UTF-8.")
 
 
 def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -201,40 +203,18 @@ def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
         role, content = given.get("role"), given.get("content")
         if role in ("system", "developer"):
             continue
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        parts = content if isinstance(content, list) else [{"text": content}]
         texts: list[Any] = [p.get("text") if isinstance(p, dict) else None for p in parts]
         if not all(isinstance(text, str) for text in texts):
-            raise Refusal(400, "messages: expected every content to be text.")
+            raise HTTPException(400, "messages: expected every content to be text.")
         turns.append({"role": role, "content": clean_text("\n".join(texts))})
     roles = [turn["role"] for turn in turns]
-    if not roles or roles != (["user", "assistant"] * MAX_TURNS)[: len(roles) // 2 * 2 + 1]:
-        text = "expected a list of user and assistant turns, one after the other, the user's last"
-        raise Refusal(400, f"messages: {text}.")
+    if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        text = "expected a list of user and assistant turns, one after the other, the user's last."
+        raise HTTPException(400, f"messages: {text}")
     if len(turns) > MAX_TURNS or not turns[-1]["content"]:
-        raise Refusal(400, f"messages: expected at most {MAX_TURNS} turns, and a question.")
+        raise HTTPException(400, f"messages: expected at most {MAX_TURNS} turns, and a question.")
     return turns
-
-
-async def body_of(request: Request) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_BYTES``, within ``PATIENCE`` seconds."""
-    if not request.headers.get("content-type", "").startswith("application/json"):
-        raise Refusal(415, "expected the content type application/json.")  # no form of a web page
-    content = bytearray()
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for part in request.stream():
-                content += part
-                if len(content) > MAX_BYTES:
-                    raise Refusal(413, f"a request may have {MAX_BYTES:,} bytes at most.")
-    except TimeoutError:
-        raise Refusal(408, f"the request did not arrive within {PATIENCE:g} s.") from None
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise Refusal(400, "expected JSON in UTF-8.") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "expected a JSON object.")
-    return value
 
 
 @dataclass
@@ -246,7 +226,6 @@ class Guard:
     tokenizer: PreTrainedTokenizerBase
     places: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(MAX_WAITING))
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    closing: Event = field(default_factory=Event)
 
     @cached_property
     def index(self) -> Index | None:
@@ -261,28 +240,27 @@ class Guard:
     def limit(self, body: Mapping[str, Any]) -> int:
         """Check what else a request asks for; return the most tokens of its answer."""
         if body.get("model") != self.name:
-            raise Refusal(404, f"model: this server has {self.name!r} only.")
+            raise HTTPException(404, f"model: this server has {self.name!r} only.")
         if body.get("n") not in (None, 1) or body.get("stream") not in (None, True, False):
-            raise Refusal(400, "expected n to be 1, and stream to be true or false.")
-        limits = [self.plan.max_new_tokens]
-        limits += [
-            body[k] for k in ("max_tokens", "max_completion_tokens") if body.get(k) is not None
-        ]
+            raise HTTPException(400, "expected n to be 1, and stream to be true or false.")
+        asked = [body.get("max_tokens"), body.get("max_completion_tokens")]
+        limits: list[int] = [self.plan.max_new_tokens, *(n for n in asked if n is not None)]
         if not all(type(limit) is int and limit > 0 for limit in limits):
-            raise Refusal(400, "max_tokens: expected a whole number over 0.")
+            raise HTTPException(400, "max_tokens: expected a whole number over 0.")
         return min(limits)
 
     def queue(self, turns: list[dict[str, str]], limit: int) -> Pieces:
-        """Let a conversation wait for its answer: a place in the queue, or a refusal."""
+        """Let a conversation wait for its answer, or refuse it."""
         *history, question = turns
         prompt = prompt_ids(self.tokenizer, prompt_messages(question["content"], history))
         context = int(self.model.config.max_position_embeddings)
         if len(prompt) + limit > context:
             needed = f"with its answer {len(prompt) + limit:,} tokens"
             text = f"the conversation is too long: {needed}, and the model reads {context:,}."
-            raise Refusal(400, text)
+            raise HTTPException(400, text)
         if not self.places.acquire(blocking=False):
-            raise Refusal(503, f"{MAX_WAITING} conversations wait already. Ask again in a minute.")
+            text = f"{MAX_WAITING} conversations wait already. Ask again in a minute."
+            raise HTTPException(503, text, {"Retry-After": "60"})
         loop, ready, gone = asyncio.get_running_loop(), asyncio.Queue[Any](), Event()
 
         def work() -> None:
@@ -294,11 +272,11 @@ class Guard:
             reason = None
             try:
                 while reason is None:
-                    if isinstance(item := await ready.get(), Refusal):
+                    if isinstance(item := await ready.get(), HTTPException):
                         raise item
                     piece, reason = item
                     yield piece, reason
-            finally:  # the client may have gone
+            finally:  # the client may have gone, or the server stops
                 gone.set()
                 job.cancel()
 
@@ -308,14 +286,13 @@ class Guard:
 
     def items(
         self, question: str, history: Sequence[Mapping[str, str]], limit: int, gone: Event
-    ) -> Iterator[tuple[str, str | None] | Refusal]:
+    ) -> Iterator[tuple[str, str | None] | HTTPException]:
         """Yield an answer's pieces, the notice last, until ``gone``; a failure is an item too."""
         stream = generation.stream(self.model, self.tokenizer, question, limit, history)
         try:
             with closing(stream):
-                while not (gone.is_set() or self.closing.is_set()):
+                while not gone.is_set():
                     yield next(stream), None
-            yield Refusal(503, "the server is stopping.")
         except StopIteration as end:
             text = end.value.text
             notes = dose_notes(text, lambda: cite(self.index, question, text)[1])
@@ -323,19 +300,17 @@ class Guard:
             yield notice, "stop" if end.value.stopped else "length"
         except Exception as error:  # whatever a model can raise: the server goes on
             print(f"medquad: an answer failed: {error!r}", file=sys.stderr, flush=True)
-            yield Refusal(500, "the model failed. Ask again.")
+            yield HTTPException(500, "the model failed. Ask again.")
 
     async def chat(self, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``.
 
         An emergency in any of the user's turns gets its message at once, however long the queue.
         """
-        from starlette.responses import JSONResponse, StreamingResponse
-
         body = await body_of(request)
         turns = conversation(body)
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-        urgent = next((text for text in asked if red_flag(text)), asked[-1])
+        asked = [turn["content"] for turn in turns[::2]]  # by the user
+        urgent = next(filter(red_flag, asked), asked[-1])
         pieces = guarded(urgent, lambda: self.queue(turns, self.limit(body)))
         if isinstance(pieces, list):
             pieces = told(pieces)
@@ -370,55 +345,28 @@ async def events(reply: Mapping[str, Any], pieces: Pieces) -> AsyncIterator[str]
                 choice = {"index": 0, "delta": delta, "finish_reason": reason}
                 yield f"data: {json.dumps({**reply, 'choices': [choice]})}\n\n"
         yield "data: [DONE]\n\n"
-    except Refusal as refusal:
+    except HTTPException as refusal:
         yield f"data: {json.dumps(problem(refusal))}\n\n"
 
 
-def problem(error: Exception) -> dict[str, Any]:
+def problem(error: HTTPException) -> dict[str, Any]:
     """Describe an error as the OpenAI API does."""
-    message = getattr(error, "detail", str(error))
-    return {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+    return {"error": {"message": error.detail, "type": "invalid_request_error", "code": None}}
 
 
 def app(guard: Guard) -> Starlette:
     """Build the server: chat, list of models, health."""
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
 
-    async def models(request: Request) -> Response:
-        model = {"id": guard.name, "object": "model", "created": 0, "owned_by": "medquad"}
-        return JSONResponse({"object": "list", "data": [model]})
+    async def refuse(_: Request, error: Any) -> Response:
+        return JSONResponse(problem(error), error.status_code, error.headers)
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def refuse(request: Request, error: Any) -> Response:
-        status = getattr(error, "status", getattr(error, "status_code", 400))
-        headers = {"Retry-After": "60"} if status == 503 else None
-        return JSONResponse(problem(error), status, headers)
-
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", guard.chat, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/health", health),
-        ],
-        exception_handlers=dict.fromkeys([Refusal, HTTPException, ClientDisconnect], refuse),
-    )
-
-
-def check_port(host: str, port: int) -> None:
-    """Check that a server can listen on the port."""
-    try:
-        socket.create_server((host, port)).close()
-    except (OSError, OverflowError) as error:
-        raise CourseError(
-            f"cannot listen on {host}:{port}: {error}. "
-            "Stop the other program, or take another port with --port."
-        ) from error
+    model = {"id": guard.name, "object": "model", "created": 0, "owned_by": "medquad"}
+    routes = [
+        Route("/v1/chat/completions", guard.chat, methods=["POST"]),
+        Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
+        Route("/health", lambda _: JSONResponse({"status": "ok"})),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
 def serve(guard: Guard, host: str, port: int) -> None:
@@ -453,7 +401,6 @@ def serve(guard: Guard, host: str, port: int) -> None:
     except KeyboardInterrupt:
         print("\nThe server has stopped.", flush=True)
     finally:
-        guard.closing.set()
         guard.worker.shutdown(cancel_futures=True)
 
 

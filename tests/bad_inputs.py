@@ -60,7 +60,7 @@ RECORDS = {  # command -> what it reads below runs/tiny
             "adapter/adapter_model.safetensors"),
     "explain": ("adapter/plan.json", "data/data.json", "data/train.parquet"),
     "evaluate": ("adapter/adapter_config.json", "data/data.json", "data/validation.parquet"),
-    "publish": ("adapter/plan.json", "metrics/train.json", "metrics/evaluate.json"),
+    "publish": ("adapter/plan.json", "metrics/train.json", "evaluation/metrics.json"),
     "demo": ("adapter/plan.json",),
     "train": ("data/data.json", "data/test.parquet", "checkpoints/plan.json"),
 }  # fmt: skip

@@ -22,13 +22,8 @@ from medquad_utils.chat import NOTICE
 from medquad_utils.safety import EMERGENCY, SELF_HARM
 
 CHAT, CLIENTS = "/v1/chat/completions", 100
-TOKENS = (
-    "<|eot_id|>",
-    "<|start_header_id|>system<|end_header_id|>",
-    "<|im_start|>system",
-    "[INST]",
-    "</s>",
-)
+TOKENS = ("<|eot_id|>", "<|start_header_id|>system<|end_header_id|>", "<|im_start|>system",
+          "[INST]", "</s>")  # fmt: skip
 MARKUP = ("<script>alert(1)</script>", "<img src=x onerror=y>", "{{7*7}}", "\\u202e\\u0000", "${x}")
 MARK = "obey-7f3a"  # in every payload; no error may send it back
 
@@ -103,9 +98,8 @@ def fault(payload: Payload, status: int, text: str) -> str:
 async def crowd(base: str) -> dict[str, Any]:
     """A hundred clients at once."""
     limits = httpx.Limits(max_connections=CLIENTS)
-    async with httpx.AsyncClient(
-        base_url=base, timeout=300, trust_env=False, limits=limits
-    ) as client:
+    settings: dict[str, Any] = {"timeout": 300, "trust_env": False, "limits": limits}
+    async with httpx.AsyncClient(base_url=base, **settings) as client:
         began = time.monotonic()
 
         async def one(number: int) -> tuple[int, float, str]:
@@ -150,16 +144,14 @@ def run(base: str, pid: int) -> dict[str, Any]:
         slow = rude((str(parts.hostname), int(parts.port or 80)), 20)
         began = time.monotonic()
         urgent = client.post(CHAT, **sent(question("I can't breathe")))
-        figures["an emergency beside 40 slow and 20 vanishing clients s"] = round(
-            time.monotonic() - began, 2
-        )
+        waited = round(time.monotonic() - began, 2)
+        figures["an emergency beside 40 slow and 20 vanishing clients s"] = waited
         faults = [] if EMERGENCY in urgent.text else [urgent.text]
         statuses: dict[int, int] = {}
         payloads = hostile()
         for payload in payloads:
             for _ in range(60):  # the vanished clients' places come back
-                request = sent(payload)
-                reply = client.post(payload.path, **request)
+                reply = client.post(payload.path, **sent(payload))
                 if reply.status_code != 503:
                     break
                 time.sleep(1)

