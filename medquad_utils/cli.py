@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medquad_utils import CourseError, __version__, files, machine, profiles, tables
-from medquad_utils.profiles import PROFILES, Plan
+from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
 RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)")
@@ -21,6 +21,7 @@ PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: aut
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
+SOURCE = ("--source", "S", "", f"{', '.join(SOURCES)} (default: the profile's; data: sample)")
 QUESTION = ("question", None, "", "in quotes")
 
 
@@ -48,14 +49,25 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
         RUNS,
-        ("--source", "S", "sample", "sample, hub, xml, csv, jsonl or parquet (default: sample)"),
+        (*SOURCE[:2], "sample", SOURCE[3]),
         ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
         ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
-    "train": ("train the adapter without a notebook", ()),  # options: see _Parser
+    "train": ("train the adapter without a notebook; on N GPUs use "
+              "torchrun --nproc_per_node N -m medquad_utils.training", (
+        *SHARED,
+        SOURCE,
+        ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
+        ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
+        ("--max-steps", "N", 0, "training steps; 0 is as many as the epochs need"),
+        ("--lora-r", "R", 0, "rank of the adapters; 0 is the profile's own"),
+        ("--seed", "N", 0, "of the split, the draw and the adapters (default: 0)"),
+        ("--print-launch", "NAME", "", "print the path of the accelerate config ddp or fsdp2, and "
+                                       "stop: for accelerate launch --config_file"),
+    )),
     "ask": ("ask the tuned model one question", (
         QUESTION,
         *SHARED,
@@ -113,21 +125,11 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says a mistake in one line.
-
-    It imports the options of ``medquad train``, and torch with them, at first use.
-    """
+    """A parser that says a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise it as any other mistake of a user."""
         raise CourseError(f"{message} (all options: {self.prog} --help)")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.prog.endswith(" train"):
-            from medquad_utils import training
-
-            training.add_arguments(self)
-        return super().parse_known_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,7 +195,6 @@ def _check_suffix(path: str, suffix: str) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medquad_utils import course
     from medquad_utils.machine import PROBLEM, WARNING
 
     @functools.cache  # it asks the Hub, and one answer is enough
@@ -203,12 +204,10 @@ def _doctor(options: argparse.Namespace) -> int:
     def takes() -> str:
         return f"takes {auto().profile} ({auto().why.removeprefix('auto: ')})"
 
-    findings = machine.doctor({"model": _answers, "fetched": _fetched, "auto": takes})
-    with suppress(CourseError):  # no lessons: the doctor has said so
-        if changed := course.changed():
-            text = f"changed since their outputs were made: {', '.join(changed)}"
-            todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
-            findings.append(machine.Finding("lessons", WARNING, text, todo))
+    findings = machine.doctor([
+        ("lessons", WARNING, _lessons), ("model", PROBLEM, _answers),
+        ("fetched", PROBLEM, _fetched), ("auto", PROBLEM, takes),
+    ])  # fmt: skip
     print(*findings, sep="\n")
     with suppress(Exception):  # a finding says why
         print(f"\n{auto()}")
@@ -216,6 +215,15 @@ def _doctor(options: argparse.Namespace) -> int:
     verdict = f"not ready: {problems} to fix" if problems else "ready for class"
     print(f"\n{verdict}, {warnings} to know of" if warnings else f"\n{verdict}")
     return int(problems > 0)
+
+
+def _lessons() -> machine.Answer:
+    from medquad_utils import course
+
+    changed, count = course.changed(), len(course.lessons())
+    text = f"changed since their outputs were made: {', '.join(changed)}"
+    todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
+    return not changed, text if changed else f"{count} lessons", todo
 
 
 def _answers() -> str:
@@ -229,12 +237,14 @@ def _answers() -> str:
 
 
 def _fetched() -> str:
-    small = PROFILES["small"]
+    small, texts = (
+        PROFILES["small"],
+        ("{0} is not here (to get it: medquad fetch {0})", "{0} is here"),
+    )
     here = {
         "small": machine.is_here(small.model_id, small.revision),
         "medquad": bool(machine.fetched("MedQuAD")),
     }
-    texts = {True: "{0} is here", False: "{0} is not here (to get it: medquad fetch {0})"}
     return ", ".join(texts[there].format(what) for what, there in here.items())
 
 
@@ -267,10 +277,15 @@ def _run(options: argparse.Namespace) -> None:
     course.run(options.profile, only, parameters, options.runs, keep)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> None:
     from medquad_utils import training
 
-    return training.run(options)
+    if name := options.print_launch:
+        if name not in training.CONFIGS:
+            raise CourseError(f"--print-launch {name!r}: expected ddp or fsdp2.")
+        return print(training.CONFIGS[name])
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "print_launch", "runs")}
+    training.run(profiles.resolve(out=options.runs, **given))
 
 
 def _data(options: argparse.Namespace) -> None:

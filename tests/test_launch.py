@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medquad_utils import CourseError, generation, machine, profiles, quantization, training
+from medquad_utils import CourseError, cli, generation, machine, profiles, quantization, training
 from medquad_utils.machine import Hardware
 
 CPU = Hardware("cpu", "any", 16.0, cores=2)
@@ -193,7 +193,7 @@ def test_accelerate_reads_both_configs_that_ship(capsys: pytest.CaptureFixture[s
     from accelerate.commands.config.config_args import load_config_from_file
 
     for name, kind in (("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")):
-        assert training.main(["--print-launch", name]) == 0
+        assert cli.main(["train", "--print-launch", name]) == 0
         config = load_config_from_file(capsys.readouterr().out.strip())
         assert (config.distributed_type.value, config.mixed_precision) == (kind, "no")
     assert fsdp_environment()["FSDP_VERSION"] == "2"
