@@ -39,7 +39,7 @@ KINDS: dict[type, dict[str, Any]] = {
 COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = {
     "doctor": ("check this machine: hardware, Hub, packages, lessons, memory, disk, ports", ()),
     "fetch": ("fetch the weights of profile small, or MedQuAD, into the user's cache", (
-        ("what", None, "", "small: SmolLM2-135M-Instruct; medquad: the XML of MedQuAD"),
+        ("what", None, ("small", "medquad"), "SmolLM2-135M-Instruct, or the XML of MedQuAD"),
     )),
     "run": ("run the lessons with papermill", (
         *SHARED,
@@ -56,8 +56,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
-    "train": ("train the adapter without a notebook; on N GPUs use "
-              "torchrun --nproc_per_node N -m medquad_utils.training", (
+    "train": ("train the adapter without a notebook (torchrun -m medquad_utils.training: on GPUs)", (
         *SHARED,
         SOURCE,
         ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
@@ -65,8 +64,8 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--max-steps", "N", 0, "training steps; 0 is as many as the epochs need"),
         ("--lora-r", "R", 0, "rank of the adapters; 0 is the profile's own"),
         ("--seed", "N", 0, "of the split, the draw and the adapters (default: 0)"),
-        ("--print-launch", "NAME", "", "print the path of the accelerate config ddp or fsdp2, and "
-                                       "stop: for accelerate launch --config_file"),
+        ("--print-launch", None, ("ddp", "fsdp2"),
+         "print the path of a config for accelerate launch --config_file, and stop"),
     )),
     "ask": ("ask the tuned model one question", (
         QUESTION,
@@ -143,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
             number = {"type": functools.partial(profiles.number, flag, type(default))}
             kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
             kind |= {"type": _path} if metavar in PATHS else {}
+            if isinstance(default, tuple):
+                kind, default = {"choices": default}, None
             command.add_argument(flag, help=about, default=default, **kind)
     return top
 
@@ -189,9 +190,12 @@ def _check_question(options: argparse.Namespace) -> None:
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
 
-def _check_suffix(path: str, suffix: str) -> None:
+def _check_out(path: str, suffix: str, mark: str) -> None:
+    """Check a file that is asked for: its ending, and that nobody else wrote the one there."""
     if path and Path(path).suffix != suffix:
         raise CourseError(f"--out {path!r}: expected a file name that ends in {suffix}.")
+    if path:
+        files.check_ours(Path(path), mark)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -251,10 +255,7 @@ def _fetched() -> str:
 def _fetch(options: argparse.Namespace) -> None:
     from medquad_utils import fetch
 
-    fetchers = {"small": fetch.small, "medquad": fetch.medquad}
-    if options.what not in fetchers:
-        raise CourseError(f"cannot fetch {options.what!r}: expected small or medquad.")
-    print(fetchers[options.what]())
+    print({"small": fetch.small, "medquad": fetch.medquad}[options.what]())
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -280,10 +281,8 @@ def _run(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from medquad_utils import training
 
-    if name := options.print_launch:
-        if name not in training.CONFIGS:
-            raise CourseError(f"--print-launch {name!r}: expected ddp or fsdp2.")
-        return print(training.CONFIGS[name])
+    if options.print_launch:
+        return print(training.CONFIGS[options.print_launch])
     given = {k: v for k, v in vars(options).items() if k not in ("command", "print_launch", "runs")}
     training.run(profiles.resolve(out=options.runs, **given))
 
@@ -365,9 +364,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
-    _check_suffix(options.out, ".html")
-    if options.out:
-        files.check_ours(Path(options.out), "medquad")
+    _check_out(options.out, ".html", "medquad")
 
     def answer() -> Iterator[str]:
         from medquad_utils import explanation
@@ -432,9 +429,7 @@ def _estimate(options: argparse.Namespace) -> None:
     every = options.checkpointing
     if every not in words and not (every.isdecimal() and int(every)):
         raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
-    _check_suffix(options.out, ".png")
-    if options.out:
-        files.check_ours(Path(options.out), "Matplotlib")
+    _check_out(options.out, ".png", "Matplotlib")
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),

@@ -69,6 +69,8 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     (["estimate", "--price", "nan"], "--price=nan: expected a number"),
     (["data", "--sead", "1"], "unrecognized arguments: --sead 1 (all options: medquad --help)"),
     ([*RUN, "-p", "source=xml"], "'xml' needs data_path"),
+    (["train", "--source", "web"], "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
+    (["train", "--print-launch", "x"], "--print-launch: invalid choice: 'x' (choose"),
     ([*RUN, "-p", "model=nowhere"], "model 'nowhere': expected OWNER/NAME"),
     ([*RUN, "--only", "01", "--runs", "a file"], "a file"),
     ([*ASK, "  "], 'medquad ask "What causes asthma?"'),

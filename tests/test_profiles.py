@@ -136,22 +136,6 @@ def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
     assert profiles.resolve_trained("tiny", out=str(tmp_path), model="a/b").model_id == "a/b"
 
 
-@pytest.mark.parametrize(
-    ("profile", "options", "message"),
-    [
-        ("llama", {}, f"'llama': expected auto, {', '.join(PROFILES)}"),
-        ("tiny", {"source": "web"}, "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
-        ("tiny", {"source": "csv"}, "needs data_path"),
-        ("tiny", {"model": "nowhere"}, "'nowhere': expected OWNER/NAME"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_what_is_expected(
-    profile: str, options: dict[str, str], message: str
-) -> None:
-    with pytest.raises(CourseError, match=message):
-        resolve(profile, hardware=LAPTOP, **options)  # type: ignore[arg-type]
-
-
 def test_an_argument_replaces_the_profiles_value_and_zero_keeps_it() -> None:
     fields = ("source", "rows", "max_steps", "lora_r", "lora_alpha", "seed")
     plain = resolve("small", hardware=LAPTOP, out="o")

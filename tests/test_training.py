@@ -376,20 +376,16 @@ def test_an_adapter_of_other_rows_weights_or_settings_is_not_used_again(
     assert len(trained) == 2, "on another base nothing trains unasked"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_an_adapter_is_saved_whole(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file, extra = run.plan.folder / WEIGHTS, run.plan.folder / "adapter" / "of an older run"
     file.write_bytes(b"older")
     extra.touch()
-    before = contents(run.plan.folder)
+    before = {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")}
     with monkeypatch.context() as patch, pytest.raises(CourseError, match="No space left on dev"):
         full = Mock(side_effect=OSError(28, "No space left on device"))
         patch.setattr(run.trainer.processing_class, "save_pretrained", full)
         training.save_adapter(run.plan, run.trainer)  # breaks after the weights
-    assert contents(run.plan.folder) == before
+    assert {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")} == before
     assert training.save_adapter(run.plan, run.trainer) == file.parent
     assert not extra.exists()
     held = {n: t for n, t in weights(run.trainer.model).items() if ".lora_" in n}
