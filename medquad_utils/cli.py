@@ -25,8 +25,8 @@ SOURCE = ("--source", "S", "", f"{', '.join(SOURCES)} (default: the profile's; d
 QUESTION = ("question", None, "", "in quotes")
 
 
-def _path(text: str) -> str:
-    return str(files.user_path(text)) if text else ""
+def _path(text: str) -> Path | None:
+    return files.user_path(text) if text else None
 
 
 # What the type of an option's default says about it.
@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
-    "train": ("train the adapter without a notebook (torchrun -m medquad_utils.training: on GPUs)", (
+    "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
         *SHARED,
         SOURCE,
         ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
@@ -157,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = parser().parse_args(arguments)
         for name in ("out", "runs", "space", "reference"):
-            if place := getattr(options, name, ""):
-                path = files.user_path(place)
+            if path := getattr(options, name, None):
                 files.check_place(path.parent if path.suffix in (".html", ".png") else path)
         return globals()[f"_{options.command}"](options) or 0
 
@@ -190,12 +189,12 @@ def _check_question(options: argparse.Namespace) -> None:
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
 
-def _check_out(path: str, suffix: str, mark: str) -> None:
+def _check_out(path: Path | None, suffix: str, mark: str) -> None:
     """Check a file that is asked for: its ending, and that nobody else wrote the one there."""
-    if path and Path(path).suffix != suffix:
-        raise CourseError(f"--out {path!r}: expected a file name that ends in {suffix}.")
+    if path and path.suffix != suffix:
+        raise CourseError(f"--out {str(path)!r}: expected a file name that ends in {suffix}.")
     if path:
-        files.check_ours(Path(path), mark)
+        files.check_ours(path, mark)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -261,21 +260,23 @@ def _fetch(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from medquad_utils import course
 
-    pairs = [tuple(pair.partition("=")[::2]) for pair in options.p if "=" in pair]
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
+    parameters = dict(pairs := [pair.split("=", 1) for pair in options.p])
     given = {"model": options.model, "out": options.runs, "profile": options.profile}
-    names = [*dict(pairs), *(n for n, value in given.items() if value not in ("", "auto"))]
-    if len(names) > len(set(names)) or len(dict(pairs)) < len(pairs):
+    names = [
+        *(name for name, _ in pairs),
+        *(n for n, v in given.items() if v not in (None, "", "auto")),
+    ]
+    if len(names) > len(set(names)):
         raise CourseError(f"a parameter is given twice ({', '.join(options.p)}): keep one value.")
-    parameters = dict(pairs) | ({"model": options.model} if options.model else {})
+    parameters |= {"model": options.model} if options.model else {}
     only = [number for number in options.only.split(",") if number.strip()]
     if options.only and not only:
         raise CourseError(f"--only {options.only!r}: expected numbers of lessons, such as 02,04.")
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")
-    keep = Path(options.reference) if options.reference else None
-    course.run(options.profile, only, parameters, options.runs, keep)
+    course.run(options.profile, only, parameters, options.runs, options.reference)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -295,7 +296,7 @@ def _data(options: argparse.Namespace) -> None:
     )
     # The default folder is tiny's own: its lessons would replace the parts of other rows.
     own = plan.source == "sample" and not (options.without or options.specialty)
-    folder = Path(options.out or (plan.folder if own else Path(plan.out)) / "data")
+    folder = options.out or (plan.folder if own else Path(plan.out)) / "data"
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
     print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
@@ -336,22 +337,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medquad_utils import data, evaluation, report
 
     if options.out:
-        files.check_ours(Path(options.out) / "metrics.json", '"about_scores"')
+        files.check_ours(options.out / "metrics.json", '"about_scores"')
     if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
-    questions = evaluation.read_questions(Path(options.questions), options.limit)
-    print(questions)
-    plan = _plan(options, Path(options.adapter) if options.adapter else None)
-    adapter = Path(options.adapter or plan.folder / "adapter")
-    given = Path(options.data) if options.data else None
-    train = evaluation.training_rows(plan, adapter, given, "train")
-    validation = evaluation.training_rows(plan, adapter, given, "validation")
+    print(questions := evaluation.read_questions(options.questions, options.limit))
+    plan = _plan(options, options.adapter)
+    adapter = options.adapter or plan.folder / "adapter"
+    folder = options.out or plan.folder / "evaluation"
+    rows = functools.partial(evaluation.training_rows, plan, adapter, options.data)
+    train, validation = rows("train"), rows("validation")
     archive = []
     if options.archive:
-        print(f"archive: {(loaded := data.load_table(Path(options.archive)))}")
+        print(f"archive: {(loaded := data.load_table(options.archive))}")
         archive = loaded.rows
-    folder = Path(options.out or plan.folder / "evaluation")
     with files.locked(folder, wait=False):
         metrics = evaluation.evaluate(
             plan, questions, train, folder, adapter, archive, validation, options.batch,
@@ -371,7 +370,7 @@ def _explain(options: argparse.Namespace) -> None:
 
         plan = _plan(options)
         result = explanation.explain(plan, options.question)
-        page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
+        page = explanation.write_page(result, options.out or plan.folder / "explain.html")
         yield f"{result}\n\nwritten: {page.name}"
 
     _show(options.question, answer)
@@ -385,8 +384,8 @@ def _demo(options: argparse.Namespace) -> None:
     plan = _plan(options)
     if options.space:
         for name in demo.SPACE_FILES:
-            files.check_ours(Path(options.space) / name, "medquad")
-        folder = demo.write_space(Path(options.space), options.repo, plan)
+            files.check_ours(options.space / name, "medquad")
+        folder = demo.write_space(options.space, options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
         return
@@ -407,10 +406,9 @@ def _publish(options: argparse.Namespace) -> None:
     from medquad_utils import publishing, report
 
     plan = _plan(options)
-    folder = Path(options.out or plan.folder / "published")
+    folder = options.out or plan.folder / "published"
     files.check_ours(folder / "README.md", publishing.TAG, whole=True)
-    licence = Path(options.licence) if options.licence else None
-    publishing.build(plan, options.repo, folder, options.merged, licence=licence)
+    publishing.build(plan, options.repo, folder, options.merged, licence=options.licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
         print(
@@ -445,9 +443,8 @@ def _estimate(options: argparse.Namespace) -> None:
             f"beside a dashed line for the {card}."
         )
         bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
-        picture = Path(options.out)
-        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, picture)
-        print(f"\nwritten: {picture.name}")
+        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
+        print(f"\nwritten: {options.out.name}")
 
 
 if __name__ == "__main__":

@@ -87,14 +87,11 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def ensure_adapter(plan: Plan) -> Path:
-    """Return the folder of lesson 04's adapter; if it is missing or of other data, train it.
-
-    That takes a minute or two with the embedded base. With another it may take hours, and nothing
-    that long starts unasked.
+    """Return the folder of lesson 04's adapter; train it if it is missing or of another plan.
 
     Raises:
-        CourseError: the adapter of another base than the embedded one is missing or differs; names
-            what differs.
+        CourseError: it would have to be trained on another base than the embedded one, which may
+            take hours; names what differs.
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
@@ -116,9 +113,8 @@ def record_of(plan: Plan, fit: bool = True) -> dict[str, Any]:
 
     Without ``fit`` it lacks the sizes of a step, which a machine too small to train does not have.
     """
-    used = {"revision": plan.hub_revision, "base": base_id(plan)}
-    used["data"] = data.identity(plan.folder / "data")
-    return plan.as_dict(fit) | used
+    rows = data.identity(plan.folder / "data")
+    return plan.as_dict(fit) | {"revision": plan.hub_revision, "base": base_id(plan), "data": rows}
 
 
 def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
@@ -194,13 +190,9 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
 
 
 def build_trainer(
-    plan: Plan,
-    model: Any,
-    tokenizer: Tokenizer,
-    rows: Splits,
-    folder: Path | None = None,
+    plan: Plan, model: Any, tokenizer: Tokenizer, rows: Splits, folder: Path | None = None,
     **changes: Any,
-) -> SFTTrainer:
+) -> SFTTrainer:  # fmt: skip
     """Build the trainer for a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
     A model that has an adapter trains it further; any other gets a new one. Without validation
