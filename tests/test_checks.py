@@ -215,10 +215,10 @@ def test_a_guess_gets_a_score(guess: Any, truth: float, unit: str, verdict: str)
     assert f"; it is {truth:.4g} {unit}. {verdict}" in said and said.endswith(". So it is.")
 
 
-@pytest.mark.parametrize("guess", [None, ..., "4 GB", "", math.nan, math.inf, True, [1, 2], len])
-def test_a_guess_that_is_no_number_gets_no_score(guess: Any) -> None:
-    said = checks.predict(guess, 5.7, "GB", "So it is.")
-    assert said.startswith("No score") and said.endswith("it is 5.7 GB. So it is.")
+def test_a_guess_that_is_no_number_gets_no_score() -> None:
+    for guess in (None, ..., "4 GB", "", math.nan, math.inf, True, [1, 2], len):
+        said = checks.predict(guess, 5.7, "GB", "So it is.")
+        assert said.startswith("No score") and said.endswith("it is 5.7 GB. So it is.")
 
 
 @pytest.mark.parametrize(

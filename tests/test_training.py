@@ -120,8 +120,11 @@ def test_precision_follows_the_plan_and_not_the_default(monkeypatch: pytest.Monk
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     for hardware, expected in ((CPU, (False, False)), (CPU_BF16, (True, False)),
                                (T4, (False, True)), (A100, (True, False))):  # fmt: skip
-        config = training.sft_config(profiles.resolve("tiny", hardware=hardware, out="runs"))
+        plan = profiles.resolve("tiny", hardware=hardware, out="runs")
+        config = training.sft_config(plan)
         assert (config.bf16, config.fp16) == expected
+        step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        assert step * config.max_length == profiles.PROFILES["tiny"].tokens_per_step
 
 
 def test_the_seed_decides_the_first_weights_and_the_order(run: Any, tmp_path: Path) -> None:
