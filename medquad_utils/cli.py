@@ -21,7 +21,7 @@ PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: aut
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
-SOURCE = ("--source", "S", "", f"{', '.join(SOURCES)} (default: the profile's; data: sample)")
+SOURCE = f"{', '.join(SOURCES)} (default: "
 QUESTION = ("question", None, "", "in quotes")
 
 
@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
         RUNS,
-        (*SOURCE[:2], "sample", SOURCE[3]),
+        ("--source", "S", "sample", f"{SOURCE}sample)"),
         ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
         ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
         *SHARED,
-        SOURCE,
+        ("--source", "S", "", f"{SOURCE}the profile's own)"),
         ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
         ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
         ("--max-steps", "N", 0, "training steps; 0 is as many as the epochs need"),

@@ -362,18 +362,12 @@ def hub_token() -> str | None:
             "this notebook may not read Colab's secret HF_TOKEN: "
             "key icon > Notebook access, then Runtime > Restart session"
         )
-    if not token and on_kaggle() and (token := _kaggle_secret("HF_TOKEN")):
-        os.environ["HF_TOKEN"] = token  # huggingface_hub knows Colab's secrets only
+    if not token and on_kaggle():  # huggingface_hub knows Colab's secrets only
+        with suppress(Exception):  # one error for each of missing, detached and offline
+            from kaggle_secrets import UserSecretsClient
+
+            token = os.environ["HF_TOKEN"] = str(UserSecretsClient().get_secret("HF_TOKEN"))
     return token
-
-
-def _kaggle_secret(name: str) -> str | None:
-    """Return a secret that is attached to this notebook on Kaggle."""
-    with suppress(Exception):  # one error for each of missing, detached and offline
-        from kaggle_secrets import UserSecretsClient
-
-        return str(UserSecretsClient().get_secret(name))
-    return None
 
 
 def token_gap() -> str:

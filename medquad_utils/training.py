@@ -444,8 +444,10 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **
 
     ``more`` is recorded with the plan. Every process must call it; the first one writes.
     """
-    folder = folder or plan.folder / "adapter"
-    weights = full_weights(trainer.model)
+    folder, weights = folder or plan.folder / "adapter", None
+    if plan.sharded:  # each process gathers the trained parameters on the CPU
+        trained = trainer.model.named_parameters()
+        weights = {name: p.full_tensor().cpu() for name, p in trained if p.requires_grad}
     if not trainer.is_world_process_zero():
         return folder
     record = record_of(plan) | more
@@ -601,14 +603,6 @@ def main_first(state: PartialState) -> Iterator[None]:
         if not done[0]:
             raise CourseError("process 0 stopped.")
         yield
-
-
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Gather the trained parameters that FSDP shards on the CPU, or ``None`` without FSDP."""
-    trained: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not any(hasattr(p, "full_tensor") for p in trained.values()):
-        return None
-    return {name: p.full_tensor().cpu() for name, p in trained.items()}
 
 
 def run(plan: Plan) -> None:
