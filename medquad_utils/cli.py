@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medquad_utils import CourseError, __version__, files, machine, profiles, tables
-from medquad_utils.profiles import PROFILES, Plan
+from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
 RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)")
@@ -21,11 +21,12 @@ PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: aut
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
+SOURCE = f"{', '.join(SOURCES)} (default: "
 QUESTION = ("question", None, "", "in quotes")
 
 
-def _path(text: str) -> str:
-    return str(files.user_path(text)) if text else ""
+def _path(text: str) -> Path | None:
+    return files.user_path(text) if text else None
 
 
 # What the type of an option's default says about it.
@@ -38,7 +39,7 @@ KINDS: dict[type, dict[str, Any]] = {
 COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = {
     "doctor": ("check this machine: hardware, Hub, packages, lessons, memory, disk, ports", ()),
     "fetch": ("fetch the weights of profile small, or MedQuAD, into the user's cache", (
-        ("what", None, "", "small: SmolLM2-135M-Instruct; medquad: the XML of MedQuAD"),
+        ("what", None, ("small", "medquad"), "SmolLM2-135M-Instruct, or the XML of MedQuAD"),
     )),
     "run": ("run the lessons with papermill", (
         *SHARED,
@@ -48,14 +49,24 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
         RUNS,
-        ("--source", "S", "sample", "sample, hub, xml, csv, jsonl or parquet (default: sample)"),
+        ("--source", "S", "sample", f"{SOURCE}sample)"),
         ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
         ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
-    "train": ("train the adapter without a notebook", ()),  # options: see _Parser
+    "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
+        *SHARED,
+        ("--source", "S", "", f"{SOURCE}the profile's own)"),
+        ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
+        ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
+        ("--max-steps", "N", 0, "training steps; 0 is as many as the epochs need"),
+        ("--lora-r", "R", 0, "rank of the adapters; 0 is the profile's own"),
+        ("--seed", "N", 0, "of the split, the draw and the adapters (default: 0)"),
+        ("--print-launch", None, ("ddp", "fsdp2"),
+         "print the path of a config for accelerate launch --config_file, and stop"),
+    )),
     "ask": ("ask the tuned model one question", (
         QUESTION,
         *SHARED,
@@ -113,21 +124,11 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says a mistake in one line.
-
-    It imports the options of ``medquad train``, and torch with them, at first use.
-    """
+    """A parser that says a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise it as any other mistake of a user."""
         raise CourseError(f"{message} (all options: {self.prog} --help)")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.prog.endswith(" train"):
-            from medquad_utils import training
-
-            training.add_arguments(self)
-        return super().parse_known_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
             number = {"type": functools.partial(profiles.number, flag, type(default))}
             kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
             kind |= {"type": _path} if metavar in PATHS else {}
+            if isinstance(default, tuple):
+                kind, default = {"choices": default}, None
             command.add_argument(flag, help=about, default=default, **kind)
     return top
 
@@ -154,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = parser().parse_args(arguments)
         for name in ("out", "runs", "space", "reference"):
-            if place := getattr(options, name, ""):
-                path = files.user_path(place)
+            if path := getattr(options, name, None):
                 files.check_place(path.parent if path.suffix in (".html", ".png") else path)
         return globals()[f"_{options.command}"](options) or 0
 
@@ -187,13 +189,15 @@ def _check_question(options: argparse.Namespace) -> None:
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
 
-def _check_suffix(path: str, suffix: str) -> None:
-    if path and Path(path).suffix != suffix:
-        raise CourseError(f"--out {path!r}: expected a file name that ends in {suffix}.")
+def _check_out(path: Path | None, suffix: str, mark: str) -> None:
+    """Check a file that is asked for: its ending, and that nobody else wrote the one there."""
+    if path and path.suffix != suffix:
+        raise CourseError(f"--out {str(path)!r}: expected a file name that ends in {suffix}.")
+    if path:
+        files.check_ours(path, mark)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medquad_utils import course
     from medquad_utils.machine import PROBLEM, WARNING
 
     @functools.cache  # it asks the Hub, and one answer is enough
@@ -203,12 +207,10 @@ def _doctor(options: argparse.Namespace) -> int:
     def takes() -> str:
         return f"takes {auto().profile} ({auto().why.removeprefix('auto: ')})"
 
-    findings = machine.doctor({"model": _answers, "fetched": _fetched, "auto": takes})
-    with suppress(CourseError):  # no lessons: the doctor has said so
-        if changed := course.changed():
-            text = f"changed since their outputs were made: {', '.join(changed)}"
-            todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
-            findings.append(machine.Finding("lessons", WARNING, text, todo))
+    findings = machine.doctor([
+        ("lessons", WARNING, _lessons), ("model", PROBLEM, _answers),
+        ("fetched", PROBLEM, _fetched), ("auto", PROBLEM, takes),
+    ])  # fmt: skip
     print(*findings, sep="\n")
     with suppress(Exception):  # a finding says why
         print(f"\n{auto()}")
@@ -216,6 +218,15 @@ def _doctor(options: argparse.Namespace) -> int:
     verdict = f"not ready: {problems} to fix" if problems else "ready for class"
     print(f"\n{verdict}, {warnings} to know of" if warnings else f"\n{verdict}")
     return int(problems > 0)
+
+
+def _lessons() -> machine.Answer:
+    from medquad_utils import course
+
+    changed, count = course.changed(), len(course.lessons())
+    text = f"changed since their outputs were made: {', '.join(changed)}"
+    todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
+    return not changed, text if changed else f"{count} lessons", todo
 
 
 def _answers() -> str:
@@ -229,48 +240,52 @@ def _answers() -> str:
 
 
 def _fetched() -> str:
-    small = PROFILES["small"]
+    small, texts = (
+        PROFILES["small"],
+        ("{0} is not here (to get it: medquad fetch {0})", "{0} is here"),
+    )
     here = {
         "small": machine.is_here(small.model_id, small.revision),
         "medquad": bool(machine.fetched("MedQuAD")),
     }
-    texts = {True: "{0} is here", False: "{0} is not here (to get it: medquad fetch {0})"}
     return ", ".join(texts[there].format(what) for what, there in here.items())
 
 
 def _fetch(options: argparse.Namespace) -> None:
     from medquad_utils import fetch
 
-    fetchers = {"small": fetch.small, "medquad": fetch.medquad}
-    if options.what not in fetchers:
-        raise CourseError(f"cannot fetch {options.what!r}: expected small or medquad.")
-    print(fetchers[options.what]())
+    print({"small": fetch.small, "medquad": fetch.medquad}[options.what]())
 
 
 def _run(options: argparse.Namespace) -> None:
     from medquad_utils import course
 
-    pairs = [tuple(pair.partition("=")[::2]) for pair in options.p if "=" in pair]
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
+    parameters = dict(pairs := [pair.split("=", 1) for pair in options.p])
     given = {"model": options.model, "out": options.runs, "profile": options.profile}
-    names = [*dict(pairs), *(n for n, value in given.items() if value not in ("", "auto"))]
-    if len(names) > len(set(names)) or len(dict(pairs)) < len(pairs):
+    names = [
+        *(name for name, _ in pairs),
+        *(n for n, v in given.items() if v not in (None, "", "auto")),
+    ]
+    if len(names) > len(set(names)):
         raise CourseError(f"a parameter is given twice ({', '.join(options.p)}): keep one value.")
-    parameters = dict(pairs) | ({"model": options.model} if options.model else {})
+    parameters |= {"model": options.model} if options.model else {}
     only = [number for number in options.only.split(",") if number.strip()]
     if options.only and not only:
         raise CourseError(f"--only {options.only!r}: expected numbers of lessons, such as 02,04.")
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")
-    keep = Path(options.reference) if options.reference else None
-    course.run(options.profile, only, parameters, options.runs, keep)
+    course.run(options.profile, only, parameters, options.runs, options.reference)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> None:
     from medquad_utils import training
 
-    return training.run(options)
+    if options.print_launch:
+        return print(training.CONFIGS[options.print_launch])
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "print_launch", "runs")}
+    training.run(profiles.resolve(out=options.runs, **given))
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -281,7 +296,7 @@ def _data(options: argparse.Namespace) -> None:
     )
     # The default folder is tiny's own: its lessons would replace the parts of other rows.
     own = plan.source == "sample" and not (options.without or options.specialty)
-    folder = Path(options.out or (plan.folder if own else Path(plan.out)) / "data")
+    folder = options.out or (plan.folder if own else Path(plan.out)) / "data"
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
     print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
@@ -322,22 +337,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medquad_utils import data, evaluation, report
 
     if options.out:
-        files.check_ours(Path(options.out) / "metrics.json", '"about_scores"')
+        files.check_ours(options.out / "metrics.json", '"about_scores"')
     if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
-    questions = evaluation.read_questions(Path(options.questions), options.limit)
-    print(questions)
-    plan = _plan(options, Path(options.adapter) if options.adapter else None)
-    adapter = Path(options.adapter or plan.folder / "adapter")
-    given = Path(options.data) if options.data else None
-    train = evaluation.training_rows(plan, adapter, given, "train")
-    validation = evaluation.training_rows(plan, adapter, given, "validation")
+    print(questions := evaluation.read_questions(options.questions, options.limit))
+    plan = _plan(options, options.adapter)
+    adapter = options.adapter or plan.folder / "adapter"
+    folder = options.out or plan.folder / "evaluation"
+    rows = functools.partial(evaluation.training_rows, plan, adapter, options.data)
+    train, validation = rows("train"), rows("validation")
     archive = []
     if options.archive:
-        print(f"archive: {(loaded := data.load_table(Path(options.archive)))}")
+        print(f"archive: {(loaded := data.load_table(options.archive))}")
         archive = loaded.rows
-    folder = Path(options.out or plan.folder / "evaluation")
     with files.locked(folder, wait=False):
         metrics = evaluation.evaluate(
             plan, questions, train, folder, adapter, archive, validation, options.batch,
@@ -350,16 +363,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
-    _check_suffix(options.out, ".html")
-    if options.out:
-        files.check_ours(Path(options.out), "medquad")
+    _check_out(options.out, ".html", "medquad")
 
     def answer() -> Iterator[str]:
         from medquad_utils import explanation
 
         plan = _plan(options)
         result = explanation.explain(plan, options.question)
-        page = explanation.write_page(result, Path(options.out or plan.folder / "explain.html"))
+        page = explanation.write_page(result, options.out or plan.folder / "explain.html")
         yield f"{result}\n\nwritten: {page.name}"
 
     _show(options.question, answer)
@@ -373,8 +384,8 @@ def _demo(options: argparse.Namespace) -> None:
     plan = _plan(options)
     if options.space:
         for name in demo.SPACE_FILES:
-            files.check_ours(Path(options.space) / name, "medquad")
-        folder = demo.write_space(Path(options.space), options.repo, plan)
+            files.check_ours(options.space / name, "medquad")
+        folder = demo.write_space(options.space, options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
         return
@@ -395,10 +406,9 @@ def _publish(options: argparse.Namespace) -> None:
     from medquad_utils import publishing, report
 
     plan = _plan(options)
-    folder = Path(options.out or plan.folder / "published")
+    folder = options.out or plan.folder / "published"
     files.check_ours(folder / "README.md", publishing.TAG, whole=True)
-    licence = Path(options.licence) if options.licence else None
-    publishing.build(plan, options.repo, folder, options.merged, licence=licence)
+    publishing.build(plan, options.repo, folder, options.merged, licence=options.licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
         print(
@@ -417,9 +427,7 @@ def _estimate(options: argparse.Namespace) -> None:
     every = options.checkpointing
     if every not in words and not (every.isdecimal() and int(every)):
         raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
-    _check_suffix(options.out, ".png")
-    if options.out:
-        files.check_ours(Path(options.out), "Matplotlib")
+    _check_out(options.out, ".png", "Matplotlib")
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),
@@ -435,9 +443,8 @@ def _estimate(options: argparse.Namespace) -> None:
             f"beside a dashed line for the {card}."
         )
         bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
-        picture = Path(options.out)
-        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, picture)
-        print(f"\nwritten: {picture.name}")
+        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
+        print(f"\nwritten: {options.out.name}")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,10 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     target = folder / "notebooks" / notebook.name
     target.parent.mkdir(parents=True, exist_ok=True)
     refuse_link(target)
-    settings = {"log_output": False, "progress_bar": True, "config": _kernel_config()}
-    settings["kernel_manager_class"] = _own_kernel()
     started = time.time()
     try:
         with _peak_memory() as peak:
-            papermill.execute_notebook(notebook, target, values, cwd=notebook.parent, **settings)
+            papermill.execute_notebook(notebook, target, values, cwd=notebook.parent, **_kernels())
     except PapermillExecutionError as error:
         reason, *_ = (error.evalue.strip() or "no message").splitlines()
         raise CourseError(
@@ -212,26 +210,23 @@ def _peak_memory() -> Iterator[list[float]]:
         thread.join()
 
 
-def _kernel_config() -> Any:
-    """Encrypt the connection to the kernel where possible: newer kernels warn without it."""
+def _kernels() -> dict[str, Any]:
+    """Run kernels in this Python, whatever is installed, with an encrypted connection if possible.
+
+    Newer kernels warn without it.
+    """
     import zmq
-    from jupyter_client.manager import KernelManager
-    from traitlets.config import Config
-
-    able = zmq.has("curve") and "transport_encryption" in KernelManager.class_trait_names()
-    return Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
-
-
-def _own_kernel() -> type:
-    """Return a manager of kernels that run in this Python, whatever kernels are installed."""
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from traitlets.config import Config
 
     class Own(AsyncKernelManager):
         kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
-    return Own
+    able = zmq.has("curve") and "transport_encryption" in Own.class_trait_names()
+    config = Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
+    return {"kernel_manager_class": Own, "config": config}
 
 
 def clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from contextlib import suppress
@@ -174,20 +175,10 @@ class Estimate:
     price: float  # of an hour, in any currency; 0 = not asked for
     run: Run | None  # the same run, if it was measured
 
-    @property
-    def parts(self) -> dict[str, float]:
-        """Part -> GB of the predicted peak."""
-        return memory.training_memory(self.shape, self.micro)
-
-    @property
-    def groups(self) -> dict[str, float]:
-        """The parts as six, as many as a picture can tell apart."""
-        return memory.grouped(self.parts)
-
-    @property
-    def memory_gb(self) -> float:
-        """Predicted peak in GB."""
-        return sum(self.parts.values())
+    parts = property(lambda self: memory.training_memory(self.shape, self.micro))  # name -> GB
+    groups = property(lambda self: memory.grouped(self.parts))  # six, as many as a picture shows
+    memory_gb = property(lambda self: sum(self.parts.values()))  # the predicted peak
+    minutes = property(lambda self: self.tokens / self.tokens_per_second / 60)  # of an epoch
 
     @property
     def recomputed(self) -> float:
@@ -217,11 +208,6 @@ class Estimate:
         return parts | {"waiting for launches": max(0.0, launches - sum(parts.values()))}
 
     @property
-    def minutes(self) -> float:
-        """Minutes of one epoch."""
-        return self.tokens / self.tokens_per_second / 60
-
-    @property
     def basis(self) -> str:
         """Whether speed was measured."""
         return f"measured on {self.run.device}, {self.run.date}" if self.run else "estimate"
@@ -246,7 +232,7 @@ class Estimate:
             f"on {card.name} ({card.memory_gb:g} GB)",
             f"{8 * micro.compute_bytes}-bit compute, {8 * micro.adapter_bytes}-bit adapters "
             f"of rank {micro.rank}; {self.micro_words}",
-            "", *(row(name, gb) for name, gb in self.parts.items()),
+            "", *itertools.starmap(row, self.parts.items()),
             f"{row('all', total)} of {card.memory_gb:g}: {verdict}  [estimate]",
             f"{row('peak', self.run.peak_gb)}  {basis}" if self.run else None,
             "",
@@ -275,18 +261,6 @@ class Estimate:
         return f"{sum(ram.values()):.1f} GB: {parts}"
 
 
-def _checked(gpu: str, **numbers: float) -> Card:
-    """Return the card called ``gpu``; refuse an unknown one, and numbers out of range."""
-    for name, number in numbers.items():
-        if not 0 <= number <= 10**15:  # NaN is neither
-            raise CourseError(f"{name} {number}: expected a number from 0 to 10^15.")
-    card = next((card for card in CARDS.values() if card.name.lower() == gpu.lower()), None)
-    if not card:
-        names = ", ".join(CARDS)
-        raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
-    return card
-
-
 def estimate(
     profile: str = "llama-8b", gpu: str = "T4", *, length: int = 0, rank: int = 0,
     packing: bool = True, checkpointing: int | None = None, price: float = 0.0, tokens: int = 0,
@@ -304,10 +278,11 @@ def estimate(
         runs: measured runs to compare with (default: those of the package).
 
     Raises:
-        CourseError: unknown profile, card or model, or a number out of range.
+        CourseError: unknown profile, card or model.
     """
-    sizes = {"length": length, "rank": rank, "checkpointing": checkpointing or 0}
-    card = _checked(gpu, **sizes, price=price, tokens=tokens)
+    if not (card := next((c for c in CARDS.values() if c.name.lower() == gpu.lower()), None)):
+        names = ", ".join(CARDS)
+        raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
     shape, shortest = plan.shape, plan.recipe.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much

@@ -17,7 +17,7 @@ import tempfile
 import timeit
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,23 +69,24 @@ def guarded(work: Callable[[], int]) -> int:
         try:
             _ = processes(), local_rank()  # a launcher's variables, before a library reads them
             status = work()
-        except SystemExit as stop:  # argparse: help, or a wrong option
+        except SystemExit as stop:  # argparse: --help
             status = int(stop.code or 0)
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
         return status
     except BrokenPipeError:  # head or less has read enough
-        _drop_stdout()
-        return 141
+        message, status = "", 141
     except KeyboardInterrupt:
         message, status = "stopped; files that were written are complete.", 130
     except Exception as error:
         message, status = _told(error), 1
-    if not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal():  # the first process speaks
+    first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes
+    if message and first:
         print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:
-        _drop_stdout()
+    except OSError:  # send the rest nowhere: Python would fail once more at its exit
+        with suppress(OSError, ValueError):  # no file behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
@@ -114,12 +115,6 @@ def _told(error: Exception) -> str:
 def _first_line(error: BaseException) -> str:
     first = (str(error).strip() or "no message").splitlines()[0][:200]
     return f"{type(error).__name__}: {first}"
-
-
-def _drop_stdout() -> None:
-    """Send what is still to print nowhere: Python would fail once more at its exit."""
-    with suppress(OSError, ValueError):  # no file behind it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _number(name: str, default: int) -> int:
@@ -214,14 +209,10 @@ def take_one_gpu() -> int:
 
 
 def free_memory() -> None:
-    """Free models that nothing refers to, and give their GPU memory back to the driver.
-
-    A model that TRL trained refers to itself, so that only the garbage collector frees it. What
-    torch has freed stays reserved, and no other process can use it.
-    """
+    """Free models that nothing refers to, and give their GPU memory back to the driver."""
     import torch
 
-    gc.collect()
+    gc.collect()  # a model that TRL trained refers to itself
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
@@ -240,16 +231,13 @@ def peak_memory_gb() -> float | None:
 
 
 def triton_needs() -> tuple[str, bool]:
-    """Say whether Triton can compile a kernel here, as TRL's loss does on a GPU; and why not.
-
-    Triton builds a small C extension at its first use.
-    """
+    """Say whether Triton can compile its small C extension, as TRL's loss makes it do on a GPU."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
-    found = {"C compiler": bool(compiler), "Python.h": header.is_file()}
-    lacking = [name for name, here in found.items() if not here]
-    todo = f"no {' and no '.join(lacking)}: apt-get install gcc python3-dev"
-    return todo if lacking else ", ".join(found), not lacking
+    needs = {"C compiler": bool(compiler), "Python.h": header.is_file()}
+    lacking = " and no ".join(name for name, here in needs.items() if not here)
+    todo = f"no {lacking}: apt-get install gcc python3-dev"
+    return todo if lacking else ", ".join(needs), not lacking
 
 
 # What steers every client of the network: a proxy, certificates, a mirror of the Hub.
@@ -282,11 +270,10 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     """
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
-    with suppress(CourseError), network("the Hub is out of reach", ""):
-        import huggingface_hub
+    import huggingface_hub
 
-        # The client that downloads: same proxy, same certificates.
-        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    with suppress(Exception):  # the client that downloads: its proxies, certificates and errors
         session = huggingface_hub.get_session()
         status = session.head(url, timeout=timeout, follow_redirects=True).status_code
         return bool(status < 500 and status != 407)  # 407: the proxy asks for a password
@@ -308,15 +295,12 @@ def fetched(name: str) -> Path | None:
 
 def cached(model_id: str, revision: str | None = None) -> bool:
     """Return whether a model of the Hub is in the local cache, so that no network is needed."""
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
-    try:
-        folder = huggingface_hub.snapshot_download(
-            model_id, revision=revision, local_files_only=True
-        )
-    except Exception:  # not there, or not whole
-        return False
-    return any(Path(folder).glob("*.safetensors"))
+    with suppress(Exception):  # not there, or not whole
+        folder = snapshot_download(model_id, revision=revision, local_files_only=True)
+        return any(Path(folder).glob("*.safetensors"))
+    return False
 
 
 def hub_commit(model_id: str, revision: str | None = None) -> str | None:
@@ -324,16 +308,15 @@ def hub_commit(model_id: str, revision: str | None = None) -> str | None:
 
     Where neither knows it, return ``revision``; loading the model then says why.
     """
-    import huggingface_hub
+    from huggingface_hub import hf_hub_download
 
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     for local in (True, False):  # a base must not change because the Hub has a newer one
         with suppress(Exception):  # the library raises many kinds of error here
-            file = huggingface_hub.hf_hub_download(
-                model_id, "config.json", revision=revision, local_files_only=local
-            )
-            return Path(file).parent.name  # the cache names a snapshot's folder by its commit
+            where = {"revision": revision, "local_files_only": local}
+            # The cache names a snapshot's folder by its commit.
+            return Path(hf_hub_download(model_id, "config.json", **where)).parent.name
     return revision
 
 
@@ -379,19 +362,12 @@ def hub_token() -> str | None:
             "this notebook may not read Colab's secret HF_TOKEN: "
             "key icon > Notebook access, then Runtime > Restart session"
         )
-    if not token and on_kaggle() and (token := _kaggle_secret("HF_TOKEN")):
-        os.environ["HF_TOKEN"] = token  # huggingface_hub knows Colab's secrets only
+    if not token and on_kaggle():  # huggingface_hub knows Colab's secrets only
+        with suppress(Exception):  # one error for each of missing, detached and offline
+            from kaggle_secrets import UserSecretsClient
+
+            token = os.environ["HF_TOKEN"] = str(UserSecretsClient().get_secret("HF_TOKEN"))
     return token
-
-
-def _kaggle_secret(name: str) -> str | None:
-    """Return a secret that is attached to this notebook on Kaggle."""
-    try:
-        from kaggle_secrets import UserSecretsClient
-
-        return str(UserSecretsClient().get_secret(name))
-    except Exception:  # Kaggle's client has one error for each of missing, detached and offline
-        return None
 
 
 def token_gap() -> str:
@@ -401,12 +377,11 @@ def token_gap() -> str:
             "Kaggle gives this notebook no secret HF_TOKEN: Add-ons > Secrets, attach it, "
             "switch Internet on, then run again"
         )
-    if _colab_gap or not on_colab():
-        return _colab_gap
-    return (
+    missing = (
         "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, "
         "then Runtime > Restart session"
     )
+    return _colab_gap or (missing if on_colab() else "")
 
 
 def checkout() -> Path | None:
@@ -487,19 +462,19 @@ class Finding:
 
 
 Answer = tuple[bool, str, str]  # whether all is well, what was found, the next step if not
+Check = tuple[str, str, Callable[[], str | Answer]]  # what, the state if not well, the check
 
 
-def doctor(checks: Mapping[str, Callable[[], str]] | None = None) -> list[Finding]:
-    """Check what a class on ``tiny`` needs, then ``checks``, which return a text or raise."""
-    table: list[tuple[str, str, Callable[[], str | Answer]]] = [  # what, state if not well, check
+def doctor(more: Sequence[Check] = ()) -> list[Finding]:
+    """Check what a class on ``tiny`` needs, then ``more``. A check returns a text, or raises."""
+    checks: list[Check] = [
         ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
-        ("tested", WARNING, _tested), ("Hub", WARNING, _hub),("notebooks", PROBLEM, _notebooks),
+        ("tested", WARNING, _tested), ("Hub", WARNING, _hub),
         ("memory", PROBLEM, _memory), ("disk", PROBLEM, _disk),
-        *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS),
-        *((name, PROBLEM, check) for name, check in (checks or {}).items()),
+        *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS), *more,
     ]  # fmt: skip
     findings = []
-    for what, state, check in table:
+    for what, state, check in checks:
         try:
             answer = check()
             well, text, todo = (True, answer, "") if isinstance(answer, str) else answer
@@ -552,11 +527,6 @@ def _hub() -> Answer:
         return False, "out of reach", "profile tiny needs no network, the others do"
     token = "set" if hub_token() else token_gap() or "not set, which only a Llama needs"
     return True, f"reachable; HF_TOKEN: {token}", ""
-
-
-def _notebooks() -> Answer:
-    count = len(list(((checkout() or REPO) / "notebooks").glob("0*_*.ipynb")))
-    return count > 0, f"{count} lessons", "work in a clone of the course's repository"
 
 
 def _memory() -> Answer:

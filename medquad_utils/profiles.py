@@ -31,7 +31,6 @@ SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "fi
            "parquet": "file"}  # fmt: skip
 LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
 MOST_RANK = 4096  # of an adapter: the width of the largest base
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
 # token with the whole row and masks the rest. A CPU's caches hold short rows only: tiny trains
@@ -440,11 +439,13 @@ def optimizer(hardware: Hardware, sharded: bool) -> str:
 
 def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: int) -> Micro:
     """Return a packed row of ``tokens`` under the fields of a plan, as recorded with a run."""
-    sizes = BYTES[plan["compute_dtype"]], BYTES[plan["adapter_dtype"]]
+    compute, adapter = (
+        4 if plan[f"{name}_dtype"] == "float32" else 2 for name in ("compute", "adapter")
+    )
     return Micro(
-        tokens, plan["lora_r"], *sizes, checkpoint, dropout=plan["lora_dropout"] > 0,
+        tokens, plan["lora_r"], compute, adapter, checkpoint, dropout=plan["lora_dropout"] > 0,
         cuda=plan["device"] == "cuda", varlen=plan.get("attention") == VARLEN,
-        adam_bytes=1 if "8bit" in plan["optimizer"] else sizes[1],
+        adam_bytes=1 if "8bit" in plan["optimizer"] else adapter,
     )  # fmt: skip
 
 

@@ -10,17 +10,16 @@
 - ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
 - ``finish`` saves the adapter with its record, and the metrics.
 
-``python -m medquad_utils.training`` does it without a notebook, also under ``torchrun`` and
-``accelerate launch``. There, process 0 prepares the data, prints and writes; the others compute.
+``medquad train`` does it without a notebook. ``torchrun`` and ``accelerate launch`` take it as
+``-m medquad_utils.training``: process 0 prepares the data, prints and writes, the others compute.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import itertools
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -40,9 +39,9 @@ from medquad_utils import CourseError, data, generation, lora
 from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
 from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
-from medquad_utils.machine import guarded, peak_memory_gb, triton_needs, versions
+from medquad_utils.machine import peak_memory_gb, triton_needs, versions
 from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
-from medquad_utils.profiles import PROFILES, Plan, number, resolve
+from medquad_utils.profiles import Plan
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
@@ -88,14 +87,11 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def ensure_adapter(plan: Plan) -> Path:
-    """Return the folder of lesson 04's adapter; if it is missing or of other data, train it.
-
-    That takes a minute or two with the embedded base. With another it may take hours, and nothing
-    that long starts unasked.
+    """Return the folder of lesson 04's adapter; train it if it is missing or of another plan.
 
     Raises:
-        CourseError: the adapter of another base than the embedded one is missing or differs; names
-            what differs.
+        CourseError: it would have to be trained on another base than the embedded one, which may
+            take hours; names what differs.
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
@@ -117,9 +113,8 @@ def record_of(plan: Plan, fit: bool = True) -> dict[str, Any]:
 
     Without ``fit`` it lacks the sizes of a step, which a machine too small to train does not have.
     """
-    used = {"revision": plan.hub_revision, "base": base_id(plan)}
-    used["data"] = data.identity(plan.folder / "data")
-    return plan.as_dict(fit) | used
+    rows = data.identity(plan.folder / "data")
+    return plan.as_dict(fit) | {"revision": plan.hub_revision, "base": base_id(plan), "data": rows}
 
 
 def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
@@ -138,8 +133,8 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     A row that is too long is left out, not cut: a cut answer has no end for the model to learn.
     """
     train = _draw(plan, tokenizer, splits.train, plan.rows)
-    validation = _draw(plan, tokenizer, splits.validation, plan.eval_rows)
-    test = _draw(plan, tokenizer, splits.test, plan.eval_rows)
+    held_out = (splits.validation, splits.test)
+    validation, test = (_draw(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
     if not (train and validation and test):
         raise CourseError(
             f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
@@ -195,13 +190,9 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
 
 
 def build_trainer(
-    plan: Plan,
-    model: Any,
-    tokenizer: Tokenizer,
-    rows: Splits,
-    folder: Path | None = None,
+    plan: Plan, model: Any, tokenizer: Tokenizer, rows: Splits, folder: Path | None = None,
     **changes: Any,
-) -> SFTTrainer:
+) -> SFTTrainer:  # fmt: skip
     """Build the trainer for a 4-bit ``model``; ``changes`` replace fields of the ``SFTConfig``.
 
     A model that has an adapter trains it further; any other gets a new one. Without validation
@@ -388,16 +379,15 @@ def resumable(plan: Plan) -> Path | None:
             f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
     if process_state(plan).is_main_process:
-        for path in checkpoints(folder):
-            if checkpoint is None or _step(path) > _step(checkpoint):
-                shutil.rmtree(path)
+        for path in itertools.takewhile(lambda path: path != checkpoint, checkpoints(folder)):
+            shutil.rmtree(path)
         write_json(record, now)
     return checkpoint
 
 
 def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     """Return the newest checkpoint that all ``processes`` wrote to its end, or ``None``."""
-    for checkpoint in sorted(checkpoints(folder), key=_step, reverse=True):
+    for checkpoint in checkpoints(folder):
         with suppress(OSError, CourseError):  # a kill left no state, or a part of one
             read_json(checkpoint / "trainer_state.json")  # process 0 writes it last
             if len(list(checkpoint.glob("rng_state*.pth"))) >= processes:
@@ -406,13 +396,11 @@ def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the folders of checkpoints; a copy of one, or an archive, has another name."""
-    paths = folder.glob("checkpoint-*")
-    return [p for p in paths if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+    """List the folders of checkpoints, newest first; a copy or an archive has another name."""
+    steps = {
+        p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()
+    }
+    return sorted((p for p in steps if steps[p].isdecimal()), key=lambda p: -int(steps[p]))
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
@@ -456,8 +444,10 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **
 
     ``more`` is recorded with the plan. Every process must call it; the first one writes.
     """
-    folder = folder or plan.folder / "adapter"
-    weights = full_weights(trainer.model)
+    folder, weights = folder or plan.folder / "adapter", None
+    if plan.sharded:  # each process gathers the trained parameters on the CPU
+        trained = trainer.model.named_parameters()
+        weights = {name: p.full_tensor().cpu() for name, p in trained if p.requires_grad}
     if not trainer.is_world_process_zero():
         return folder
     record = record_of(plan) | more
@@ -539,7 +529,9 @@ def ensure(
     """
     folder = plan.folder / "specialties" / name
     work = folder.with_name(f".{name}.checkpoints")
-    wanted = recipe(plan) | _ingredients(rows, start) | {"settings": settings}
+    shown = [[row["question"], row["answer"], *row.get("passages", ())] for row in rows]
+    wanted = recipe(plan) | {"examples": value_hash(shown), "settings": settings}
+    wanted["start"] = generation.adapter_id(start) if start else "base"
     if generation.adapter_record(folder).get("recipe") == wanted:
         return folder
     if generation.adapter_record(work) != wanted:
@@ -566,13 +558,6 @@ def ensure(
     return folder
 
 
-def _ingredients(rows: Sequence[Row], start: Path | None) -> dict[str, str]:
-    """Hash what ``ensure`` trains from: its examples, and the adapter in ``start``."""
-    shown = [[row["question"], row["answer"], *row.get("passages", ())] for row in rows]
-    before = generation.adapter_id(start) if start else "base"
-    return {"examples": value_hash(shown), "start": before}
-
-
 def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
     """Apply the plan's limit, which makes no run longer than ``steps``, or than its epochs."""
     from transformers import PrinterCallback
@@ -584,7 +569,7 @@ def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
         trainer.args.max_steps = min(steps or math.ceil(needed), plan.max_steps)
 
 
-# ---- several processes, and the command line -----------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def process_state(plan: Plan) -> PartialState:
@@ -620,45 +605,8 @@ def main_first(state: PartialState) -> Iterator[None]:
         yield
 
 
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Gather the trained parameters that FSDP shards on the CPU, or ``None`` without FSDP."""
-    trained: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not any(hasattr(p, "full_tensor") for p in trained.values()):
-        return None
-    return {name: p.full_tensor().cpu() for name, p in trained.items()}
-
-
-# Option -> its default and its help. ``resolve`` takes the same names; ``runs`` is its ``out``.
-OPTIONS = {
-    "profile": ("auto", f"auto, {', '.join(PROFILES)} (default: auto)"),
-    "source": ("", "sample, hub, xml, csv, jsonl or parquet (default: the profile's own)"),
-    "data_path": ("", "the folder or file of an xml, csv, jsonl or parquet source"),
-    "model": ("", "another base: OWNER/NAME on the Hub, or a model's folder"),
-    "runs": ("", "the folder where results are written (default: runs)"),
-    "rows": (0, "training rows; 0 is as many as the profile says"),
-    "max_steps": (0, "training steps; 0 is as many as the epochs need"),
-    "lora_r": (0, "rank of the adapters; 0 is the profile's own"),
-    "seed": (0, "of the split, the draw and the adapters (default: 0)"),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``medquad train`` and ``python -m medquad_utils.training``."""
-    for name, (default, text) in OPTIONS.items():
-        flag = f"--{name.replace('_', '-')}"
-        kind = partial(number, flag, int) if isinstance(default, int) else str
-        parser.add_argument(flag, default=default, type=kind, help=text)
-    text = "print the path of an accelerate config, for accelerate launch --config_file, and stop"
-    parser.add_argument("--print-launch", choices=sorted(CONFIGS), help=text)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Train as the options of ``add_arguments`` say; raises ``CourseError``."""
-    if options.print_launch:
-        print(CONFIGS[options.print_launch])
-        return 0
-    values = {name: getattr(options, name) for name in OPTIONS}
-    plan = resolve(out=values.pop("runs"), **values)
+def run(plan: Plan) -> None:
+    """Train in every process of a launcher, or in this one alone; the first prints."""
     state = process_state(plan)
     try:
         state.print(plan)
@@ -667,19 +615,7 @@ def run(options: argparse.Namespace) -> int:
         state.destroy_process_group()  # or the others wait for a process that has gone
     long = ("plan", "train_curve", "validation_curve", "singular_values")
     state.print({name: value for name, value in metrics.items() if name not in long})
-    return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train without a notebook: alone, or as one process of torchrun or accelerate launch."""
-    parser = argparse.ArgumentParser(
-        prog="python -m medquad_utils.training",
-        description="Train the adapter: data, 4-bit base, pre-flight, training, adapter, metrics.",
-        epilog="On several GPUs: torchrun --nproc_per_node N -m medquad_utils.training [options]",
-    )
-    add_arguments(parser)
-    return guarded(lambda: run(parser.parse_args(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # each process of a launcher is a ``medquad train``, with its options
+    sys.exit(importlib.import_module("medquad_utils.cli").main(["train", *sys.argv[1:]]))

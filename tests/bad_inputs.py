@@ -36,7 +36,6 @@ from conftest import REPO, tiny
 from test_data import KAGGLE, REFUSED, SHAPES
 
 from medquad_utils import cli, generation
-from medquad_utils.training import OPTIONS
 
 Tree = dict[str, str]  # path -> state
 QUESTION, REPOSITORY = "What causes gout?", "me/derm-qa"
@@ -95,8 +94,6 @@ def case(command: str, *arguments: str, **more: Any) -> Case:
 def options() -> Iterator[Case]:
     """What the parser must refuse, and values of numbers and paths."""
     for command, (_, own) in cli.COMMANDS.items():
-        own = own or tuple((f"--{n.replace('_', '-')}", "X", d, "") for n, (d, _) in OPTIONS.items()
-                           if command == "train")  # fmt: skip
         yield case(command, "--nope", named="--nope")
         yield case(command, "more", "and more", named="more")
         for flag, metavar, default, _ in own:

@@ -19,7 +19,7 @@ from conftest import tiny
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from medquad_utils import CourseError, data, machine, training
+from medquad_utils import CourseError, cli, data, machine, profiles, training
 from medquad_utils.profiles import Plan
 
 STEPS, DIES_AT = 4, 3
@@ -84,8 +84,8 @@ def run(job: str, folder: str) -> int:
         plan = dataclasses.replace(plan, sharded=True)
     if job == "fsdp-bf16":
         plan = dataclasses.replace(plan, compute_dtype="bfloat16")
-    training.resolve = lambda *args, **kwargs: plan
-    watch, prepare = training.watch, data.prepare
+    resolve, watch, prepare = profiles.resolve, training.watch, data.prepare
+    profiles.resolve = lambda *args, **kwargs: plan
 
     def broken(plan: Plan) -> Any:
         assert MAIN, "process 1 made data although process 0 could not"
@@ -94,9 +94,9 @@ def run(job: str, folder: str) -> int:
     training.watch = lambda trainer: (watch(trainer), trainer.add_callback(Seen(job)))
     data.prepare = broken if job == "fails" else prepare
     try:
-        return training.main(["--profile", "tiny"])
+        return cli.main(["train", "--profile", "tiny"])
     finally:
-        training.watch, data.prepare = watch, prepare
+        profiles.resolve, training.watch, data.prepare = resolve, watch, prepare
 
 
 if __name__ == "__main__":

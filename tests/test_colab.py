@@ -260,9 +260,6 @@ def test_results_go_to_drive_on_colab_only(monkeypatch: pytest.MonkeyPatch, tmp_
     assert plan.folder == drive / "medquad-runs" / "tiny"
     assert dict(plan.table())["results"].startswith("on Drive, in medquad-runs/tiny")
     assert profiles.resolve("tiny", hardware=T4, out="mine").folder == Path("mine", "tiny")
-    monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "elsewhere"))
-    assert machine.default_out() == str(tmp_path / "elsewhere")
-    monkeypatch.delenv("MEDQUAD_OUT")
     drive.rmdir()
     lost = dict(profiles.resolve("tiny", hardware=T4).table())["results"]
     assert "lost with the session: mount Drive" in lost

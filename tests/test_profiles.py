@@ -6,8 +6,6 @@ import ast
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -43,16 +41,6 @@ machines = st.one_of(st.sampled_from((T4, V100, GTX, RTX, L4, H100)), cards, cpu
 names = st.sampled_from(list(PROFILES))
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_a_t4_computes_in_float16_with_float32_adapters(profile: str) -> None:
-    plan = resolve(profile, hardware=T4)
-    assert (plan.device, plan.compute_dtype, plan.adapter_dtype) == ("cuda", "float16", "float32")
-    assert "bfloat16" not in json.dumps(plan.as_dict())
-    cpu = resolve(profile, hardware=dataclasses.replace(LAPTOP, memory_gb=16.0))
-    for small in (plan, cpu):
-        assert small.max_length == PROFILES[profile].max_length, "no row is lost to a small card"
-
-
 @given(names, machines)
 def test_a_plan_has_bfloat16_only_where_units_are(profile: str, hardware: Hardware) -> None:
     try:
@@ -63,6 +51,8 @@ def test_a_plan_has_bfloat16_only_where_units_are(profile: str, hardware: Hardwa
     other = "float16" if hardware.device == "cuda" else "float32"
     assert plan.compute_dtype == ("bfloat16" if native else other)
     assert plan.adapter_dtype == "float32", "fp16 breaks the scaler, bf16 the resume"
+    if hardware in (T4, H100):
+        assert plan.max_length == PROFILES[profile].max_length, "no row is lost to a small card"
 
 
 @given(names, machines)
@@ -144,22 +134,6 @@ def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
     trained = profiles.resolve_trained("tiny", out=str(tmp_path))
     assert (trained.model_source, trained.hub_revision) == (other, "abc")
     assert profiles.resolve_trained("tiny", out=str(tmp_path), model="a/b").model_id == "a/b"
-
-
-@pytest.mark.parametrize(
-    ("profile", "options", "message"),
-    [
-        ("llama", {}, f"'llama': expected auto, {', '.join(PROFILES)}"),
-        ("tiny", {"source": "web"}, "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
-        ("tiny", {"source": "csv"}, "needs data_path"),
-        ("tiny", {"model": "nowhere"}, "'nowhere': expected OWNER/NAME"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_what_is_expected(
-    profile: str, options: dict[str, str], message: str
-) -> None:
-    with pytest.raises(CourseError, match=message):
-        resolve(profile, hardware=LAPTOP, **options)  # type: ignore[arg-type]
 
 
 def test_an_argument_replaces_the_profiles_value_and_zero_keeps_it() -> None:
@@ -285,8 +259,6 @@ def test_a_cpu_computes_in_bf16_only_if_that_was_clearly_faster(
         assert machine.fast_bf16.__wrapped__() is expected
 
 
-HEAVY = "torch transformers peft trl datasets bitsandbytes pandas pyarrow matplotlib"
-
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
 medquad_utils files memory machine profiles attention assets assets.sample assets.raw chat cleaning
@@ -299,18 +271,6 @@ cli"""
 def place(module: str) -> str:
     """Where a module stands in ``ORDER``; the parts of checks share a place."""
     return "checks" if module.startswith("checks.") else module
-
-
-def test_the_command_line_answers_without_a_heavy_library(repo: Path) -> None:
-    code = """
-import sys, medquad_utils.cli, medquad_utils.data
-medquad_utils.cli.main(["estimate"])
-print(*(module.split(".")[0] for module in sys.modules))"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.splitlines()[-1].split())
-    assert "medquad_utils" in loaded
-    assert loaded & set(HEAVY.split()) == set()
 
 
 def test_a_module_imports_only_those_before_it(repo: Path) -> None:

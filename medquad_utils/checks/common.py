@@ -37,16 +37,12 @@ SCALES = {"%": 100, "percent": 100, "ROUGE-L": 1}  # units whose values go from 
 def _verdict(guess: float, truth: float, unit: str) -> str:
     if guess == truth:
         return "Spot on"
-    if unit in SCALES:
-        off = abs(guess - truth) / SCALES[unit]
-        if min(guess, truth) > 0 and max(guess / truth, truth / guess) > 3:
-            off = 1  # 5 % is not close to 0.5 %
+    ratio = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
+    off, verdicts = ratio, {1.1: "Spot on", 1.5: "Close", 3.2: "The right order of magnitude"}
+    if unit in SCALES:  # by the distance, but 5 % is not close to 0.5 %
+        off = 1 if 3 < ratio < math.inf else abs(guess - truth) / SCALES[unit]
         verdicts = {0.03: "Spot on", 0.1: "Close", 0.25: "Not far off"}
-    else:
-        off = max(guess / truth, truth / guess) if min(guess, truth) > 0 else math.inf
-        verdicts = {1.1: "Spot on", 1.5: "Close", 3.2: "The right order of magnitude"}
-    surprise = "That is a surprise"
-    return next((verdict for most, verdict in verdicts.items() if off <= most), surprise)
+    return next((text for most, text in verdicts.items() if off <= most), "That is a surprise")
 
 
 def attempt(checker: Callable[[Any], str], answer: Any) -> None:
