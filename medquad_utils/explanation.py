@@ -23,7 +23,6 @@ from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite, dose_notes
-from medquad_utils.safety import red_flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -172,11 +171,8 @@ class Explanation:
 def explain(plan: Plan, question: str) -> Explanation:
     """Answer ``question`` with the plan's adapter, look up passages, and explain the answer.
 
-    Raises:
-        CourseError: the question cannot be asked, or describes an emergency: what to do then.
+    Ask through ``safety.guarded``. Raises CourseError if the question is empty or too long.
     """
-    if flag := red_flag(question):
-        raise CourseError(flag.message)
     tokenizer, model = load_tokenizer(plan), load_tuned(plan)
     context = int(model.config.max_position_embeddings)
     question = check_question(question, tokenizer, context, plan.max_new_tokens)

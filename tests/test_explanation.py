@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from captum.attr import FeatureAblation, LLMAttribution, TextTemplateInput
 from conftest import NASTY, Markup, tiny
 
-from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval, safety
+from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.explanation import Prompt
@@ -148,11 +147,6 @@ def test_medquad_explain_writes_a_page(tiny_adapter: Path, tmp_path: Path, capsy
     assert "Shingles" in page.text and retrieval.COURSE_TEXT in page.text
     assert cli.main([*command, "page.pdf"]) == 1
     assert "ends in .html" in capsys.readouterr().err
-
-
-def test_an_emergency_is_not_explained(tmp_path: Path) -> None:
-    with pytest.raises(CourseError, match=f"^{re.escape(safety.EMERGENCY)}$"):
-        explanation.explain(tiny(tmp_path), "I can't breathe")
 
 
 def test_a_question_that_cannot_be_asked_is_refused(tiny_tokenizer: Any) -> None:
