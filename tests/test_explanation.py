@@ -30,23 +30,18 @@ def lm(tiny_adapter: Path, tiny_tokenizer: Any) -> tuple[Any, Any]:
     return generation.load_tuned(tiny(), tiny_adapter), tiny_tokenizer
 
 
-def of_last(model: Any, ids: list[int], **inputs: torch.Tensor) -> float:
-    """Sum of the log-probabilities of ``ids``, the last tokens of the inputs."""
-    with torch.no_grad():
-        found = model(**inputs).logits[0].double().log_softmax(-1)
-    return float(found[-1 - len(ids) : -1].gather(1, torch.tensor(ids)[:, None]).sum())
-
-
 @pytest.fixture(scope="module")
 def log_p(lm: Any) -> Any:
     """log p(answer | messages) by hand: one forward pass and no code of the package's scores."""
     model, tokenizer = lm
 
-    def by_hand(asked: str | list[dict[str, str]], answer: str = ANSWER) -> float:
-        turns = prompt_messages(asked) if isinstance(asked, str) else asked
+    def by_hand(question: str | list[dict[str, str]], answer: str = ANSWER) -> float:
+        turns = prompt_messages(question) if isinstance(question, str) else question
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        parts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, answer)]
-        return of_last(model, parts[1], input_ids=torch.tensor([parts[0] + parts[1]]))
+        asked, said = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, answer))
+        with torch.no_grad():
+            found = model(torch.tensor([asked + said])).logits[0].double().log_softmax(-1)
+        return sum(float(found[len(asked) + n - 1, token]) for n, token in enumerate(said))
 
     return by_hand
 
@@ -99,8 +94,8 @@ def test_shapley_sampling_averages_over_orders_of_joining(lm: Any, log_p: Any) -
         assert gaps.min() < 1e-3
         return int(gaps.argmin())
 
-    drawn = [found(1, seed, orders) for seed in range(4)]
-    assert len(set(drawn)) > 1 and drawn == [found(1, seed, orders) for seed in range(4)], "seeded"
+    first, again = ([found(1, seed, orders) for seed in range(4)] for _ in "ab")
+    assert first == again and len(set(first)) > 1, "seeded"
     found(2, 0, pairs)
 
 
