@@ -35,9 +35,8 @@ DEPTH = 1000  # a row below this rank adds less than 1/1060: it moves no row int
 FALSE_SOURCES = 0.05  # highest share of questions about unknown diseases that may get a source
 THRESHOLD = 0.79  # from ``calibrate`` on the validation rows of the real MedQuAD; a test checks it
 PASSAGES = 3  # under an answer, at most
-# A sentence whose best passage scores less has no close source. Of 1,462 sentences about diseases
-# held out of the real MedQuAD, a tenth reach it in passages about the nearest other diseases; half
-# of those are in the passage word for word.
+# A sentence whose best passage scores less has no close source. Of 1,462 sentences of MedQuAD, a
+# tenth reach it in passages about other diseases, half of those word for word.
 SUPPORT = 0.6
 WORD = r"\w+"  # single letters and digits count: hepatitis C, type 1
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
@@ -82,7 +81,7 @@ def _name_words(row: Row) -> list[frozenset[str]]:
 
 
 class Hit(NamedTuple):
-    """A row of a search; ``score`` is 0 to 1 and comparable between questions (see ``Index``)."""
+    """A row of a search; ``score`` is from 0 to 1 (see ``Index``)."""
 
     row: Row
     score: float
@@ -104,8 +103,7 @@ class Hit(NamedTuple):
 
 
 def _bm25(texts: Iterable[str]) -> Any:
-    # bm25s runs a jax operation at import where jax is installed, as on Colab. On a GPU, jax would
-    # take most of the memory from torch.
+    # bm25s imports jax where it is installed, as on Colab: on a GPU, jax would take torch's memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import bm25s
 
