@@ -84,12 +84,11 @@ class Questions:
 def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     """Read questions with reference answers from a table; columns are those of ``tables.NAMES``.
 
-    An answer is a text or a list of texts (in CSV as JSON). Rows that repeat a question are merged.
-    Over ``limit`` questions are sampled.
+    Rows that repeat a question are merged. Over ``limit`` questions are sampled.
     """
     loaded = load_table(path)
-    notes: Places = defaultdict(list, {f"skipped: {why}": at for why, at in loaded.skipped.items()})
-    notes |= loaded.notes
+    skipped = {f"skipped: {why}": rows for why, rows in loaded.skipped.items()}
+    notes: Places = defaultdict(list, skipped | loaded.notes)
     questions: dict[str, Row] = {}
     for row, (number, answers) in zip(loaded.rows, loaded.origins, strict=True):
         key = normalise(row["question"]) or row["question"]
@@ -205,7 +204,7 @@ def prompts(
 ) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
-    ``notes`` (a defaultdict) names cut questions, and ungrounded ones: these are not in "grounded".
+    ``notes`` (a defaultdict) names cut questions, and those without passages, not in "grounded".
     """
     # A passage that equals a reference would hand the grounded arm the answer.
     answers = [normalise(row["answer"]) for row in index.rows]
@@ -303,10 +302,10 @@ def answer_table(
 
 
 def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
-    """Return the mean of a score with its interval, or ``None`` without a value.
+    """Return the mean of a score with its interval by disease, or ``None`` without a value.
 
     With ``before``: of the paired difference to it, for perplexity of the ratio, and its p-value.
-    Intervals resample the diseases of ``columns``. Without an interval, low and high are ``None``.
+    Without an interval, low and high are ``None``.
     """
     ratios = {"bits_per_byte": "bytes", "perplexity": "tokens"}
     name, sizes = "nats" if score in ratios else score, columns.get(ratios.get(score, ""))
@@ -374,7 +373,7 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List for each score of ``VERDICT`` the arms that the tuned model beats, equals or loses to.
 
     It beats an arm where the whole interval of the paired difference lies on the better side of 0
-    and the p-value, corrected by Holm over all comparisons of the list, is under 5 %.
+    and the p-value, corrected by Holm over all comparisons, is under 5 %.
     """
     compared = [(score, arm) for score in VERDICT for arm in WITHOUT_TRAINING]
     cells = {pair: overall[f"versus {pair[1]}"]["tuned"].get(pair[0]) for pair in compared}

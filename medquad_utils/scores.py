@@ -358,8 +358,7 @@ def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = No
 
     Of ``after.nats - before.nats`` it is the paired difference. Groups are resampled whole.
     """
-    (over, under), labels = _complete(groups, nats, bytes)
-    return _ratio(over / math.log(2), under, labels)
+    return _ratio(nats / math.log(2), bytes, groups)
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
@@ -367,8 +366,7 @@ def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None
 
     Of ``after.nats - before.nats`` it is the paired ratio. Groups are resampled whole.
     """
-    (over, under), labels = _complete(groups, nats, tokens)
-    mean, low, high = map(math.exp, _ratio(over, under, labels))
+    mean, low, high = map(math.exp, _ratio(nats, tokens, groups))
     return mean, low, high
 
 
@@ -446,9 +444,10 @@ def _resamples(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray)
     return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
 
 
-def _ratio(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> Interval:
+def _ratio(over: Values, under: Values, groups: Groups) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
-    low, high = numpy.quantile(_resamples(over, under, labels), [0.025, 0.975])
+    (tops, bottoms), labels = _complete(groups, over, under)
+    low, high = numpy.quantile(_resamples(tops, bottoms, labels), [0.025, 0.975])
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
         low = high = math.nan
-    return float(over.sum() / under.sum()), float(low), float(high)
+    return float(tops.sum() / bottoms.sum()), float(low), float(high)
