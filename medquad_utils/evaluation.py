@@ -1,8 +1,7 @@
 """Compare the tuned model with its base and with baselines, with an interval for every number.
 
-Five arms (``ARMS``) answer a file of questions under one token limit. ``answers.parquet`` holds
-one row for each question and arm; ``metrics.json`` holds the numbers of the report. Each arm's
-answers are saved when the arm is done, so a stopped run repeats one arm at most.
+Five arms (``ARMS``) answer a file of questions. Each arm's answers are saved when the arm is done:
+a stopped run repeats one arm at most.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,15 +71,11 @@ Answers = Mapping[str, Mapping[str, Row]]  # arm -> question -> columns of the t
 # ---- questions -----------------------------------------------------------------------------------
 @dataclass
 class Questions:
-    """The questions of a file, and notes: what was skipped or changed -> rows of the file.
-
-    ``asked`` holds rows with ``number`` (row in the file, from 1) and ``references``: all right
-    answers, ``answer`` first.
-    """
+    """The questions of a file."""
 
     name: str
-    asked: list[Row]
-    notes: Places = field(default_factory=dict)
+    asked: list[Row]  # with "number" (row in the file, from 1) and "references" (right answers)
+    notes: Places  # what was skipped or changed -> rows of the file
 
     def __str__(self) -> str:
         return "\n  ".join([f"{self.name}: {len(self.asked):,} questions", *listed(self.notes)])
@@ -89,12 +84,11 @@ class Questions:
 def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     """Read questions with reference answers from a table; columns are those of ``tables.NAMES``.
 
-    An answer is a text or a list of texts (in CSV as JSON). Rows that repeat a question are merged.
-    Over ``limit`` questions are sampled.
+    Rows that repeat a question are merged. Over ``limit`` questions are sampled.
     """
     loaded = load_table(path)
-    notes: Places = defaultdict(list, {f"skipped: {why}": at for why, at in loaded.skipped.items()})
-    notes |= loaded.notes
+    skipped = {f"skipped: {why}": rows for why, rows in loaded.skipped.items()}
+    notes: Places = defaultdict(list, skipped | loaded.notes)
     questions: dict[str, Row] = {}
     for row, (number, answers) in zip(loaded.rows, loaded.origins, strict=True):
         key = normalise(row["question"]) or row["question"]
@@ -132,15 +126,12 @@ def fitted(
     Passages are shortened first, then left out; then the question is cut at a word.
     """
 
-    def fits(messages: Messages) -> bool:
-        return len(prompt_ids(tokenizer, messages)) <= room
-
     text = whole = " ".join(question.split())
     for words in (PASSAGE_WORDS, PASSAGE_WORDS // 2, PASSAGE_WORDS // 4) if passages else ():
         shown = [" ".join(passage.split()[:words]) for passage in passages]
-        if fits(messages := grounded_messages(text, shown)):
+        if len(prompt_ids(tokenizer, messages := grounded_messages(text, shown))) <= room:
             return messages, False
-    while not fits(messages := prompt_messages(text)):
+    while len(prompt_ids(tokenizer, messages := prompt_messages(text))) > room:
         if not text:
             raise CourseError(f"an empty prompt exceeds {room} tokens: lower max_new_tokens.")
         text = text[: len(text) * 9 // 10].rsplit(" ", 1)[0]
@@ -149,10 +140,9 @@ def fitted(
 
 # ---- baselines without a model -------------------------------------------------------------------
 def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """Return for each row the answer of the most similar training question of the same qtype.
+    """Return for each row the answer of the training question of its qtype with the best cosine.
 
-    Similarity is the cosine of TF-IDF vectors; of equals the first wins. For a qtype without
-    training rows all of them are searched.
+    The vectors are TF-IDF. For a qtype without training rows all of them are searched.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -162,7 +152,8 @@ def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[
     types = numpy.array([row["qtype"] for row in train], dtype=object)
     answers = []
     for row, question in zip(rows, asked, strict=True):
-        cosines = (trained @ question.T).toarray().ravel().round(9)  # rounded: equal questions tie
+        # Rounded, so that equal questions tie: the first wins.
+        cosines = (trained @ question.T).toarray().ravel().round(9)
         if (same := types == row["qtype"]).any():
             cosines[~same] = -1
         answers.append(train[cosines.argmax()]["answer"])
@@ -182,17 +173,17 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
         others = foci != focus_of(row)
         alike = others & (types == row["qtype"])
         pools = map(numpy.flatnonzero, (alike & (sources == row["source"]), alike, others))
-        pool = next((numbers for numbers in pools if len(numbers)), None)
-        answers.append("" if pool is None else train[rng.choice(pool)]["answer"])
+        pool = next(filter(len, pools), ())
+        answers.append(train[rng.choice(pool)]["answer"] if len(pool) else "")
     return answers
 
 
 def looked_up(tokenizer: Tokenizer, text: str, most: int) -> Row:
     """Return a looked-up answer as columns of the table, cut at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = len(ids) <= most
-    text = text if whole else tokenizer.decode(ids[:most]).strip()
-    return {"answer": text, "answer_tokens": min(len(ids), most), "stop_rate": float(whole)}
+    if len(ids) <= most:
+        return {"answer": text, "answer_tokens": len(ids), "stop_rate": 1.0}
+    return {"answer": tokenizer.decode(ids[:most]).strip(), "answer_tokens": most, "stop_rate": 0.0}
 
 
 # ---- arms that generate --------------------------------------------------------------------------
@@ -213,7 +204,7 @@ def prompts(
 ) -> dict[str, dict[str, Messages]]:  # fmt: skip
     """Build prompts of at most ``room`` tokens: arm -> question or safety prompt -> messages.
 
-    ``notes`` (a defaultdict) names cut questions, and ungrounded ones: these are not in "grounded".
+    ``notes`` (a defaultdict) names cut questions, and those without passages, not in "grounded".
     """
     # A passage that equals a reference would hand the grounded arm the answer.
     answers = [normalise(row["answer"]) for row in index.rows]
@@ -236,7 +227,7 @@ def prompts(
 
 
 def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides every generated answer; prompts and adapter as SHA-256 prefixes."""
+    """Return what decides every generated answer."""
     return {
         "model": plan.model_id, "origin": plan.origin, "base": generation.base_id(plan),
         "adapter": generation.adapter_id(adapter), "prompts": value_hash(jobs),
@@ -256,7 +247,7 @@ def answer_all(
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
     """Answer with all five arms, and score the first reference: arm -> question -> columns.
 
-    Each arm of ``jobs`` is saved in ``folder``. A later run of the same recipe reads it there.
+    A later run of the same ``recipe`` reads the arms of ``jobs`` from ``folder``.
     """
     references = {row["question"]: row["references"][0] for row in asked}
     digest = value_hash([recipe, references])
@@ -292,8 +283,7 @@ def answer_table(
     rows = []
     for row in asked:
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
-        about["disease"] = focus_of(row)  # what the intervals resample
-        about["id"] = str(row["number"])
+        about |= {"disease": focus_of(row), "id": str(row["number"])}
         about["kind"] = "boilerplate" if is_boilerplate(row) else "prose"
         rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
     table = pandas.DataFrame(rows)
@@ -312,12 +302,13 @@ def answer_table(
 
 
 def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
-    """Return the mean of a score with its interval, or ``None`` without a value.
+    """Return the mean of a score with its interval by disease, or ``None`` without a value.
 
     With ``before``: of the paired difference to it, for perplexity of the ratio, and its p-value.
-    Intervals resample the diseases of ``columns``. Without an interval, low and high are ``None``.
+    Without an interval, low and high are ``None``.
     """
-    name = "nats" if score in ("bits_per_byte", "perplexity") else score
+    ratios = {"bits_per_byte": "bytes", "perplexity": "tokens"}
+    name, sizes = "nats" if score in ratios else score, columns.get(ratios.get(score, ""))
     if name not in columns or (before is not None and name not in before):
         return None
     groups = list(columns["disease"]) if "disease" in columns else None
@@ -327,11 +318,8 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     scored = numpy.isfinite(gain)
     if not (n := int(scored.sum())):
         return None
-    sizes: Any = None
     if name == "nats":
-        sizes = columns["tokens" if score == "perplexity" else "bytes"]
-        ratio = scores.perplexity if score == "perplexity" else scores.bits_per_byte
-        mean, low, high = ratio(gain, sizes, groups)
+        mean, low, high = getattr(scores, score)(gain, sizes, groups)
     elif before is None:
         mean, low, high = interval(values, groups)
     else:
@@ -354,14 +342,12 @@ def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ()) -> dict[str
     def cells(columns: Columns, before: Columns | None = None) -> dict[str, Cell]:
         # Two perplexities have a ratio, not a difference; bits per byte say the same.
         names = [s for s in SCORES if before is None or s != "perplexity"]
-        measured = {score: measure(score, columns, before) for score in names}
-        return {score: cell for score, cell in measured.items() if cell}
+        return {score: cell for score in names if (cell := measure(score, columns, before))}
 
-    tables = {"arms": {arm: cells(columns) for arm, columns in arms.items()}}
-    for before in versus:
-        others = {arm: columns for arm, columns in arms.items() if arm != before}
-        tables[f"versus {before}"] = {arm: cells(c, arms[before]) for arm, c in others.items()}
-    return tables
+    return {"arms": {arm: cells(columns) for arm, columns in arms.items()}} | {
+        f"versus {before}": {a: cells(c, arms[before]) for a, c in arms.items() if a != before}
+        for before in versus
+    }
 
 
 def by_arm(table: pandas.DataFrame) -> dict[str, Any]:
@@ -387,7 +373,7 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List for each score of ``VERDICT`` the arms that the tuned model beats, equals or loses to.
 
     It beats an arm where the whole interval of the paired difference lies on the better side of 0
-    and the p-value, corrected by Holm over all comparisons of the list, is under 5 %.
+    and the p-value, corrected by Holm over all comparisons, is under 5 %.
     """
     compared = [(score, arm) for score in VERDICT for arm in WITHOUT_TRAINING]
     cells = {pair: overall[f"versus {pair[1]}"]["tuned"].get(pair[0]) for pair in compared}
@@ -450,10 +436,8 @@ def training_rows(
 ) -> list[Row]:
     """Return a part of the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
 
-    Without the file of another part than "train" in ``folder``, return no rows.
-
-    Raises:
-        CourseError: there are no such rows, or the adapter was trained on others.
+    Another part than "train" may be missing in ``folder``: then there are no rows of it. Raises
+    CourseError if there is no "train", or the adapter was trained on other rows.
     """
     record, given, folder = adapter_record(adapter), folder, folder or plan.folder / "data"
     if given and not (folder / "train.parquet").is_file():
@@ -477,7 +461,7 @@ def training_rows(
 
 
 def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:
-    """Index all rows of the data that ``adapter`` was trained on, validation and test rows too."""
+    """Index all rows of the data of ``adapter``, validation and test rows too."""
     parts = ("train", "validation", "test")
     train, validation, test = (training_rows(plan, adapter, part=part) for part in parts)
     return archive_index(train, [*validation, *test], validation)
@@ -496,9 +480,9 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
-    ``train`` are the rows that the adapter was trained on. Baselines and grounded arm read them;
-    the grounded arm also reads ``archive``, with a threshold from ``validation``. ``with_safety``
-    asks base and tuned model the safety prompts too. Returns the metrics, with 95 % intervals.
+    ``train`` are the rows that the adapter was trained on. The grounded arm also reads ``archive``,
+    with a threshold from ``validation``. ``with_safety`` asks base and tuned model the safety
+    prompts too. Returns the metrics, with 95 % intervals.
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
@@ -509,8 +493,8 @@ def evaluate(
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes, safe)
     recipe = recipe_of(plan, adapter, jobs)
-    store = folder / "answers"
-    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, store, batch_size)
+    arms = folder / "answers"
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, arms, batch_size)
     table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
     notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
@@ -521,8 +505,7 @@ def evaluate(
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        **ABOUT, **results(table),
-        "bert_score": no_bert_score,
+        **ABOUT, **results(table), "bert_score": no_bert_score,
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
         "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),
@@ -561,8 +544,8 @@ def outcome(
 ) -> dict[str, Any]:  # fmt: skip
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
-    The gain is paired, tuned minus base; its interval resamples diseases, and is ``None`` for a
-    single one. ``few_shot`` are the base's answers after a few examples in the prompt.
+    The gain is paired, tuned minus base, with an interval by disease (``None`` for a single one).
+    ``few_shot`` are the base's answers after a few examples in the prompt.
     """
     arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})
     columns = {arm: score_columns(answers, rows) for arm, answers in arms.items()}
@@ -582,10 +565,7 @@ def outcome(
 
 
 def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[str, Any]:
-    """Score answers to ``rows`` for ``summary``: one value a row, NaN if there is none.
-
-    Without a stop rate for texts that were looked up.
-    """
+    """Score answers to ``rows`` for ``summary``, one value a row; texts have no stop rate."""
     texts = [a if isinstance(a, str) else a.text for a in answers]
     stops = [float(a.stopped) for a in answers if isinstance(a, Answer)]
     return {

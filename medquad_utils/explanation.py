@@ -23,7 +23,6 @@ from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite, dose_notes
-from medquad_utils.safety import red_flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -38,8 +37,8 @@ UNIT = r"[^\s?!.,;:]+(?:[.,:][^\s?!.,;:]+)*|[?!.,;:]+"
 class Prompt:
     """A question and its passages, cut into the units of an attribution: words, then passages.
 
-    Punctuation is a unit of its own. ``name``, a disease in the question, is one unit, because half
-    a name still tells the model which disease is meant. Passages are cut to ``PASSAGE_WORDS``.
+    ``name``, a disease in the question, is one unit: half a name still tells the model which
+    disease is meant. Passages are cut to ``PASSAGE_WORDS``.
     """
 
     def __init__(self, question: str, passages: Sequence[str] = (), name: str = ""):
@@ -75,15 +74,11 @@ def log_probabilities(
     """Return log p(answer | conversation) of each pair in nats; float64, shape (pairs,)."""
     values: Values = -scores.answer_loss(model, tokenizer, conversations, answers).nats
     if not numpy.isfinite(values).all():
-        limit = model.config.max_position_embeddings
         raise CourseError(
-            f"an answer is empty, or longer with its prompt than the context of {limit:,} tokens: "
-            "give a text, or shorten it."
+            "an answer is empty, or longer with its prompt than the context of "
+            f"{model.config.max_position_embeddings:,} tokens: give a text, or shorten it."
         )
     return values
-
-
-# ---- attributions ---------------------------------------------------------------------------
 
 
 def _log_p(
@@ -91,19 +86,15 @@ def _log_p(
     subsets: Sequence[Collection[int]],
 ) -> Values:  # fmt: skip
     """log p(answer) of the prompt with each of the subsets of its units; equal ones run once."""
-    sets = [frozenset(subset) for subset in subsets]
-    different = list(dict.fromkeys(sets))
-    turns = [prompt.messages(units) for units in different]
-    values = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
-    log_p = dict(zip(different, values, strict=True))
+    sets = list(map(frozenset, subsets))
+    turns = {units: prompt.messages(units) for units in sets}
+    values = log_probabilities(model, tokenizer, [*turns.values()], [answer] * len(turns))
+    log_p = dict(zip(turns, values, strict=True))
     return numpy.array([log_p[units] for units in sets])
 
 
 def leave_one_out(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
-    """Return the fall of log p(answer) without each unit; above 0, the unit supports the answer.
-
-    Equals captum's ``FeatureAblation``, but runs in batches.
-    """
+    """Return the fall of log p(answer) without each unit, as captum's ``FeatureAblation``."""
     units = set(range(len(prompt.units)))
     values = _log_p(model, tokenizer, prompt, answer, [units, *(units - {n} for n in units)])
     falls: Values = values[0] - values[1:]
@@ -116,9 +107,8 @@ def shapley(
 ) -> Values:  # fmt: skip
     """Return each unit's mean effect on log p(answer) when the units join in random orders.
 
-    The values add up to log p(answer | all units) - log p(answer | none), for any number of
-    ``permutations`` (Strumbelj and Kononenko, 2010; Castro et al., 2009). captum's
-    ``ShapleyValueSampling`` does the same, one prompt at a time.
+    The values add up to log p(answer | all units) - log p(answer | none) (Castro et al., 2009;
+    captum's ``ShapleyValueSampling`` does the same, one prompt at a time).
     """
     rng = numpy.random.default_rng(seed)
     count = len(prompt.units)
@@ -131,23 +121,16 @@ def shapley(
     return values
 
 
-# ---- the page -------------------------------------------------------------------------------
-
-
 @dataclass
 class Explanation:
-    """The content of the page, in nats: ``values`` one a word, ``pulls`` one a passage of ``hits``.
-
-    A pull is the fall of log p(answer) without that passage, in a prompt with all of them. There
-    are none if that prompt is too long for the model.
-    """
+    """The content of the page."""
 
     prompt: Prompt
     answer: Answer
     hits: list[Hit]
     supports: list[Support]
-    values: Values
-    pulls: Values
+    values: Values  # of each word, in nats
+    pulls: Values  # of each hit in a prompt with all of them; none if it is too long
     origin: str  # of the base's weights, see Plan.origin
 
     @property
@@ -161,7 +144,6 @@ class Explanation:
         return dose_notes(self.answer.text, lambda: self.supports)
 
     def __str__(self) -> str:
-        """Format for a terminal: answer, notices, sources, words with the largest values."""
         order = numpy.argsort(-numpy.abs(self.values), kind="stable")[:5]
         top = ", ".join(f"{self.prompt.words[n]} {self.values[n]:+.2f}" for n in order)
         sources = [f"[{number}] {hit}" for number, hit in enumerate(self.hits, start=1)]
@@ -172,11 +154,8 @@ class Explanation:
 def explain(plan: Plan, question: str) -> Explanation:
     """Answer ``question`` with the plan's adapter, look up passages, and explain the answer.
 
-    Raises:
-        CourseError: the question cannot be asked, or describes an emergency: what to do then.
+    Ask through ``safety.guarded``. Raises CourseError if the question is empty or too long.
     """
-    if flag := red_flag(question):
-        raise CourseError(flag.message)
     tokenizer, model = load_tokenizer(plan), load_tuned(plan)
     context = int(model.config.max_position_embeddings)
     question = check_question(question, tokenizer, context, plan.max_new_tokens)

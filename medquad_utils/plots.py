@@ -60,14 +60,12 @@ def _show(
     alt = alt or described(title, values)
     if len(alt.split()) < 6:
         raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
-    buffer = BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Software": None})
-    png = buffer.getvalue()
+    fig.savefig(png := BytesIO(), format="png", metadata={"Software": None})
     if save:
         with whole_file(save) as temporary:
-            temporary.write_bytes(png)
+            temporary.write_bytes(png.getvalue())
     if not save or get_ipython():
-        bundle = {"image/png": b64encode(png).decode(), "text/plain": f"Figure: {alt}"}
+        bundle = {"image/png": b64encode(png.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
         display.display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
 
@@ -101,8 +99,7 @@ ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "neares
 
 def _colours(names: Sequence[str]) -> list[str]:
     """Give each series the colour of its role, and the others those that are left."""
-    if len(names) > len(PALETTE):
-        most = len(PALETTE)
+    if len(names) > (most := len(PALETTE)):
         raise ValueError(f"{len(names)} series in one figure, and {most} colours: draw two.")
     found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
     taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
@@ -117,10 +114,7 @@ def tint(colour: str, share: float = 0.62) -> str:
 
 
 def shade(value: float, most: float) -> str:
-    """Return a value's colour, "#RRGGBB": blue above 0, orange below, darker for larger ones.
-
-    ``most`` is the largest magnitude in the figure. In grey the sign is lost, so print it as well.
-    """
+    """Return a value's colour, "#RRGGBB": blue above 0, orange below, darkest at ``most``."""
     share = 0.62 * min(1.0, abs(value) / most) if most else 0.0
     return tint(BLUE if value > 0 else VERMILION, share)
 
@@ -129,10 +123,7 @@ def _finish(
     ax: Any, title: str, values: Any, x: str = "", y: str = "", lines: Mapping[str, float] = {},
     alt: str = "", save: Path | None = None
 ) -> None:  # fmt: skip
-    """Label the axes, list named series below them, and show the figure.
-
-    ``lines`` draws upright lines at named limits, with their names above the axes.
-    """
+    """Label the axes, list named series and ``lines`` (limits), and show the figure."""
     ax.set(xlabel=x, ylabel=y)
     ax.set_title(title, pad=20 if lines else 6)
     for name, place in lines.items():
@@ -166,11 +157,10 @@ def grouped_bars(table: Groups, title: str, unit: str) -> None:
     """Draw shares as upright bars: series -> group -> share; all series have the same groups."""
     groups, width = list(next(iter(table.values()))), 0.8 / len(table)
     _, ax = _figure()
-    colours = _colours(list(table))
-    for number, (name, values) in enumerate(table.items()):
+    for number, (name, colour) in enumerate(zip(table, _colours(list(table)), strict=True)):
         places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
-        heights = [values[group] for group in groups]
-        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colours[number])
+        heights = [table[name][group] for group in groups]
+        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
         ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
     # About 80 characters fit. Longer names are turned, or they would touch.
     crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
@@ -181,6 +171,12 @@ def grouped_bars(table: Groups, title: str, unit: str) -> None:
     _finish(ax, title, table, y=unit)
 
 
+def _whiskers(spans: Sequence[Sequence[float]]) -> Any:
+    """Split (value, low, high) into values and lengths; a rounded end may lie beyond the value."""
+    values, lows, highs = numpy.array(spans, dtype=float).T
+    return values, numpy.maximum(0, [values - lows, highs - values])
+
+
 def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
     """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
     groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
@@ -189,8 +185,7 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
     for number, (name, pairs) in enumerate(points.items()):
         offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
         places = [groups.index(group) + offset for group, _ in pairs]
-        values, lows, highs = numpy.array([span for _, span in pairs], dtype=float).T
-        whiskers = numpy.maximum(0, [values - lows, highs - values])
+        values, whiskers = _whiskers([span for _, span in pairs])
         look = {"color": colours[number], "markersize": 5.5, "capsize": 2.5}
         ax.errorbar(values, places, xerr=whiskers, fmt=MARKERS[number], label=name, **look)
     for between in range(1, len(groups)):
@@ -233,13 +228,9 @@ def trade_off(
     _, ax = _figure(8, 4.6)
     colours = _colours(list(points))
     for number, (name, both) in enumerate(points.items()):
-        (x, x_low, x_high), (y, y_low, y_high) = (numpy.array(s, float) for s in both.values())
-        errors = {  # a rounded end may lie beyond the mean
-            "xerr": numpy.maximum(0, [[x - x_low], [x_high - x]]),
-            "yerr": numpy.maximum(0, [[y - y_low], [y_high - y]]),
-        }
+        (x, x_ends), (y, y_ends) = (_whiskers([span]) for span in both.values())
         look = {"color": colours[number], "markersize": 8, "capsize": 2.5}
-        ax.errorbar([x], [y], **errors, fmt=MARKERS[number], label=name, **look)
+        ax.errorbar(x, y, xerr=x_ends, yerr=y_ends, fmt=MARKERS[number], label=name, **look)
         for run in single.get(name, ()):
             ax.plot(*run, MARKERS[number], color=colours[number], markersize=3.5, alpha=0.6)
     ax.axhline(0, color=INK, linestyle="--", linewidth=1)
@@ -254,8 +245,7 @@ def trade_off(
 
 def dots(table: Spans, title: str, unit: str) -> None:
     """Draw shares as dots: series -> group -> values."""
-    several = {s: [(g, (v,) * 3) for g in row for v in row[g]] for s, row in table.items()}
-    ax = _dots(several, width=8)
+    ax = _dots({s: [(g, (v,) * 3) for g in row for v in row[g]] for s, row in table.items()}, 8)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     _finish(ax, title, table, unit)
 
@@ -394,12 +384,8 @@ def _boxes(
     lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: Any, pitch: float,
     width: int = 96
 ) -> None:  # fmt: skip
-    """Draw each line as a row of boxes under its name; a line longer than ``width`` wraps.
-
-    ``width`` is in characters, and ``pitch`` is the distance of two rows in inches.
-    """
-    inches = 0.0815  # of a character
-    fig, ax = _figure(inches * width)
+    """Draw each line as boxes under its name, ``width`` characters wide, rows ``pitch`` inches."""
+    fig, ax = _figure(0.0815 * width)  # inches of a character
     row = 0
     for name, boxes in lines.items():
         ax.text(0.2, row - 0.38, name, fontsize=9.5, fontweight="bold", va="center")
@@ -422,13 +408,10 @@ def _boxes(
 
 
 def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str) -> None:
-    """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs.
-
-    Each line has its own scale, from 0 to its largest magnitude.
-    """
+    """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs."""
     shaded: dict[str, list[Box]] = {}
     for name, pairs in lines.items():
-        most = max((abs(value) for _, value in pairs), default=0.0)
+        most = max((abs(value) for _, value in pairs), default=0.0)  # each line has its own scale
         shaded[name] = [
             (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
             for word, value in pairs

@@ -1,7 +1,7 @@
 """Reference runs: the numbers of all lessons, kept in ``notebooks/reference/<profile>/``.
 
-``medquad run --reference DIR`` writes one. The lessons show the largest one beside the reader's own
-run. It holds numbers and the model's own answers, and no sentence of the data.
+``medquad run --reference DIR`` writes one. It holds the model's own answers, and no sentence of the
+data.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ COUNTS = ("loaded", "unanswered", "by_source", "by_qtype", "cleaning", "rows", "
 
 
 def beside(name: str, yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a lesson's metrics by run: ``yours``, and those of the reference run, if there is one.
-
-    The reference run is the committed one of the largest profile that has ``metrics/<name>.json``.
-    """
+    """Return a lesson's metrics by run: ``yours``, and the committed run of the largest profile."""
     if not (folder := folder_with(file := f"metrics/{name}.json")):
         print("No reference run of this lesson is in this checkout.")
         return {YOURS: yours}
@@ -71,8 +68,7 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float
     """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
 
     ``seconds`` is the time of each lesson by its title, "04 train with sft"; ``peak_gb`` the most
-    memory that one of them took (0: not measured). Raises CourseError where a lesson left no
-    metrics, or lesson 06 no answers.
+    memory that one took. Raises CourseError where a lesson left no metrics or answers.
     """
     needed = [plan.folder / "data" / "data.json"]
     # 04_train_with_sft writes metrics/train.json.
@@ -113,10 +109,7 @@ def about(plan: Plan, seconds: Mapping[str, float], peak_gb: float) -> dict[str,
 
 
 def answers(plan: Plan) -> dict[str, list[dict[str, str]]]:
-    """Return what base and tuned model say to the three questions and to ten held-out ones.
-
-    The held-out ones are lesson 06's; a run that ends before it has none.
-    """
+    """Return what base and tuned model say to the three questions, and to ten of lesson 06."""
     import pandas
 
     three = read_json(plan.folder / "metrics" / "ask.json")["answers"]
@@ -131,10 +124,7 @@ def answers(plan: Plan) -> dict[str, list[dict[str, str]]]:
 
 
 def without_sentences(value: Any, rows: Sequence[Row]) -> Any:
-    """Copy a JSON value; each run of eight words that a row holds becomes ``HIDDEN``.
-
-    Folders of this machine (``PLACES``) are left out.
-    """
+    """Copy a JSON value without ``PLACES``; eight words in a row of the data become ``HIDDEN``."""
     texts: list[str] = []
     _mapped(value, texts.append)
     held = ngrams(text for row in rows for text in (row["question"], row["answer"]))
@@ -143,7 +133,6 @@ def without_sentences(value: Any, rows: Sequence[Row]) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """Copy a JSON value with every text changed."""
     if isinstance(value, dict):
         return {k: _mapped(v, change) for k, v in value.items() if k not in PLACES}
     if isinstance(value, list):
@@ -153,14 +142,10 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 
 def _hidden(text: str, shared: set[tuple[str, ...]]) -> str:
     """Replace the stretches of ``text`` that are made of shared n-grams."""
-    words, spans = list(re.finditer(r"\w+", text)), list[list[int]]()
+    words, pieces, end = list(re.finditer(r"\w+", text)), [], 0
     for first, last, ngram in zip(words, words[NGRAM - 1 :], ngrams([text]), strict=False):
-        if ngram not in shared:
-            continue
-        if spans and first.start() < spans[-1][1]:
-            spans[-1][1] = last.end()
-        else:
-            spans.append([first.start(), last.end()])
-    for start, end in reversed(spans):
-        text = f"{text[:start]}{HIDDEN}{text[end:]}"
-    return text
+        if ngram in shared:
+            if first.start() >= end:  # a new stretch
+                pieces += [text[end : first.start()], HIDDEN]
+            end = last.end()
+    return "".join([*pieces, text[end:]])

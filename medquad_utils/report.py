@@ -42,11 +42,8 @@ def cell(values: Mapping[str, Any] | None, missing: str = NOT_MEASURED) -> str:
 
 
 def why_missing(score: str, arm: str, scored: bool = True) -> str:
-    """Return "n/a" for a score that cannot exist, else "not measured".
-
-    A text that was looked up has no likelihood. Facts are listed by some sources only: where the
-    arm was ``scored`` and has none, there are none.
-    """
+    """Return "n/a" for a score that cannot exist, else "not measured"."""
+    # A text that was looked up has no likelihood, and only some sources list facts.
     likelihood = score in ("bits_per_byte", "perplexity") and arm in ("nearest", "another disease")
     return "n/a" if likelihood or (score == "facts_complete" and scored) else NOT_MEASURED
 
@@ -66,10 +63,9 @@ def sentence(sides: Mapping[str, Any], name: str) -> str:
     """State the verdict of one score, and on how many questions about how many diseases."""
     if sides.get("n"):  # records of earlier versions lack it
         name = f"{name} ({counted(sides['n'], sides['diseases'])})"
-    rivals = [*sides["beats"], *sides["even"], *sides["loses"]]
-    if len(sides["beats"]) == len(rivals):
+    if not (sides["even"] or sides["loses"]):
         what = f"On {name}, the tuned model beats every arm without training that has this score"
-        return f"{what}: {', '.join(rivals)}."
+        return f"{what}: {', '.join(sides['beats'])}."
     parts = {"it beats": "beats", "no difference can be told from": "even", "it loses to": "loses"}
     text = "; ".join(f"{what} {', '.join(sides[k])}" for what, k in parts.items() if sides[k])
     return f"On {name}, the tuned model does not beat every arm without training: {text}."
@@ -78,8 +74,8 @@ def sentence(sides: Mapping[str, Any], name: str) -> str:
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """State the verdicts of all scores, or that the questions are too few."""
     few, about = metrics["interval"]["fewest_rows"], metrics["about_scores"]
-    too_few = f"Questions about under {few} diseases are too few for an interval"
     verdicts = [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]]
+    too_few = f"Questions about under {few} diseases are too few for an interval"
     return verdicts or [f"{too_few}, and so for a verdict."]
 
 
@@ -94,11 +90,15 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` (one file, pictures inside) and ``report.md`` from the metrics."""
+    paths = folder / "report.html", folder / "report.md"
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("medquad_utils", "assets"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, autoescape=True, keep_trailing_newline=True,
     )  # fmt: skip
-    markdown = pages.overlay(finalize=_as_markdown)
+    # Every value that the template shows is escaped, except the output of macros.
+    markdown = pages.overlay(
+        finalize=lambda v: v if isinstance(v, Markup) else Markup(escaped(number(v)))
+    )
     markdown.filters |= {"number": number, "cell": cell}
     markdown.globals |= {"why_missing": why_missing, "counted": counted}
     text = markdown.get_template("report.md.jinja").render(
@@ -109,15 +109,10 @@ def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     body = Markup(mistune.create_markdown(renderer=_Page(folder), plugins=["table"])(text))
     title = f"Evaluation: {metrics['recipe']['model']} before and after tuning"
     page = pages.get_template("report.html.jinja").render(title=title, body=body)
-    for name, content in {"report.md": text, "report.html": page}.items():
-        with whole_file(folder / name) as temporary:
+    for path, content in zip(paths, (page, text), strict=True):
+        with whole_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    return folder / "report.html", folder / "report.md"
-
-
-def _as_markdown(value: Any) -> Markup:
-    """Escape every value that a template shows, except the output of macros."""
-    return value if isinstance(value, Markup) else Markup(escaped(number(value)))
+    return paths
 
 
 class _Page(mistune.HTMLRenderer):
@@ -160,10 +155,8 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
         if not (first := next(iter(rows["base"]), None)):
             continue  # too few questions for an interval
         values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
-        alt = (
-            f"{title}: a dot for each mean, with a whisker for its interval. At {first}: {values}. "
-            "All values are in the table beside it."
-        )
+        alt = f"{title}: a dot for each mean, with a whisker for its interval. "
+        alt += f"At {first}: {values}. All values are in the table beside it."
         path = Path("figures", f"{name}.png")
         plots.intervals(rows, title, "0 to 1", alt, save=folder / path)
         figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
@@ -171,6 +164,5 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
 
 
 def _intervals(cells: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Keep the cells that have an interval."""
     whole = {name: c for name, c in cells.items() if c and c["low"] is not None}
     return {name: (c["mean"], c["low"], c["high"]) for name, c in whole.items()}

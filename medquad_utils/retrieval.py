@@ -1,8 +1,7 @@
 """Search the MedQuAD rows, and cite the passages that support the sentences of an answer.
 
-BM25: Robertson and Zaragoza, "The probabilistic relevance framework: BM25 and beyond", 2009, in
-Lucene's variant as bm25s computes it (k1 = 1.5, b = 0.75). Fusion: Cormack, Clarke and Buettcher,
-"Reciprocal rank fusion outperforms Condorcet and individual rank learning methods", SIGIR 2009.
+BM25: Robertson and Zaragoza, 2009, in Lucene's variant as bm25s computes it (k1 = 1.5, b = 0.75).
+Fusion: Cormack, Clarke and Buettcher, "Reciprocal rank fusion", SIGIR 2009.
 
 A citation was looked up after the answer: the model has not read it. A sentence with a close
 passage may still be wrong.
@@ -36,9 +35,8 @@ DEPTH = 1000  # a row below this rank adds less than 1/1060: it moves no row int
 FALSE_SOURCES = 0.05  # highest share of questions about unknown diseases that may get a source
 THRESHOLD = 0.79  # from ``calibrate`` on the validation rows of the real MedQuAD; a test checks it
 PASSAGES = 3  # under an answer, at most
-# A sentence whose best passage scores less has no close source. Of 1,462 sentences about diseases
-# held out of the real MedQuAD, a tenth reach it in passages about the nearest other diseases; half
-# of those are in the passage word for word.
+# A sentence whose best passage scores less has no close source. Of 1,462 sentences of MedQuAD, a
+# tenth reach it in passages about other diseases, half of those word for word.
 SUPPORT = 0.6
 WORD = r"\w+"  # single letters and digits count: hepatitis C, type 1
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
@@ -79,11 +77,11 @@ def _names(row: Row) -> list[str]:
 
 
 def _name_words(row: Row) -> list[frozenset[str]]:
-    return [name for name in map(frozenset, map(words, _names(row))) if name]
+    return [frozenset(name) for name in map(words, _names(row)) if name]
 
 
 class Hit(NamedTuple):
-    """A row of a search; ``score`` is 0 to 1 and comparable between questions (see ``Index``)."""
+    """A row of a search; ``score`` is from 0 to 1 (see ``Index``)."""
 
     row: Row
     score: float
@@ -105,8 +103,7 @@ class Hit(NamedTuple):
 
 
 def _bm25(texts: Iterable[str]) -> Any:
-    # bm25s runs a jax operation at import where jax is installed, as on Colab. On a GPU, jax would
-    # take most of the memory from torch.
+    # bm25s imports jax where it is installed, as on Colab: on a GPU, jax would take torch's memory.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import bm25s
 
@@ -117,7 +114,7 @@ def _bm25(texts: Iterable[str]) -> Any:
     return ranking
 
 
-def reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
+def _reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
     """1 / (60 + rank) for each positive score down to rank ``DEPTH``, else 0; ties share a rank."""
     from scipy.stats import rankdata
 
@@ -128,18 +125,15 @@ def reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
 class Index:
     """Two BM25 rankings (headings; headings with answers), fused by rank, then sorted by score.
 
-    The score asks whether a hit is about the disease of the question. For each name of the hit,
+    The score asks whether a hit is about the disease of the question: 1 means that the question
+    names this disease and nothing else. The best name of the hit counts, by
 
-        score = share of the question that the name covers x share of the name in the question
+        share of the question that the name covers x share of the name in the question
 
-    and the best name counts. Shares are sums of inverse document frequency, log(1 + (N - f + 0.5)
-    / (f + 0.5)) for a word in f of N rows. In a question, each weight is multiplied by the share of
-    those f rows that have the word in a name: "my doctor says" weighs nothing, and a word that no
-    row has weighs most, so an unknown disease lowers the score. 1 means that the question names
-    this disease and nothing else. A fused rank cannot tell that, because some row is always first.
-
-    Answers do not count, because long ones mention many diseases. A question that names no disease
-    scores near 0. In a small archive most words are unknown and scores are lower: find a new
+    Shares are sums of inverse document frequency, log(1 + (N - f + 0.5) / (f + 0.5)) for a word in
+    f of N rows. In a question, each weight is multiplied by the share of those f rows that have the
+    word in a name: "my doctor says" weighs nothing. A word that no row has weighs most, so an
+    unknown disease lowers the score. So do the many unknown words of a small archive: find a new
     threshold with ``calibrate``. Raises CourseError if no row has a word.
     """
 
@@ -176,10 +170,9 @@ class Index:
     def search(
         self, questions: Sequence[str], k: int = 3, without: Sequence[Collection[int]] | None = None
     ) -> list[list[Hit]]:
-        """Return for each question its best rows, at most ``k``, best first.
+        """Return for each question its best rows, at most ``k``; none if it shares no word.
 
-        ``without`` holds for each question the numbers of rows to leave out (in an evaluation, its
-        own row). A question that shares no word with the archive has no hits.
+        ``without`` holds for each question the numbers of rows to leave out.
         """
         if isinstance(questions, str):
             raise CourseError("search takes a list of questions: write search([question]).")
@@ -192,7 +185,7 @@ class Index:
             for ranking in self._rankings
         )
         headings[excluded] = wholes[excluded] = 0
-        merit = reciprocal_ranks(headings) + reciprocal_ranks(wholes)
+        merit = _reciprocal_ranks(headings) + _reciprocal_ranks(wholes)
         order = numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)]
         asked, total = frozenset(question), self.weight(question, question=True)
 
@@ -235,17 +228,16 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
 def calibrate(index: Index, inside: Sequence[str], outside: Sequence[str]) -> float:
     """Set the lowest threshold at which at most 5 % of the ``outside`` questions get a source.
 
-    ``inside`` asks about diseases of the archive, ``outside`` about validation rows for which
-    ``index.knows(row)`` is false, at least one. Do not use test data. The threshold lies midway
-    between the highest outside score below it and the next inside score.
+    ``inside`` asks about diseases of the archive, ``outside`` about at least one validation row
+    that it does not know. The threshold lies midway between the highest outside score below it and
+    the next inside score.
     """
-
-    def best_scores(questions: Sequence[str]) -> list[float]:
-        return [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
-
-    outer = sorted(best_scores(outside), reverse=True)
-    highest = outer[int(FALSE_SOURCES * len(outer))]
-    above = [score for score in best_scores(inside) if score > highest]
+    inner, outer = (
+        [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
+        for questions in (inside, outside)
+    )
+    highest = sorted(outer, reverse=True)[int(FALSE_SOURCES * len(outer))]
+    above = [score for score in inner if score > highest]
     index.threshold = (highest + min(above)) / 2 if above else math.nextafter(highest, 2)
     return index.threshold
 
@@ -262,9 +254,8 @@ class Support(NamedTuple):
 def support(index: Index, sentence: str, title: str, passage: str) -> tuple[float, str]:
     """Return how much of ``sentence`` is in one sentence of ``passage``: (score, that sentence).
 
-    The score is the share of the sentence's different words, weighted by inverse document
-    frequency, that the passage's sentence or its title holds: 0 no word, 1 every word. It sees
-    neither a "not" nor the order of words, and a paraphrase scores low.
+    The score is the share, 0 to 1, of the sentence's words, weighted by inverse document frequency,
+    that the passage's sentence or its title holds. It sees neither a "not" nor a paraphrase.
     """
     claim, name = set(words(sentence)), set(words(title))
     total = index.weight(claim) or 1.0  # a sentence without words scores 0

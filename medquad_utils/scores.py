@@ -1,8 +1,8 @@
 """Score answers: likeness to references, likelihood under a model, confidence intervals.
 
 Functions that compare take ``answers``, one text a row, and ``references``, one text or several a
-row, of which the best counts. They return a float64 array of shape (rows,). An empty answer scores
-0; ``None`` and NaN count as empty. A row without a reference raises a ``CourseError``.
+row, of which the best counts. They return float64, shape (rows,). An empty answer scores 0, like
+``None`` and NaN. A row without a reference raises a ``CourseError``.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def rouge(
 ) -> dict[str, numpy.ndarray]:  # fmt: skip
     """Compute ROUGE F1 by kind (Lin, 2004; Google's ``rouge_score``).
 
-    Words are compared by their Porter stem, unless ``stem`` is false: that is the default of
-    ``evaluate.load("rouge")``. Only a-z and 0-9 make words: text in another script scores 0.
+    Words are compared by their Porter stem; ``stem=False`` is the default of the package
+    ``evaluate``. Only a-z and 0-9 make words: text in another script scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -142,12 +142,9 @@ def tfidf_cosine(
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform
-
-    def cosine(answer: str, reference: str) -> float:  # the vectors have length 1
-        return float((vector([answer]) @ vector([reference]).T).sum())
-
-    return _best(answers, references, cosine).clip(0, 1)
+    vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform  # of length 1
+    cosines = _best(answers, references, lambda a, r: (vector([a]) @ vector([r]).T).sum())
+    return cosines.clip(0, 1)
 
 
 def length_ratio(answers: Sequence[str], references: References) -> numpy.ndarray:
@@ -186,8 +183,8 @@ def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
 def bert_score(answers: Sequence[str], references: References) -> numpy.ndarray:
     """Compute BERTScore F1 (Zhang et al., 2020, arXiv 1904.09675), no idf weights, no rescaling.
 
-    Texts are cut at 512 tokens. The authors' package gives the same numbers, but it takes no
-    revision and fails on an empty answer under transformers 5.
+    Texts are cut at 512 tokens. The authors' package takes no revision, and it fails on an empty
+    answer under transformers 5.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -199,10 +196,10 @@ def bert_score(answers: Sequence[str], references: References) -> numpy.ndarray:
     options = {"truncation": True, "max_length": min(tokenizer.model_max_length, 512)}
 
     @lru_cache(16)  # answers to one question come one after another: they share references
+    @torch.inference_mode()
     def embed(text: str) -> torch.Tensor:  # unit vectors, (tokens, width)
         batch = tokenizer(text.strip(), return_tensors="pt", **options).to(model.device)
-        with torch.inference_mode():
-            states = model(**batch, output_hidden_states=True).hidden_states[BERT_LAYER][0]
+        states = model(**batch, output_hidden_states=True).hidden_states[BERT_LAYER][0]
         return torch.nn.functional.normalize(states, dim=-1)
 
     def f1(answer: str, reference: str) -> float:
@@ -250,8 +247,8 @@ def answer_loss(
 ) -> Losses:  # fmt: skip
     """Score each reference after its conversation (lists of messages), by teacher forcing.
 
-    The prompt and the end-of-turn token do not count: the latter has no bytes. A row that is empty
-    or longer than the model's context is NaN, for the caller to count.
+    The prompt and the end-of-turn token do not count. A row that is empty or longer than the
+    model's context is NaN, for the caller to count.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     texts = [without_tokens(reference.strip()) for reference in references]
@@ -313,11 +310,7 @@ def _nats(model: Model, states: torch.Tensor, tokens: torch.Tensor) -> float:
 
 
 def plain_texts(plan: Plan) -> list[str]:
-    """Return the texts that forgetting is measured on: articles for the embedded base, else prose.
-
-    The articles cover every third condition in the wording of pretraining; thirty general
-    paragraphs (``assets/general.toml``) serve any other model.
-    """
+    """Return the texts that forgetting is measured on: prose, or what the embedded base learned."""
     if plan.model_id == "embedded" and not plan.model_path:
         rng = random.Random(0)
         return [article(condition, len(condition.facts), rng) for condition in conditions()[::3]]
@@ -328,15 +321,12 @@ def plain_texts(plan: Plan) -> list[str]:
 def interval(values: Values, groups: Groups = None) -> Interval:
     """Return (mean, low, high), a 95 % interval. NaN values are left out.
 
-    Percentile bootstrap (Efron, 1979). ``groups`` names the disease of each row (see
-    ``splits.focus_of``): whole diseases are resampled, because rows of one disease tend to stand or
-    fall together (cluster bootstrap: Field and Welsh, 2007; for evaluations of language models:
+    Percentile bootstrap (Efron, 1979) of whole ``groups``, the diseases of the rows, because rows
+    of one disease tend to stand or fall together (Field and Welsh, 2007; for language models:
     Miller, 2024, arXiv 2411.00640). A row without a group is one of its own. Under about 30 groups
-    the interval is somewhat too narrow.
+    the interval is somewhat too narrow. The ends are NaN for equal values or a single group.
 
-    A column of only 0 and 1 is a share. It gets Wilson's interval at the effective number of rows
-    (``effective_rows``), which never has width 0. The ends are NaN where the data allow no
-    interval: other values that are all equal, or a single group.
+    A column of only 0 and 1 gets Wilson's interval at ``effective_rows``, never of width 0.
     """
     (column,), labels = _complete(groups, values)
     if {*column} <= {0.0, 1.0}:
@@ -348,13 +338,13 @@ def interval(values: Values, groups: Groups = None) -> Interval:
 def paired_interval(before: Values, after: Values, groups: Groups = None) -> Interval:
     """Return (mean, low, high) of ``after - before``, row by row: a bootstrap as in ``interval``.
 
-    Two columns of 0 and 1 with one and the same difference c in each row: a bootstrap has width 0.
-    By Wilson, at most a share u of other rows differs from c (0 of the effective rows did), and a
-    difference lies between -1 and 1. So the ends are c - u (c + 1) and c + u (1 - c).
+    It has width 0 for shares with one and the same difference c in each row. By Wilson, at most a
+    share u of other rows differs from c, to -1 or 1: the ends are c - u (c + 1) and c + u (1 - c).
     """
     if len(before) != len(after):
-        what = f"{len(before)} and {len(after)} values"
-        raise CourseError(f"cannot pair {what}: expected the same rows.")
+        raise CourseError(
+            f"cannot pair {len(before)} and {len(after)} values: expected the same rows."
+        )
     (a, b), labels = _complete(groups, before, after)
     difference = b - a
     if {*a, *b} <= {0.0, 1.0} and numpy.ptp(difference) == 0:
@@ -366,20 +356,17 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
 def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
 
-    ``bits_per_byte(after.nats - before.nats, before.bytes)`` is the paired difference. The
-    interval is that of ``interval``: both sums are over the same resampled groups.
+    Of ``after.nats - before.nats`` it is the paired difference. Groups are resampled whole.
     """
-    (over, under), labels = _complete(groups, nats, bytes)
-    return _ratio(over / math.log(2), under, labels)
+    return _ratio(nats / math.log(2), bytes, groups)
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
 
-    Of ``after.nats - before.nats`` it is the paired ratio. The interval is as in ``bits_per_byte``.
+    Of ``after.nats - before.nats`` it is the paired ratio. Groups are resampled whole.
     """
-    (over, under), labels = _complete(groups, nats, tokens)
-    mean, low, high = map(math.exp, _ratio(over, under, labels))
+    mean, low, high = map(math.exp, _ratio(nats, tokens, groups))
     return mean, low, high
 
 
@@ -394,12 +381,9 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
     """Return how many independent rows would tell as much about the mean as these rows do.
 
-    That is n over the design effect (Kish, 1965): the squared gaps to the mean, summed by group
-    and then squared, over the squared gaps of the rows; at most n. Equal values, or a single
-    group, do not show how alike the rows of a group are. Then each group counts as copies of one
-    row, the worst case: n**2 / sum(size**2). Wilson's interval at this size is recommended for
-    shares in samples of whole clusters (Franco, Little, Louis and Slud, 2019, J. Surv. Stat.
-    Methodol. 7).
+    That is n over the design effect (Kish, 1965), at most n, as Franco et al. (2019, J. Surv. Stat.
+    Methodol. 7) recommend for Wilson's interval. Equal values, or a single group, do not show how
+    alike the rows of a group are: then each group counts as copies of one row, the worst case.
     """
     labels, n = group_numbers(groups, len(values)), len(values)
     sizes, gaps = numpy.bincount(labels), values - numpy.mean(values)
@@ -410,10 +394,10 @@ def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
 
 
 def p_value(over: Values, under: Values | None = None, groups: Groups = None) -> float:
-    """Return the two-sided p-value of "the mean is 0", from the resamples of the intervals.
+    """Return the two-sided p-value of "the mean is 0" (Davison and Hinkley, 1997).
 
-    ``over`` are paired differences, ``under`` the sizes if it is a ratio (bytes, tokens). Twice the
-    smaller share of resamples on one side of 0, counting one more (Davison and Hinkley, 1997).
+    ``over`` are paired differences, ``under`` the sizes if it is a ratio (bytes, tokens). It is
+    twice the smaller share of the intervals' resamples on one side of 0, counting one more.
     """
     (a, b), labels = _complete(groups, over, numpy.ones(len(over)) if under is None else under)
     ratios = _resamples(a, b, labels)
@@ -460,9 +444,10 @@ def _resamples(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray)
     return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
 
 
-def _ratio(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> Interval:
+def _ratio(over: Values, under: Values, groups: Groups) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
-    low, high = numpy.quantile(_resamples(over, under, labels), [0.025, 0.975])
+    (tops, bottoms), labels = _complete(groups, over, under)
+    low, high = numpy.quantile(_resamples(tops, bottoms, labels), [0.025, 0.975])
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
         low = high = math.nan
-    return float(over.sum() / under.sum()), float(low), float(high)
+    return float(tops.sum() / bottoms.sum()), float(low), float(high)

@@ -285,3 +285,9 @@ def evaluated(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("evaluated")
     small_evaluation(tiny_adapter, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def metrics(evaluated: Path) -> Any:
+    """The metrics of that evaluation; no test may change them."""
+    return json.loads((evaluated / "metrics.json").read_text("utf-8"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +71,12 @@ def test_prompts_fit_and_take_no_special_token_from_a_user(tiny_tokenizer: Any, 
 
 
 def test_nearest_answer_is_of_the_best_question_of_the_same_type() -> None:
-    """By hand: each cosine on its own; of equals the first; an unknown type is looked up in all."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    rows = sample.rows()[::3]
-    train, types = rows[40:240], [*(r["qtype"] for r in rows[1:40]), "outlook"]
-    asked = [{**r, "qtype": t} for r, t in zip(rows, types, strict=False)]  # not as the words say
-    table = TfidfVectorizer().fit([r["question"] for r in train])
-    known, wanted = (table.transform([r["question"] for r in p]).toarray() for p in (train, asked))
-    expected = []
-    for vector, qtype in zip(wanted, types, strict=True):
-        same = [n for n, r in enumerate(train) if r["qtype"] == qtype] or range(len(train))
-        best = max(same, key=lambda n: (round(float(vector @ known[n]), 9), -n))
-        expected.append(train[best]["answer"])
-    assert evaluation.nearest_training_answers(train, asked) == expected
+    asked = {"a": "causes gout", "b": "causes mumps", "c": "treats gout", "d": "treats gout"}
+    types = ("causes", "causes", "treatment", "treatment")
+    train = [row(t, a, question=q) for (a, q), t in zip(asked.items(), types, strict=True)]
+    questions = [("causes", "gout"), ("treatment", "causes mumps gout"), ("outlook", "mumps")]
+    found = evaluation.nearest_training_answers(train, [row(t, question=q) for t, q in questions])
+    assert found == ["a", "c", "b"], "of equals the first; an unknown type is looked up in all"
 
 
 def test_another_disease_is_of_the_same_source_and_type_if_there_is_one() -> None:
@@ -148,16 +139,15 @@ def test_a_cell_counts_diseases_and_needs_five_of_them() -> None:
     gain, pair = after["rougeL"] - before["rougeL"], (before["rougeL"], after["rougeL"], foci)
     lost = after["nats"] - before["nats"], bits["bytes"], foci
     expected = [
+        (("bits_per_byte", after, before), scores.bits_per_byte(*lost)),
         (("rougeL", after), scores.interval(after["rougeL"], foci)),
         (("rougeL", after, before), scores.paired_interval(*pair)),
-        (("bits_per_byte", after, before), scores.bits_per_byte(*lost)),
     ]
     for asked, values in expected:
         cell = evaluation.measure(*asked)
         assert cell and (cell["mean"], cell["low"], cell["high"]) == values
         assert (cell["n"], cell["diseases"]) == (18, 6)
-    cell = evaluation.measure("rougeL", after, before)
-    assert cell and cell["p"] == scores.p_value(gain, groups=foci)
+    assert cell["p"] == scores.p_value(gain, groups=foci)
     four = {**after, "disease": [f"disease {n % 4}" for n in range(18)]}
     few = evaluation.measure("rougeL", four)
     assert few and (few["low"], few["n"], few["diseases"]) == (None, 18, 4)
@@ -185,17 +175,12 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
 
 def test_a_close_source_is_fixed_on_diseases_of_validation() -> None:
     names = sorted({str(r["focus"]) for r in sample.rows()})
-    parts = (names[:100], names[100:120], names[120:])
+    parts = (names[:30], names[30:50], names[50:60])
     train, held_out, others = ([r for r in sample.rows() if r["focus"] in part] for part in parts)
     index = evaluation.archive_index(train, others, held_out)
-    known, unknown = retrieval.probes(train), retrieval.probes(held_out)
-    assert index.threshold == retrieval.calibrate(retrieval.Index(train), known, unknown)
+    probes = map(retrieval.probes, (train, held_out))
+    assert index.threshold == retrieval.calibrate(retrieval.Index(train), *probes)
     assert index.rows == [*train, *others]
-
-
-@pytest.fixture(scope="module")
-def metrics(evaluated: Path) -> Any:
-    return json.loads((evaluated / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -254,17 +239,10 @@ def test_metrics_are_those_of_the_table_of_answers(metrics: Any, answers: Any) -
         assert same == (int(tuned["id"]) in notes[evaluation.UNGROUNDED]), "the same prompt"
 
 
-def cells(metrics: Any) -> Iterator[dict[str, Any]]:
-    """Every cell of the metrics, wherever it stands."""
-    if isinstance(metrics, dict):
-        if "low" in metrics:
-            yield metrics
-        for value in metrics.values():
-            yield from cells(value)
-
-
 def test_no_interval_has_width_zero(metrics: Any) -> None:
-    shown = [cell for cell in cells(metrics) if cell["low"] is not None]
+    cells: list[dict[str, Any]] = []
+    json.loads(json.dumps(metrics), object_hook=cells.append)
+    shown = [cell for cell in cells if cell.get("low") is not None]
     assert len(shown) > 100
     assert all(cell["low"] < cell["high"] for cell in shown)
     assert all(cell["low"] <= cell["mean"] <= cell["high"] for cell in shown)
@@ -369,33 +347,20 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert recipe["archive_rows"] == recipe["training_rows"] + 6
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"questions": "nowhere.csv"}, "expected a file, or a folder of files, that ends in"),
-        ({"questions": "topics.csv"}, "no column for the question"),
-        ({"limit": "0"}, "expected whole numbers over 0"),
-        ({"data": "nowhere"}, "no train.parquet in nowhere/"),
-        ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has others"),
-        (
-            {"adapter": "same", "data": "elsewhere"},
-            "'sample' rows (abc), and elsewhere/ has others",
-        ),
-        ({"adapter": "nowhere"}, "no adapter in nowhere/: lesson 04 trains one"),
-    ],
-)
-def test_a_mistake_is_one_line_before_a_model_is_loaded(
+@pytest.mark.parametrize(("options", "said"), [
+    ({"data": "nowhere"}, "no train.parquet in nowhere/"),
+    ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has others"),
+    ({"adapter": "same", "data": "elsewhere"}, "'sample' rows (abc), and elsewhere/ has others"),
+    ({"limit": "0"}, "expected whole numbers over 0"),
+])  # fmt: skip
+def test_rows_of_another_adapter_are_refused_before_a_model_is_loaded(
     options: Any, said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
-    Path("topics.csv").write_text("topic,answer\ngout,x\n")
-    Path("other").mkdir()
-    Path("other", "plan.json").write_text('{"profile": "tiny", "source": "xml"}')
-    Path("same").mkdir()
-    Path("same", "plan.json").write_text(json.dumps(tiny().as_dict() | {"data": "abc"}))
-    Path("elsewhere").mkdir()
-    Path("elsewhere", "data.json").write_text('{"splits": "def"}')
+    files.write_json(Path("other", "plan.json"), {"profile": "tiny", "source": "xml"})
+    files.write_json(Path("same", "plan.json"), tiny().as_dict() | {"data": "abc"})
+    files.write_json(Path("elsewhere", "data.json"), {"splits": "def"})
     Path("elsewhere", "train.parquet").touch()
     given = {"questions": str(jsonl(tmp_path, GOUT)), "profile": "tiny"} | options
     assert evaluate_command(**given) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,7 @@ def kept(folder: Path) -> dict[str, Any]:
 
 def texts(value: Any) -> list[str]:
     """Every text in a JSON value, the keys of its objects as well."""
-    if isinstance(value, dict):
-        return [*value, *(text for part in value.values() for text in texts(part))]
-    if isinstance(value, list):
-        return [text for part in value for text in texts(part)]
-    return [value] if isinstance(value, str) else []
+    return [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(value))]
 
 
 def shared(value: Any, rows: list[Row]) -> set[tuple[str, ...]]:
@@ -89,6 +86,9 @@ def test_a_sentence_of_the_data_is_replaced_and_its_neighbours_stay(
     reference.write(finished, tmp_path / "kept", SECONDS)
     files = kept(tmp_path / "kept")
     assert not shared(files, rows)
+    for place in (str(tmp_path), str(Path.home()), platform.node()):
+        assert place not in json.dumps(files), "a place of this machine"
+    assert not {getpass.getuser(), "out", "data_path", "model_path"} & {*texts(files)}
     (said,) = files["answers.json"]["three questions"]
     assert said["tuned"] == "Well, now: [as in MedQuAD]. So it is." and said["base"] == "No idea."
     assert files["metrics/ask.json"]["answers"] == [said]
@@ -97,36 +97,26 @@ def test_a_sentence_of_the_data_is_replaced_and_its_neighbours_stay(
 def test_a_stretch_of_seven_words_may_stay() -> None:
     row = {"question": "Q", "answer": "one two three four five six seven eight nine"}
     asked = ["One two, three four five six seven?", "now one two three four five six seven eight!"]
-    assert reference.without_sentences(asked, [row]) == [asked[0], "now [as in MedQuAD]!"]
+    asked += ["one two three four five six seven eight nine, three four five six seven eight."]
+    asked += [f"{row['answer']}. {row['answer']}"]
+    found = reference.without_sentences(asked, [row])
+    hidden = "[as in MedQuAD]"
+    assert found[:2] == [asked[0], f"now {hidden}!"]
+    assert found[2:] == [f"{hidden}, three four five six seven eight.", f"{hidden}. {hidden}"]
 
 
-def test_a_reference_run_names_no_place_of_this_machine(finished: Any, tmp_path: Path) -> None:
-    reference.write(finished, tmp_path / "kept", SECONDS)
-    for name, content in kept(tmp_path / "kept").items():
-        for place in (str(tmp_path), str(Path.home()), platform.node()):
-            assert place not in json.dumps(content), name
-        personal = {getpass.getuser(), "out", "data_path", "model_path"}
-        assert not personal & set(texts(content)), name
-
-
-@pytest.mark.parametrize("lost", ["metrics/train.json", "evaluation/answers.parquet"])
-def test_what_is_missing_is_named_and_nothing_is_written(
-    finished: Any, tmp_path: Path, lost: str
-) -> None:
+def test_what_is_missing_is_named_and_nothing_is_written(finished: Any, tmp_path: Path) -> None:
     """Lesson 06 owes the answers to the held-out questions."""
     write_json(finished.folder / "metrics" / "evaluate.json", {"headline": "evaluated"})
-    (finished.folder / lost).unlink()
-    with pytest.raises(CourseError, match=rf"lacks {Path(lost).name} in tiny/: run all lessons"):
+    (finished.folder / "evaluation" / "answers.parquet").unlink()
+    with pytest.raises(CourseError, match=r"lacks answers.parquet in tiny/: run all lessons"):
         reference.write(finished, tmp_path / "kept", SECONDS | {"06 evaluate honestly": 9.0})
     assert not (tmp_path / "kept").exists()
-
-
-def test_a_run_that_ends_before_lesson_06_has_no_held_out_answers(
-    finished: Any, tmp_path: Path
-) -> None:
-    (finished.folder / "evaluation" / "answers.parquet").unlink()
-    reference.write(finished, tmp_path / "kept", SECONDS)
+    reference.write(finished, tmp_path / "kept", SECONDS)  # a run that ends before lesson 06
     assert list(kept(tmp_path / "kept")["answers.json"]) == ["three questions"]
+    (finished.folder / "metrics" / "train.json").unlink()
+    with pytest.raises(CourseError, match=r"lacks train.json in tiny/"):
+        reference.write(finished, tmp_path / "new", SECONDS)
 
 
 def test_the_largest_profile_is_the_reference(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,19 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @pytest.fixture(scope="module")
-def metrics(evaluated: Path) -> Any:
-    return json.loads((evaluated / "metrics.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
 def pages(metrics: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The report as HTML and as Markdown."""
     named = metrics | {"file": NASTY}
     return [path.read_text() for path in report.write(named, tmp_path_factory.mktemp("report"))]
 
 
-def leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> list[str]:
     """Every key, number and text of the metrics, as the report shows them."""
-    if isinstance(value, dict | list):
-        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from leaves(inner)
-    else:
-        yield value if isinstance(value, str) else report.number(value)
+    if isinstance(value, dict):
+        return leaves([*value, *value.values()])
+    if isinstance(value, list):
+        return [leaf for inner in value for leaf in leaves(inner)]
+    return [value if isinstance(value, str) else report.number(value)]
 
 
 def test_every_number_of_the_report_is_one_of_the_metrics(metrics: Any, pages: list[str]) -> None:
@@ -46,11 +39,6 @@ def test_every_number_of_the_report_is_one_of_the_metrics(metrics: Any, pages: l
     page = Markup(re.sub(r"(?s)<style>.*?</style>|(?=<)", " ", pages[0])).text
     for text in (pages[1], page + " ".join(alts)):
         assert len(found := NUMBER.findall(text)) > 300 and set(found) <= known
-
-
-def test_small_numbers_keep_their_digits() -> None:
-    shown = [report.number(value) for value in (2e-4, -0.00031, -0.0, 0.0012, 1234.5, 7000, None)]
-    assert shown == ["0.0002", "-0.00031", "0.000", "0.001", "1,234.500", "7,000", "–"]
 
 
 def test_a_changed_metric_changes_the_report(metrics: Any, tmp_path: Path) -> None:
@@ -77,7 +65,9 @@ def test_the_notice_and_the_verdict_stand_before_the_scores(metrics: Any, pages:
         assert places == sorted(places)
 
 
-def test_questions_are_counted_with_their_diseases(metrics: Any, pages: list[str]) -> None:
+def test_numbers_keep_digits_and_questions_diseases(metrics: Any, pages: list[str]) -> None:
+    shown = [report.number(value) for value in (2e-4, -0.00031, -0.0, 0.0012, 1234.5, 7000, None)]
+    assert shown == ["0.0002", "-0.00031", "0.000", "0.001", "1,234.500", "7,000", "–"]
     assert report.counted(1, 1) == "1 question about 1 disease"
     assert report.counted(1234, None) == "1,234 questions"
     said, first = report.counted(metrics["questions"], metrics["diseases"]), metrics["verdict"][0]
