@@ -165,13 +165,10 @@ def _json(text: str) -> list[Row]:
     while (start := space.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         value, end = decoder.raw_decode(text, start)
         values += value if isinstance(value, list) else [value]
-    records = list[Row]()
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict | tuple):
-            raise ValueError(f"record {number} is not an object: {str(value)[:60]}")
-        keys = _keys(value, f"record {number}")
-        records.append(dict(zip(keys, value.values(), strict=True)))
-    return records
+    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict | tuple)]:
+        raise ValueError(f"record {wrong[0] + 1} is not an object: {str(values[wrong[0]])[:60]}")
+    keys = [_keys(value, f"record {n}") for n, value in enumerate(values, start=1)]
+    return [dict(zip(k, v.values(), strict=True)) for k, v in zip(keys, values, strict=True)]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row | tuple[str, ...]:
