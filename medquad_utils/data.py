@@ -367,7 +367,7 @@ def make(
             files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
         for part in PARTS:
             path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
-            files.dump_rows(path, getattr(splits, part))
+            files.write_rows(path, getattr(splits, part))
         (folder / "data.json").unlink(missing_ok=True)
     return splits, card
 

@@ -140,16 +140,14 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
 
 
 def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
-    """Load the 4-bit base with the adapter in ``adapter`` (default: that of lesson 04)."""
+    """Load the 4-bit base with the adapter in a folder (default: that of lesson 04)."""
     return load_adapters(plan, {"default": adapter or plan.folder / "adapter"})
 
 
 def load_adapters(
-    plan: Plan,
-    adapters: Mapping[str, Path],
-    trainable: bool = False,
+    plan: Plan, adapters: Mapping[str, Path], trainable: bool = False,
     base: PreTrainedModel | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
@@ -352,14 +350,9 @@ class Answer:
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Messages],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: str = "",
-    **sampling: Any,
-) -> list[Answer]:
+    model: PreTrainedModel, tokenizer: Tokenizer, conversations: Sequence[Messages],
+    max_new_tokens: int, batch_size: int = 32, progress: str = "", **sampling: Any,
+) -> list[Answer]:  # fmt: skip
     """Answer ``conversations`` in batches, greedily unless ``sampling`` says otherwise.
 
     ``progress`` labels a progress bar. ``sampling`` goes to ``model.generate``.
@@ -399,12 +392,9 @@ def _read(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answ
 
 
 def ask(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    questions: Sequence[str],
-    max_new_tokens: int = 128,
-    **settings: Any,
-) -> list[Answer]:
+    model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence[str],
+    max_new_tokens: int = 128, **settings: Any,
+) -> list[Answer]:  # fmt: skip
     """Answer each question in its own conversation, under the course's system prompt."""
     conversations = [prompt_messages(question) for question in questions]
     return generate(model, tokenizer, conversations, max_new_tokens, **settings)
