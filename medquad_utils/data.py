@@ -69,11 +69,6 @@ class Loaded:
     commit: str = ""  # of a data set on the Hub
 
     @property
-    def unanswered(self) -> int:
-        """Count the records without an answer."""
-        return len(self.skipped.get(NO_ANSWER, ()))
-
-    @property
     def records(self) -> int:
         """Count the records."""
         return len(self.rows) + sum(map(len, self.skipped.values()))
@@ -382,7 +377,7 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
     return {
         "records": loaded.records,
         "loaded": len(loaded.rows),
-        "unanswered": loaded.unanswered,
+        "unanswered": len(loaded.skipped.get(NO_ANSWER, ())),
         "skipped": {reason: len(at) for reason, at in skipped.items()},
         "reading": [*listed(skipped), *listed(loaded.notes)],
         "commit": loaded.commit or None,
@@ -408,10 +403,8 @@ def summary(card: Mapping[str, Any]) -> str:
         f"{sum(b['rows'].values()):,} rows"
         for b in leaks.pop("boilerplate")
     }
-    effects = {
-        rule: f"{effect['changed']:,} changed, {effect['dropped']:,} dropped"
-        for rule, effect in card["cleaning"].items()
-    }
+    effect = "{changed:,} changed, {dropped:,} dropped"
+    effects = {rule: effect.format(**counts) for rule, counts in card["cleaning"].items()}
     letters, units = card["damage"]["letters"], card["damage"]["units"]
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
