@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,13 @@ CHAT_TEMPLATE = (
 END_OF_TURN, END_OF_TEXT = "<|eot_id|>", "<|end_of_text|>"
 PAD_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>"]
 IGNORED = -100  # the label that the loss skips
+# How a special token begins: <|name|> of Llama, Qwen and Granite (DeepSeek has another bar), <name>
+# and [NAME] of Mistral and SmolLM. Tags of HTML and words in brackets stay as they are.
+TOKEN = re.compile(
+    r"<(?=[|｜]|/?(?:s|bos|eos|unk|pad|mask|think|code|filename|reponame|[a-z]+_\w+)>)"
+    r"|\[(?=/?(?:INST|THINK|ARGS|IMG|PREFIX|MIDDLE|SUFFIX|[a-z]+_\w+)\])",
+    re.IGNORECASE,
+)
 
 
 def tidy_question(question: str) -> str:
@@ -51,8 +60,8 @@ def tidy_question(question: str) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """Break up special tokens, so that a typed ``<|eot_id|>`` cannot end a turn."""
-    return text.replace("<|", "< |")
+    """Break up special tokens of any family, so that a typed ``<|eot_id|>`` cannot end a turn."""
+    return TOKEN.sub(r"\g<0> ", text)
 
 
 def prompt_messages(
@@ -79,7 +88,7 @@ def grounded_messages(question: str, passages: Sequence[str] = ()) -> list[dict[
 def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     """Convert a row to TRL's prompt and completion; only the completion enters the loss.
 
-    A row may carry "passages", a list of texts: they stand before its question.
+    Its "passages", a list of texts that a row need not have, stand before the question.
     """
     return {
         "prompt": grounded_messages(row["question"], row.get("passages", ())),
@@ -89,10 +98,23 @@ def to_example(row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     """Convert rows to a data set with the columns ``prompt`` and ``completion``."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
 
-    disable_progress_bars()  # every trainer would show eight short ones
     return Dataset.from_list([to_example(row) for row in rows])
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars of ``datasets`` inside: building a trainer shows eight short ones."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -118,16 +140,8 @@ def prompt_ids(
 def _ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **settings: bool
 ) -> list[int]:
-    # Other families have tokens of other forms, such as [INST] or </s>: a space breaks them up.
-    tokens = [t for t in tokenizer.get_added_vocab() if not (t[0].isalnum() or t.isspace())]
-    turns = []
-    for message in messages:
-        text = message["content"]
-        for token in (token for token in tokens if token in text):
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        turns.append({**message, "content": text})
     # The template writes the BOS token. A call of the tokenizer on rendered text adds a second one.
-    encoded = tokenizer.apply_chat_template(turns, return_dict=True, **settings)
+    encoded = tokenizer.apply_chat_template(list(messages), return_dict=True, **settings)
     return list(encoded["input_ids"])
 
 
@@ -137,8 +151,7 @@ def encode(
     """Tokenize a row, cut at ``max_length``; only the answer and its end of turn have labels."""
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
-    turns = example["prompt"] + example["completion"]
-    ids = _ids(tokenizer, turns)
+    ids = _ids(tokenizer, example["prompt"] + example["completion"])
     # The ids begin with those of the prompt: no token spans the header's newlines and the answer.
     # A label stands at the place of its own token. The model shifts the labels when it computes
     # the loss.

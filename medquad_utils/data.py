@@ -50,14 +50,8 @@ Places = dict[str, list[Place]]  # what happened to records -> which
 
 NO_ANSWER = "no answer"
 CLEANED = "control characters removed, or letters composed (NFC)"
-
-
 FOREIGN = "HTML, or letters that were decoded wrongly; kept"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|&(?:amp|nbsp|lt|gt|quot|#\d+);|â€|[ÂÃ][\x80-\xbf]")
-
-
-def _places() -> Places:
-    return defaultdict(list)
 
 
 @dataclass
@@ -69,15 +63,10 @@ class Loaded:
     """
 
     rows: list[Row]
-    skipped: Places = field(default_factory=_places)
-    notes: Places = field(default_factory=_places)
+    skipped: Places = field(default_factory=lambda: defaultdict(list))
+    notes: Places = field(default_factory=lambda: defaultdict(list))
     origins: list[tuple[Place, list[str]]] = field(default_factory=list, compare=False)
     commit: str = ""  # of a data set on the Hub
-
-    @property
-    def unanswered(self) -> int:
-        """Count the records without an answer."""
-        return len(self.skipped.get(NO_ANSWER, ()))
 
     @property
     def records(self) -> int:
@@ -91,20 +80,19 @@ class Loaded:
 
 def listed(places: Mapping[str, Sequence[Place]]) -> list[str]:
     """Describe what happened to records: how often, and where first."""
-    shown = {
-        what: ", ".join(map(str, at[:5])) + ", ..." * (len(at) > 5) for what, at in places.items()
-    }
-    return [f"{len(at):,} x {what} (record {shown[what]})" for what, at in places.items()]
+    return [
+        f"{len(at):,} x {what} (record {', '.join(map(str, at[:5]))}{', ...' * (len(at) > 5)})"
+        for what, at in places.items()
+    ]
 
 
 def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
-    path = Path(plan.data_path)
     if plan.source == "sample":
         return _parse((n, BytesIO(text.encode())) for n, text in raw.documents().items())
     if plan.source == "hub":
         return load_hub(plan.data_path or HUB_DATASET)
-    return load_xml(path) if plan.source == "xml" else load_table(path)
+    return (load_xml if plan.source == "xml" else load_table)(Path(plan.data_path))
 
 
 def _with_rows(loaded: Loaded, name: str) -> Loaded:
@@ -180,17 +168,14 @@ def load_hub(name: str) -> Loaded:
     with machine.network(f"the data set {name} could not be loaded from the Hub", todo):
         folder = Path(snapshot_download(name, repo_type="dataset", revision=commit,
                                         allow_patterns=table))  # fmt: skip
-    loaded = load_table(folder)
-    loaded.commit = folder.name  # the Hub's cache names the folder of a snapshot by its commit
-    return loaded
+    # The Hub's cache names the folder of a snapshot by its commit.
+    return dataclasses.replace(load_table(folder), commit=folder.name)
 
 
 def load_table(path: Path) -> Loaded:
     """Load a table, or all tables below a folder: files of ``ENDINGS`` with columns of ``NAMES``.
 
-    Raises:
-        CourseError: a file cannot be read without a guess (it names the line or the record), or
-            no record holds a question and an answer.
+    A CourseError names the line or the record that cannot be read without a guess.
     """
     if not (found := list_files(path, ENDINGS)):
         raise CourseError(
@@ -266,19 +251,15 @@ class Specialty:
         return bool(self.names) and any(map(pattern.search, names))
 
 
-_SPECIALTIES = Path(__file__).parent / "assets" / "specialties.toml"
+_TOML = Path(raw.__file__).with_name("specialties.toml").read_text(encoding="utf-8")
 SPECIALTIES = {
     name: Specialty("|".join(entry["names"]), tuple(entry.get("semantic_types", ())))
-    for name, entry in tomllib.loads(_SPECIALTIES.read_text(encoding="utf-8")).items()
+    for name, entry in tomllib.loads(_TOML).items()
 }
 
 
 def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> list[Row]:
-    """Select the rows of a specialty: a name of ``SPECIALTIES``, or a ``Specialty``.
-
-    Raises:
-        CourseError: there is no such specialty, or it has fewer than ``least`` rows.
-    """
+    """Select the rows of a specialty, at least ``least``: a name of ``SPECIALTIES``, or an own."""
     chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
     if chosen is None:
         raise CourseError(
@@ -298,11 +279,10 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, content of its files, seed and options."""
     sources = _files_of(plan)
-    root = Path(os.path.commonpath(sources)) if sources else Path(plan.data_path)
     return {
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "files": files.content_hash(sources, root),
+        "files": files.content_hash(sources, Path(os.path.commonpath(sources or [Path()]))),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
@@ -343,7 +323,7 @@ def prepare(plan: Plan) -> Splits:
 
 
 def _hash(splits: Splits) -> str:
-    parts = (splits.train, splits.validation, splits.test)
+    parts = (getattr(splits, part) for part in PARTS)
     return files.value_hash([[[row.get(c) for c in COLUMNS] for row in part] for part in parts])
 
 
@@ -382,25 +362,22 @@ def make(
             files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
         for part in PARTS:
             path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
-            files.dump_rows(path, getattr(splits, part))
+            files.write_rows(path, getattr(splits, part))
         (folder / "data.json").unlink(missing_ok=True)
     return splits, card
 
 
 def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
     """Count what was loaded, what cleaning did, and what each part holds."""
-
-    def place(number: int, words: str) -> str:
-        row = loaded.rows[number]
-        about = filter(None, (row["source"], row["document_id"], row["question"]))
-        return f"{' '.join(about)}: {words}"
-
-    damaged = damage(loaded.rows)
+    about = [
+        " ".join(filter(None, (row["source"], row["document_id"], row["question"])))
+        for row in loaded.rows
+    ]
     skipped = {reason: at for reason, at in loaded.skipped.items() if reason != NO_ANSWER}
     return {
         "records": loaded.records,
         "loaded": len(loaded.rows),
-        "unanswered": loaded.unanswered,
+        "unanswered": len(loaded.skipped.get(NO_ANSWER, ())),
         "skipped": {reason: len(at) for reason, at in skipped.items()},
         "reading": [*listed(skipped), *listed(loaded.notes)],
         "commit": loaded.commit or None,
@@ -411,7 +388,10 @@ def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
         "rows": splits.sizes(),
         "shares": splits.shares(),
         "notes": splits.notes,
-        "damage": {kind: [place(*p) for p in places] for kind, places in damaged.items()},
+        "damage": {
+            kind: [f"{about[number]}: {words}" for number, words in places]
+            for kind, places in damage(loaded.rows).items()
+        },
     }
 
 
@@ -423,10 +403,8 @@ def summary(card: Mapping[str, Any]) -> str:
         f"{sum(b['rows'].values()):,} rows"
         for b in leaks.pop("boilerplate")
     }
-    effects = {
-        rule: f"{effect['changed']:,} changed, {effect['dropped']:,} dropped"
-        for rule, effect in card["cleaning"].items()
-    }
+    effect = "{changed:,} changed, {dropped:,} dropped"
+    effects = {rule: effect.format(**counts) for rule, counts in card["cleaning"].items()}
     letters, units = card["damage"]["letters"], card["damage"]["units"]
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "

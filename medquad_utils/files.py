@@ -50,10 +50,8 @@ def check_place(folder: Path) -> None:
 def check_ours(path: Path, mark: str, whole: bool = False) -> None:
     """Check that a file may be replaced: it is absent, or holds the text ``mark`` of this package.
 
-    ``whole`` asks for the folder around it, which is empty or holds the marked file.
-
-    Raises:
-        CourseError: somebody else wrote it, or it is a link.
+    ``whole`` asks for the folder around it, which is empty or holds the marked file. What somebody
+    else wrote, and a link, raises a CourseError.
     """
     refuse_link(path)
     replaced = path.parent if whole else path
@@ -93,10 +91,8 @@ def _temporary(path: Path, ending: str = "part") -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it to ``path`` at the end.
 
-    An error or a kill on the way leaves an older ``path`` as it was.
-
-    Raises:
-        CourseError: the disk is full, the folder cannot be written, or ``path`` is a link.
+    An error or a kill on the way leaves an older ``path`` as it was. A full disk, a folder that
+    cannot be written and a link raise a CourseError.
     """
     refuse_link(path)
     temporary = None
@@ -165,8 +161,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold ``folder`` against other processes that lock it; the lock ends with this process.
 
-    Raises:
-        CourseError: another process holds it, and ``wait`` is false.
+    If another process holds it and ``wait`` is false, a CourseError is raised.
     """
     try:
         import fcntl
@@ -207,12 +202,9 @@ def value_hash(value: Any) -> str:
 
 
 def read_json(path: Path, *keys: str, **kinds: type) -> Any:
-    """Read an object from a JSON file that this package wrote.
+    """Read an object from a JSON file that this package wrote; a damaged one raises a CourseError.
 
     ``keys`` must be in it; ``kinds`` are types of values that may be in it.
-
-    Raises:
-        CourseError: the file is damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -245,18 +237,16 @@ def dump_json(temporary: Path, value: Any) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of ``write_rows``.
-
-    Raises:
-        CourseError: the file is damaged, or holds other columns.
-    """
+    """Read a file of ``write_rows``; a damaged one, or one of other columns, is a CourseError."""
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-        if wrong := [n for n, row in enumerate(rows, 1) if not _is_row(row)]:
-            raise ValueError(f"row {wrong[0]} is not one of medquad data")
+        for number, row in enumerate(rows, start=1):
+            texts = all(isinstance(row.get(column), str) for column in REQUIRED)
+            if not (texts and row.keys() >= set(COLUMNS)):
+                raise ValueError(f"row {number} is not one of medquad data")
     except (OSError, ValueError, pyarrow.lib.ArrowException) as error:
         told = " ".join(str(error).split()).replace(str(path), path.name)
         todo = "Delete it and run lesson 01 again, or medquad data if you named the folder."
@@ -264,19 +254,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _is_row(row: Row) -> bool:
-    texts = all(isinstance(row.get(column), str) for column in REQUIRED)
-    return texts and row.keys() >= set(COLUMNS)
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as parquet, in the columns ``COLUMNS``."""
-    with whole_file(path) as temporary:
-        dump_rows(temporary, rows)
-
-
-def dump_rows(temporary: Path, rows: Sequence[Row]) -> None:
-    """Write rows as parquet to a path of ``whole_file``."""
+def write_rows(temporary: Path, rows: Sequence[Row]) -> None:
+    """Write rows as parquet, in the columns ``COLUMNS``, to a path of ``whole_file``."""
     import pyarrow
     import pyarrow.parquet
 

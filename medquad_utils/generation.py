@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 # What identifies a local base; generation settings and pages for readers change no answer.
 OF_BASE = ("config.json", "tokenizer.json", "chat_template.jinja", "*.safetensors", "*.bin")
 # Fields of an adapter's config that may have any value: peft applies them beside the base. Every
-# other field that it sets must have one of these values.
+# other field must have one of these values, or none.
 FREE = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "inference_mode",
@@ -51,8 +51,7 @@ FIXED: dict[str, list[Any]] = {
 def load_tokenizer(plan: Plan) -> Tokenizer:
     """Load the tokenizer: a pad token that differs from the end tokens, padding on the right.
 
-    Raises:
-        CourseError: it cannot be loaded, or the base's files do not suit the course (``_look``).
+    A CourseError says why it cannot be loaded, or why the base does not suit the course.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -75,9 +74,8 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
 def _look(config: Any, tokenizer: Tokenizer) -> None:
     """Check what the files of a base say, before its weights are read; sets the pad token.
 
-    Raises:
-        ValueError: quantised weights, a token without an embedding, no pad token, or a chat
-            template that is missing or drops the system turn.
+    Raises ``ValueError``: quantised weights, a token without an embedding, no pad token, or a chat
+    template that is missing or drops the system turn.
     """
     if quantized := getattr(config, "quantization_config", None):
         method = dict(quantized).get("quant_method", "some method")
@@ -107,10 +105,8 @@ def _look(config: Any, tokenizer: Tokenizer) -> None:
 def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
     """Load the base model in NF4, or in the compute dtype with ``quantized=False``.
 
-    A model that nothing refers to any more is gone from the card before this one comes.
-
-    Raises:
-        CourseError: it cannot be loaded, or its files and its config do not hold the same tensors.
+    A model that nothing refers to any more is gone from the card before this one comes. A base
+    that cannot be loaded, or whose files lack tensors of its config, raises a CourseError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -144,24 +140,20 @@ def load_base(plan: Plan, quantized: bool = True) -> PreTrainedModel:
 
 
 def load_tuned(plan: Plan, adapter: Path | None = None) -> PreTrainedModel:
-    """Load the 4-bit base with the adapter in ``adapter`` (default: that of lesson 04)."""
+    """Load the 4-bit base with the adapter in a folder (default: that of lesson 04)."""
     return load_adapters(plan, {"default": adapter or plan.folder / "adapter"})
 
 
 def load_adapters(
-    plan: Plan,
-    adapters: Mapping[str, Path],
-    trainable: bool = False,
+    plan: Plan, adapters: Mapping[str, Path], trainable: bool = False,
     base: PreTrainedModel | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
-    in fp32. Others are in the compute dtype, in which training multiplied by them, too. ``base`` is
-    a loaded base to put them on; ``unload`` takes them off again.
-
-    Raises:
-        CourseError: an adapter is missing, damaged, or was trained on another base.
+    in fp32, others in the compute dtype, in which training multiplied by them, too. ``base`` is a
+    loaded base to put them on; ``unload`` takes them off again. An adapter that is missing, damaged
+    or trained on another base raises a CourseError.
     """
     from peft import PeftModel
 
@@ -228,11 +220,7 @@ def adapter_record(folder: Path) -> dict[str, Any]:
 
 
 def check_same_base(adapters: Mapping[str, Path]) -> None:
-    """Check that all adapters (name -> folder) were trained on the same base model.
-
-    Raises:
-        CourseError: names two adapters and their bases.
-    """
+    """Check that all adapters (name -> folder) were trained on the same base model."""
     adapter_of = {base: name for name, folder in adapters.items() if (base := _trained_on(folder))}
     if len(adapter_of) > 1:
         (first, one), (second, other), *_ = adapter_of.items()
@@ -279,12 +267,11 @@ def base_id(plan: Plan) -> str:
     if not folder.is_dir():
         return f"{plan.model_id}@{plan.hub_revision or 'main'}"
     files = sorted(file for pattern in OF_BASE for file in folder.glob(pattern))
-    states = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _base_hash(folder, tuple(states))
+    return _base_hash(folder, *((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
 @functools.lru_cache  # the 16 GB of 8 B parameters are hashed once a process
-def _base_hash(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
+def _base_hash(folder: Path, *states: tuple[Path, int, int]) -> str:
     return content_hash((file for file, *_ in states), folder)[:16]
 
 
@@ -301,7 +288,7 @@ def save_with(tokenizer: Tokenizer, folder: Path) -> None:
 
     The tokenizer pads on the left, for generation; answers are greedy and stop at every end token.
     transformers before 5, vLLM and Ollama know neither ``rope_parameters`` nor the tokenizer's
-    class of transformers 5: what they look for stands there as well. Everybody may read the files.
+    class of transformers 5: what they look for stands there as well.
     """
     from transformers import GenerationConfig
 
@@ -341,18 +328,16 @@ def _explained(plan: Plan) -> Iterator[None]:
         text = f"{type(error).__name__} {error} {type(error.__cause__).__name__} {error.__cause__}"
         gated = r"GatedRepo|access a gated repo|\b40[13] (Client Error|Unauthorized|Forbidden)"
         if plan.on_hub and re.search(gated, text):
-            message = (
+            raise CourseError(
                 f"{model} is gated. Open https://huggingface.co/{model} and accept its licence. "
                 "Make a read token under Settings > Access Tokens and set it as HF_TOKEN (on "
                 "Colab: the key icon, with Notebook access). Profile 'small' needs no token."
-            )
-        elif plan.on_hub:
+            ) from error
+        where, todo = "the model in {}", "Expected an undamaged folder in the Hub's layout."
+        if plan.on_hub:
+            where = "{} from the Hub"
             todo = "Check the network, or delete a damaged download; profile 'tiny' needs neither."
-            message = f"cannot load {model} from the Hub ({reason}). {todo}"
-        else:
-            todo = "Expected an undamaged folder in the Hub's layout."
-            message = f"cannot load the model in {model} ({reason}). {todo}"
-        raise CourseError(message) from error
+        raise CourseError(f"cannot load {where.format(model)} ({reason}). {todo}") from error
 
 
 @dataclass(frozen=True)
@@ -365,18 +350,12 @@ class Answer:
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Messages],
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress: str = "",
-    **sampling: Any,
-) -> list[Answer]:
+    model: PreTrainedModel, tokenizer: Tokenizer, conversations: Sequence[Messages],
+    max_new_tokens: int, batch_size: int = 32, progress: str = "", **sampling: Any,
+) -> list[Answer]:  # fmt: skip
     """Answer ``conversations`` in batches, greedily unless ``sampling`` says otherwise.
 
-    ``progress`` labels a progress bar. ``sampling`` goes to ``model.generate``. Figures on why not
-    transformers' continuous batching (``generate_batch``): tests/benchmarks/README.md.
+    ``progress`` labels a progress bar. ``sampling`` goes to ``model.generate``.
     """
     from tqdm.auto import tqdm
 
@@ -413,12 +392,9 @@ def _read(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> Answ
 
 
 def ask(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    questions: Sequence[str],
-    max_new_tokens: int = 128,
-    **settings: Any,
-) -> list[Answer]:
+    model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence[str],
+    max_new_tokens: int = 128, **settings: Any,
+) -> list[Answer]:  # fmt: skip
     """Answer each question in its own conversation, under the course's system prompt."""
     conversations = [prompt_messages(question) for question in questions]
     return generate(model, tokenizer, conversations, max_new_tokens, **settings)
@@ -428,14 +404,14 @@ def stream(
     model: PreTrainedModel, tokenizer: Tokenizer, question: str, max_new_tokens: int = 128,
     history: Messages = (),
 ) -> Generator[str, None, Answer]:  # fmt: skip
-    """Yield the greedy answer piece by piece, and return it; closing ends the generation.
+    """Yield the greedy answer after the turns ``history`` in pieces, and return it whole.
 
-    ``history`` holds the earlier turns of the conversation.
+    Closing the generator ends the generation.
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    messages = prompt_messages(question, history)
-    ids = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
+    prompt = prompt_ids(tokenizer, prompt_messages(question, history))
+    ids = torch.tensor([prompt], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = Event()
     stop = StoppingCriteriaList([lambda *_, **__: closed.is_set()])  # asked after each token

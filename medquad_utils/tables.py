@@ -69,10 +69,8 @@ def _ending(path: Path) -> str:
 def read(file: Path) -> tuple[list[Row | None], list[str]]:
     """Read the records of a file by the columns ``NAMES``, and notes on what is unusual about it.
 
-    A chat of more than one question and its answer is ``None``.
-
-    Raises:
-        CourseError: the file cannot be read without a guess.
+    A chat of more than one question and its answer is ``None``. A file that cannot be read without
+    a guess raises a CourseError.
     """
     notes, ending = list[str](), _ending(file)
     try:
@@ -119,7 +117,7 @@ def _plain(name: str) -> str:
 
 
 def _keys(names: Iterable[Any], where: str = "the header") -> list[str]:
-    """Return the plain names of columns; one may not stand twice."""
+    """Return the plain names of columns, none of them twice."""
     keys = [_plain(name) if isinstance(name, str) else "" for name in names]
     if twice := [key for key, count in Counter(keys).items() if key and count > 1]:
         raise ValueError(f"{where} has the column {twice[0]!r} twice: delete or rename one")
@@ -162,14 +160,21 @@ def _csv(text: str) -> list[Row]:
 
 def _json(text: str) -> list[Row]:
     """Read objects: in a list, one on each line, or one after the other."""
-    values, decoder, end, space = list[Any](), json.JSONDecoder(), 0, re.compile(r"\s*")
+    values, decoder, end = list[Any](), json.JSONDecoder(object_pairs_hook=_object), 0
+    space = re.compile(r"\s*")
     while (start := space.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         value, end = decoder.raw_decode(text, start)
         values += value if isinstance(value, list) else [value]
-    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict)]:
+    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict | tuple)]:
         raise ValueError(f"record {wrong[0] + 1} is not an object: {str(values[wrong[0]])[:60]}")
     keys = [_keys(value, f"record {n}") for n, value in enumerate(values, start=1)]
     return [dict(zip(k, v.values(), strict=True)) for k, v in zip(keys, values, strict=True)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row | tuple[str, ...]:
+    """Return an object, or a tuple of its keys if one stands twice, which ``_keys`` refuses."""
+    names = [key for key, _ in pairs if _plain(key)]
+    return dict(pairs) if len({*names}) == len(names) else tuple(names)
 
 
 def _parquet(raw: bytes) -> list[Row]:
@@ -220,7 +225,7 @@ def _picked(record: Row, number: int) -> Row:
 def _unfolded(record: Row, shared: bool) -> Row | None:
     """Unfold a chat, or an instruction with its input, to a question and its answer.
 
-    ``shared`` says that all records have the same instruction. A longer chat is ``None``.
+    ``shared``: all records have the same instruction. A longer chat is ``None``.
     """
     if {"instruction", "input"} <= record.keys():
         parts = [record["input"]] if shared else [record["instruction"], record["input"]]
@@ -231,13 +236,10 @@ def _unfolded(record: Row, shared: bool) -> Row | None:
         chats = [[*prompt, *(record.get("completion") or ())]]
     if not chats:
         return record
-    turns = chats[0] if isinstance(chats[0], list) else []
-    turns = [turn for turn in turns if isinstance(turn, dict)]
-    roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
-    texts = [turn.get("content", turn.get("value")) for turn in turns]
-    said = [
-        (ROLES.get(role, role), t) for role, t in zip(roles, texts, strict=True) if role != "system"
-    ]
+    said = []
+    for turn in chats[0] if isinstance(chats[0], list) else ():
+        if isinstance(turn, dict) and (role := str(turn.get("role", turn.get("from")))) != "system":
+            said.append((ROLES.get(role, role), turn.get("content", turn.get("value"))))
     if [role for role, _ in said] != ["question", "answer"]:
         return None
     others = record.keys() - {*NAMES["question"], *NAMES["answer"]}

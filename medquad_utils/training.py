@@ -36,7 +36,15 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
-from medquad_utils.chat import IGNORED, encode, end_ids, prompt_ids, to_dataset, to_example
+from medquad_utils.chat import (
+    IGNORED,
+    encode,
+    end_ids,
+    prompt_ids,
+    to_dataset,
+    to_example,
+    without_bars,
+)
 from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
 from medquad_utils.generation import base_id, load_base, load_tokenizer
 from medquad_utils.machine import peak_memory_gb, triton_needs, versions
@@ -189,6 +197,7 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
     )
 
 
+@without_bars()
 def build_trainer(
     plan: Plan, model: Any, tokenizer: Tokenizer, rows: Splits, folder: Path | None = None,
     **changes: Any,

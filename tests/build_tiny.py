@@ -70,15 +70,10 @@ def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=[HEADER, END_HEADER, EOT],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
+        additional_special_tokens=[HEADER, END_HEADER, EOT], chat_template=CHAT_TEMPLATE,
+        model_max_length=1024, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def build_model(
@@ -87,20 +82,13 @@ def build_model(
     """Create a Llama in fp32: grouped-query attention, tied embeddings, seeded weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 5 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=1024,
-        rms_norm_eps=1e-5,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64, max_position_embeddings=1024, rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
@@ -123,13 +111,9 @@ def batches(
 
 
 def pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    seed: int = 0,
-    rows: int = 16,
-    peak: float = 3e-3,
-) -> float:
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0,
+    rows: int = 16, peak: float = 3e-3,
+) -> float:  # fmt: skip
     """Train ``model`` in place and return the mean loss of the last 50 steps."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     norms = [p for p in model.parameters() if p.ndim < 2]
@@ -215,15 +199,10 @@ def build(folder: Path, steps: int, seed: int) -> None:
     write_manifest(folder, **facts, torch=torch.__version__.split("+")[0])
 
 
-def main() -> None:
-    """Parse the command line and build."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     build(args.out, args.steps, args.seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MEDQUAD_CACHE"] = os.devnull  # what a developer has fetched must not change a test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # read when torch is loaded: waiting threads do not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
 # Alike on every machine, however slow: no deadline, the same examples every time.
 hypothesis.settings.register_profile(
@@ -67,10 +65,8 @@ def chromium(*more: str) -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        installed = filter(
-            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-        )
-        found = next(installed, playwright.chromium.executable_path)
+        names = ("chromium", "chromium-browser", "google-chrome")
+        found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
         if not Path(found).is_file():
             (pytest.fail if os.environ.get("CI") else pytest.skip)(GET_CHROMIUM)
         args = [*QUIET.split(), *more]
@@ -201,10 +197,8 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the embedded model as lesson 04 saves one, of random weights."""
     from medquad_utils import generation
 
-    plan = tiny()
-    return random_adapter(
-        plan, tmp_path_factory.mktemp("tiny") / "adapter", {"base": generation.base_id(plan)}
-    )
+    folder = tmp_path_factory.mktemp("tiny") / "adapter"
+    return random_adapter(tiny(), folder, {"base": generation.base_id(tiny())})
 
 
 def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
@@ -245,23 +239,11 @@ def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str,
         [row for row in known if row["qtype"] == qtype] for qtype in ("symptoms", "treatment")
     )
     asked = symptoms[:6] + treatment[:2]
-    links = (
-        "These resources address the diagnosis or management of gout: - MedlinePlus - "
-        "Genetic Testing Registry"
-    )
-    nasty = {
-        "question": NASTY,
-        "answer": "A *kind* of <b>arthritis</b> | with \\ uric acid.",
-        "source": "<i>x</i>",
-        "qtype": None,
-    }
-    listed = {
-        "question": "What are the treatments for X ?",
-        "answer": links,
-        "focus": "X",
-        "source": "GHR",
-        "qtype": "treatment",
-    }
+    nasty = {"question": NASTY, "answer": "A *kind* of <b>arthritis</b> | with \\ uric acid.",
+             "source": "<i>x</i>", "qtype": None}  # fmt: skip
+    links = "These resources address the diagnosis or management of gout: - MedlinePlus - "
+    listed = {"question": "What are the treatments for X ?", "focus": "X", "source": "GHR",
+              "qtype": "treatment", "answer": f"{links}Genetic Testing Registry"}  # fmt: skip
     asked += [{**asked[0], **nasty}, {**asked[0], **listed}]
     questions = Questions(
         "asked.csv",

@@ -64,8 +64,6 @@ QTYPES = {
     "research": 399, "outlook": 365, "susceptibility": 324, "considerations": 235,
     "prevention": 210, "stages": 77, "complications": 46, "support groups": 1,
 }  # fmt: skip
-
-
 SECOND = ("0000007", "0000018", "0000182", "0000244")
 
 
@@ -87,15 +85,9 @@ def test_real_xml_and_csv_hold_the_counted_rows(real_rows: list[Row], medquad_cs
 
 
 @pytest.mark.full
-def test_the_type_of_a_real_question_follows_from_its_template(real_rows: list[Row]) -> None:
-    for r in real_rows:
-        if match := splits.template_of(r["question"]):
-            assert splits.TYPES[match[0]] == r["qtype"], r["question"]
-
-
-@pytest.mark.full
 def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: list[Row]) -> None:
     found = [splits.template_of(r["question"]) for r in real_rows]
+    assert all(r["qtype"] == splits.TYPES[f[0]] for r, f in zip(real_rows, found, strict=True) if f)
     assert sum(f is not None for f in found) / ROWS > 0.996
     assert len({f[0] for f in found if f}) == len(splits.TEMPLATES), "a template without a question"
     sizes = Counter(splits.groups(real_rows))
@@ -148,8 +140,6 @@ BROKEN = {
     "unknown.xml": b'<?xml version="1.0" encoding="klingon"?><Document/>',
     "japanese.xml": b'<?xml version="1.0" encoding="shift_jis"?><Document/>',
 }
-
-
 LATER = """<doc docid="8" corpus="NINDS" url="https://example.org/8">
 <doctitle-focus>Gout</doctitle-focus><umls><cui>C3</cui><semanticType></semanticType></umls>
 <qaPairs><pair pid="1"><question qid="8-1" qtype="outlook">what is the prognosis for Gout ?
@@ -179,7 +169,6 @@ def test_xml_gives_rows_of_both_layouts_and_skips_broken_files_by_name(tmp_path:
     assert loaded.skipped == {
         "no answer": ["7"], "no question": ["7"], "a document without questions": ["9"]
     }  # fmt: skip
-    assert loaded.unanswered == 1
 
 
 letters = st.characters(exclude_categories=["Cc", "Cf", "Cs"], exclude_characters="[")
@@ -197,15 +186,11 @@ def test_tables_give_back_any_text(kind: str, tmp_path_factory: Any, rows: list[
     assert data.load_table(path) == Loaded(expected), "any text comes back"
 
 
-def test_tables_keep_lists_and_ignore_a_byte_order_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_tables_keep_lists_and_every_column(kind: str, tmp_path: Path) -> None:
     lists = {"synonyms": ["one", "two"], "cui": ["C1"], "semantic_type": ["T047"]}
     whole = row(focus="Asthma", source="a\u2028b", url="u", document_id="7", **lists)
-    for kind in ("parquet", "jsonl"):
-        assert data.load_table(write_table(tmp_path / f"rows.{kind}", [whole])).rows == [whole]
-    flat = whole | {"synonyms": "one", "cui": "", "semantic_type": "T047"}
-    path = write_table(tmp_path / "rows.csv", [flat])
-    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    assert data.load_table(path).rows == [whole | {"synonyms": ["one"], "cui": None}]
+    assert data.load_table(write_table(tmp_path / f"rows.{kind}", [whole])).rows == [whole]
 
 
 NAN = float("nan")
@@ -225,7 +210,7 @@ def test_every_record_is_a_row_or_counted_with_its_reason(tmp_path: Path) -> Non
         "answer is not text": [2, 4], "question is not text": [3], "no question": [11],
         "no answer": [5, 6, 7, 8, 9, 10],
     }  # fmt: skip
-    assert (loaded.unanswered, loaded.records) == (6, len(records))
+    assert loaded.records == len(records)
     assert "3 rows of 13 records; 2 x answer is not text (record 2, 4); " in str(loaded)
     assert loaded.origins[2] == (13, ["c", "d"]), "evaluation counts both as right"
     path = write_table(tmp_path / "a.parquet", [GOOD | {"focus": NAN, "cui": NAN, "url": 1.0}])
@@ -327,7 +312,7 @@ def test_files_are_read_as_users_have_them(name: str, tmp_path: Path) -> None:
 def test_lavita_medquad_keeps_its_columns_and_counts_rows_without_answers(tmp_path: Path) -> None:
     records = [LAVITA, LAVITA | {"answer": None}, LAVITA | {"answer": None}]
     loaded = data.load_table(write_table(tmp_path / "a.parquet", records))
-    assert (loaded.rows, loaded.unanswered, loaded.records) == ([LAVITA_ROW], 2, 3)
+    assert (loaded.rows, loaded.skipped) == ([LAVITA_ROW], {"no answer": [2, 3]})
 
 
 def test_folder_is_read_as_one_table_and_longer_chats_are_named(tmp_path: Path) -> None:
@@ -352,9 +337,8 @@ def test_excel_files_need_an_extra_that_the_message_names(tmp_path: Path, monkey
     with pytest.raises(CourseError, match=r"it has 2 sheets \(first, second\)"):
         data.load_table(path)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(
-        CourseError, match=r"cannot read a\.xlsx.*pip install 'medquad-qlora\[excel\]'"
-    ):
+    needed = r"cannot read a\.xlsx.*pip install 'medquad-qlora\[excel\]'"
+    with pytest.raises(CourseError, match=needed):
         data.load_table(path)
 
 
@@ -380,6 +364,9 @@ REFUSED = {
     "cut.jsonl": ('{"question": "A?", "answer": "a"}\n{"question": "B', "line 2 column 14"),
     "text.jsonl": ('{"question": "A?"}\n"a line"', "record 2 is not an object: a line"),
     "twice.json": ('[{"answer": "a", "Answer": "b"}]', "record 1 has the column 'answer' twice"),
+    "key.jsonl": ('{"answer": "a"}\n{"Answer": "b", "q": {}, "Answer": "c"}\n',
+                  "record 2 has the column 'answer' twice: delete or rename one"),
+    "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record 3 .* 'q' twice"),
     "deep.json": ("[" * 100_000, "cannot read deep.json: "),
     "torn.parquet": (b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read torn\.parquet: "),
     "text.xlsx": ("no sheet", r"cannot read text\.xlsx: "),
@@ -395,22 +382,18 @@ def test_what_would_be_a_guess_is_refused_in_one_line(name: str, tmp_path: Path)
     assert str(refused.value).startswith(f"cannot read {name}: ") and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.csv",
-            "qtype,question,answer\n",
-            "a.csv.* holds no question with an answer: 0 rows of 0",
-        ),
-        ("no.csv", "", r"no table .*no\.csv.*that ends in \.csv, .* \.parquet"),
-        ("a.jsonl", '{"question": "A?", "answer": ""}', "0 rows of 1 records; 1 x no answer"),
-        ("no.xml", "", r"no XML files .*git clone https://github\.com/abachaa/MedQuAD"),
-        ("no.hub", "", "source 'hub' reads keivalya/.* or lavita/MedQuAD, not .*no.hub"),
-    ],
-)
-def test_unusable_source_is_refused(name: str, content: str, message: str, tmp_path: Any) -> None:
-    path = tmp_path / name
+UNUSABLE = {
+    "a.csv": ("qtype,question,answer\n", "a.csv.* holds no question with an answer: 0 rows of 0"),
+    "no.csv": ("", r"no table .*no\.csv.*that ends in \.csv, .* \.parquet"),
+    "a.jsonl": ('{"question": "A?", "answer": ""}', "0 rows of 1 records; 1 x no answer"),
+    "no.xml": ("", r"no XML files .*git clone https://github\.com/abachaa/MedQuAD"),
+    "no.hub": ("", "source 'hub' reads keivalya/.* or lavita/MedQuAD, not .*no.hub"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_source_is_refused(name: str, tmp_path: Path) -> None:
+    (content, message), path = UNUSABLE[name], tmp_path / name
     if content:
         path.write_text(content)
     with pytest.raises(CourseError, match=message):
@@ -596,35 +579,35 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
         Specialty("heart(")
 
 
-def test_disk_that_fills_up_loses_neither_json_nor_rows(tmp_path: Path) -> None:
-    written: dict[str, Any] = {"value.json": files.write_json, "rows.parquet": files.write_rows}
-    for name, write in written.items():
-        write(tmp_path / name, [row()])
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def test_disk_that_fills_up_loses_no_written_data(tmp_path: Path) -> None:
+    plan = own_rows(tmp_path)
+    data.prepare(plan)
+    before = {p.name: p.read_bytes() for p in (plan.folder / "data").iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # byte 2,001 of a file fails
     try:
-        for name, write in written.items():
-            with pytest.raises(CourseError, match=f"cannot write {name}: .*Free some space"):
-                write(tmp_path / name, [row(answer=f"{n} " * 99) for n in range(5000)])
+        with pytest.raises(CourseError, match=r"cannot write .*Free some space"):
+            data.prepare(replace(plan, seed=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (plan.folder / "data").iterdir()} == before
 
 
-def test_torn_or_missing_parquet_says_how_to_make_it_again(tmp_path: Path) -> None:
-    path = tmp_path / "rows.parquet"
-    files.write_rows(path, [row(answer=f"answer {n}") for n in range(100)])
-    path.write_bytes(path.read_bytes()[:-100])
-    for name in ("rows.parquet", "none.parquet"):
-        with pytest.raises(CourseError, match=rf"cannot read {name}.*run lesson 01 again"):
-            files.read_rows(tmp_path / name)
+def test_parquet_that_is_torn_missing_or_no_rows_says_how_to_make_it_again(tmp_path: Path) -> None:
+    write_table(tmp_path / "other.parquet", [{"text": "a"}])
+    write_table(tmp_path / "empty.parquet", [row(answer=None)])
+    torn = write_table(tmp_path / "torn.parquet", diseases(100))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    foreign = "row 1 is not one of medquad data"
+    for name, why in {"torn": "", "none": "", "other": foreign, "empty": foreign}.items():
+        with pytest.raises(CourseError, match=rf"cannot read {name}\.p.*{why}.* lesson 01 again"):
+            files.read_rows(tmp_path / f"{name}.parquet")
 
 
-def own_rows(out: Path, end: str = "") -> Plan:
-    """The plan for a file of one's own with 60 diseases; ``end`` is added to each answer."""
-    rows = [r | {"answer": r["answer"] + end} for r in diseases(60)]
-    return tiny(out, source="jsonl", data_path=str(write_table(out / "mine.jsonl", rows)))
+def own_rows(out: Path) -> Plan:
+    """The plan for a file of one's own with 60 diseases."""
+    path = write_table(out / "mine.jsonl", diseases(60))
+    return tiny(out, source="jsonl", data_path=str(path))
 
 
 def test_prepare_writes_once_and_reads_back_the_same(tmp_path: Path) -> None:
@@ -642,28 +625,22 @@ def test_prepare_writes_once_and_reads_back_the_same(tmp_path: Path) -> None:
     assert data.prepare(plan) == made, "a specialty is not taken for the whole"
 
 
-def test_prepare_starts_again_for_another_seed_source_or_rule(tmp_path: Path) -> None:
+def test_prepare_starts_again_for_another_seed_rule_or_content(tmp_path: Path) -> None:
     plan = own_rows(tmp_path)
-    first = data.prepare(plan)
+    first, file, folder = data.prepare(plan), tmp_path / "mine.jsonl", plan.folder / "data"
     assert data.prepare(replace(plan, seed=1)).train != first.train
-    assert "white space" not in data.make(plan, plan.folder / "data", ["white space"])[0].cleaning
+    assert "white space" not in data.make(plan, folder, ["white space"])[0].cleaning
     assert data.prepare(plan) == first
-    assert data.prepare(own_rows(tmp_path, " Really.")).train != first.train
-
-
-def test_prepare_starts_again_for_other_content_of_the_same_size_and_time(tmp_path: Path) -> None:
-    plan = own_rows(tmp_path)
-    first, file = data.prepare(plan), tmp_path / "mine.jsonl"
     state, text = file.stat(), file.read_text()
-    file.write_text(text.replace("Only", "Just"))
+    file.write_text(text.replace("Only", "Just"))  # of the same size and time
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert file.stat().st_size == state.st_size and data.prepare(plan).train != first.train
     file.write_text(text)
     assert data.prepare(plan) == first
-    before = data.identity(plan.folder / "data")
-    files.write_rows(plan.folder / "data" / "test.parquet", first.train)
+    before = data.identity(folder)
+    files.write_rows(folder / "test.parquet", first.train)
     assert data.prepare(plan) == first, "a part that somebody changed is made again"
-    assert data.identity(plan.folder / "data") == before != ""
+    assert data.identity(folder) == before != ""
 
 
 @pytest.mark.parametrize("name", ["data.json", "train.parquet", "mine.parquet"])
@@ -725,13 +702,6 @@ def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path)
     (plan.folder / "data" / "data.json").write_text(content)
     with pytest.raises(CourseError, match=r"data/data\.json is damaged \(.*: delete it, and run"):
         data.prepare(plan)
-
-
-def test_parquet_of_other_columns_or_without_texts_is_refused(tmp_path: Path) -> None:
-    for rows in ([{"text": "a"}], [row(answer=None)]):
-        path = write_table(tmp_path / "train.parquet", rows)
-        with pytest.raises(CourseError, match=r"cannot read train\.parquet: .*not one of medquad"):
-            files.read_rows(path)
 
 
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:

@@ -24,6 +24,7 @@ from medquad_utils.profiles import PROFILES, TINY_MODEL
 LONG = "What causes gout, and how do doctors find out that someone has it?"
 QUESTIONS = [*chat.THREE_QUESTIONS, "Is cystic fibrosis inherited ?", LONG]
 PROMPT = chat.prompt_messages(QUESTIONS[0])
+BASE, WEIGHTS_OF_BASE = "config.json", "model.safetensors"
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "plan.json"
 LAYERS = 7 * PROFILES["tiny"].shape.layers  # in 4 bits
 
@@ -133,14 +134,6 @@ def test_unpacked_weights_answer_alike_to_the_bit(
     assert answers[0] == answers[1]
 
 
-def test_the_base_is_in_nf4_and_its_pad_token_ends_nothing(base: Any) -> None:
-    packed = [m for m in base[0].modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(packed) == LAYERS
-    assert {(m.weight.quant_type, m.weight.quant_state.nested) for m in packed} == {("nf4", True)}
-    assert base[1].padding_side == "right", "as training wants it"
-    assert base[1].pad_token_id not in chat.end_ids(base[1])
-
-
 def test_adapters_take_turns_on_one_base_and_each_answers_as_alone(
     base: Any, tuned: Any, tiny_adapter: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +178,7 @@ def test_todays_date_is_not_in_the_prompt(tmp_path: Path) -> None:
     tokenizer = generation.load_tokenizer(dataclasses.replace(tiny(), model_path=str(folder)))
     text = tokenizer.apply_chat_template(PROMPT, tokenize=False)
     assert text.startswith("Today Date: 26 Jul 2024<|begin")
+    assert tokenizer.padding_side == "right", "as training wants it"
 
 
 def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
@@ -216,7 +210,7 @@ def test_a_base_is_named_by_all_its_tensors_and_not_by_its_folder(tmp_path: Path
         return generation.base_id(dataclasses.replace(tiny(), model_path=str(folder)))
 
     same, other, told = (Path(shutil.copytree(TINY_MODEL, tmp_path / n)) for n in "abc")
-    flipped(other / "model.safetensors", "layers.3.mlp.down_proj")  # the last of the file
+    flipped(other / WEIGHTS_OF_BASE, "layers.3.mlp.down_proj")  # the last of the file
     (told / "chat_template.jinja").write_text("another " + chat.CHAT_TEMPLATE)
     assert of(same) == generation.base_id(tiny())
     assert len({of(folder) for folder in (same, other, told)}) == 3
@@ -238,10 +232,8 @@ def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
 ) -> None:
     """The branch moves on the Hub after training: the adapter's record still says which base."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repo, plan = (
-        tmp_path / "models--me--base",
-        dataclasses.replace(tiny(tmp_path), model_id="me/base"),
-    )
+    repo = tmp_path / "models--me--base"
+    plan = dataclasses.replace(tiny(tmp_path), model_id="me/base")
     assert generation.base_id(plan) == "me/base@main", "nobody knows yet"
     for commit in ("a" * 40, "b" * 40):
         (repo / "snapshots" / commit).mkdir(parents=True)
@@ -262,18 +254,16 @@ def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
         generation.check_adapter(plan, folder)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: spoil(f, "config.json", {"tie_word_embeddings": False}), "missing lm_head"),
-        (lambda f: without(f / "model.safetensors", "1.mlp.up_proj"), r"missing .*1\.mlp\.up_proj"),
-        (lambda f: spoil(f, "config.json", {"num_hidden_layers": 3}), r"unexpected .*layers\.3"),
-    ],
-    ids=["no head", "no layer", "more than the config says"],
-)
-def test_weights_that_are_not_those_of_the_config_are_refused(
-    damage: Any, message: str, tmp_path: Path
-) -> None:
+DAMAGED_BASES: dict[str, tuple[Any, str]] = {
+    "no head": (lambda f: spoil(f, BASE, {"tie_word_embeddings": False}), "missing lm_head"),
+    "no layer": (lambda f: without(f / WEIGHTS_OF_BASE, "1.mlp.up_"), r"missing .*1\.mlp\.up_proj"),
+    "more": (lambda f: spoil(f, BASE, {"num_hidden_layers": 3}), r"unexpected .*layers\.3"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_BASES)
+def test_weights_that_are_not_those_of_the_config_are_refused(name: str, tmp_path: Path) -> None:
+    damage, message = DAMAGED_BASES[name]
     folder = damage(Path(shutil.copytree(TINY_MODEL, tmp_path / "model")))
     with pytest.raises(CourseError, match=rf"do not fit its config\.json \(.*{message}"):
         generation.load_base(dataclasses.replace(tiny(), model_path=str(folder)))
@@ -284,68 +274,47 @@ MUTE = "{% for turn in messages if turn.role == 'user' %}{{ turn.content }}{% en
 STRICT = "{{ raise_exception('System role not supported') }}"
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("config.json", NF4, r"quantised already \(bitsandbytes\): expected 16 or 32 bits"),
-        ("config.json", {"vocab_size": 3000}, "has a token 3071, but its embedding has 3000 rows"),
-        ("chat_template.jinja", "", "template cannot be used .*Use the instruct version"),
-        ("chat_template.jinja", MUTE, "it leaves out the system turn or the question"),
-        ("chat_template.jinja", STRICT, "System role not supported"),
-    ],
-    ids=["4 bits", "too few rows", "no template", "no system turn", "a template that refuses"],
-)
+UNSUITED = [
+    ("config.json", NF4, r"quantised already \(bitsandbytes\): expected 16 or 32 bits"),
+    ("config.json", {"vocab_size": 3000}, "has a token 3071, but its embedding has 3000 rows"),
+    ("chat_template.jinja", "", "template cannot be used .*Use the instruct version"),
+    ("chat_template.jinja", MUTE, "it leaves out the system turn or the question"),
+    ("chat_template.jinja", STRICT, "System role not supported"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), UNSUITED)
 def test_a_base_that_does_not_suit_is_refused_before_its_weights_are_read(
     file: str, content: Any, message: str, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
-    (folder / "model.safetensors").write_bytes(b"not read")
+    (folder / WEIGHTS_OF_BASE).write_bytes(b"not read")
     if isinstance(content, dict):
         spoil(folder, file, content)
-    elif content:
-        (folder / file).write_text(content)
     else:
-        (folder / file).unlink()
+        (folder / file).unlink() if not content else (folder / file).write_text(content)
     with pytest.raises(CourseError, match=message):
         generation.load_base(dataclasses.replace(tiny(), model_path=str(folder)))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: folder / "nowhere", r"no adapter in nowhere/: lesson 04 .*--only 04"),
-        (lambda folder: spoil(folder, RECORD, {"model_id": "some/llama"}), "trained on some/llama"),
-        (lambda folder: spoil(folder, RECORD, {"base": "0123"}), r"trained on embedded \(0123\)"),
-        (lambda folder: spoil(folder, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 aga"),
-        (lambda folder: spoil(folder, CONFIG, {"r": 8}), "does not load onto embedded"),
-        (lambda folder: without(folder / WEIGHTS, "layers.2.mlp.up_proj"), "not have the same ten"),
-        (lambda folder: spoil(folder, CONFIG, {"init_lora_weights": "pissa_niter_4"}), "= 'pissa_"),
-        (
-            lambda folder: spoil(folder, CONFIG, {"modules_to_save": ["lm_head"]}),
-            "has modules_to_s",
-        ),
-        (lambda folder: spoil(folder, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),
-        (
-            lambda folder: spoil(folder, CONFIG, {"of_tomorrow": 1}),
-            "has of_tomorrow = 1 in adapter",
-        ),
-    ],
-    ids=[
-        "missing",
-        "another model",
-        "other weights of it",
-        "torn",
-        "another rank",
-        "a layer less",
-        "of a changed base",
-        "trained layers",
-        "trained tokens",
-        "unknown",
-    ],
-)
+UNFIT: dict[str, tuple[Any, str]] = {
+    "missing": (lambda f: f / "nowhere", r"no adapter in nowhere/: lesson 04 .*--only 04"),
+    "another model": (lambda f: spoil(f, RECORD, {"model_id": "a/llama"}), "trained on a/llama"),
+    "other weights of it": (lambda f: spoil(f, RECORD, {"base": "01"}), r"on embedded \(01\)"),
+    "torn": (lambda f: spoil(f, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 again"),
+    "another rank": (lambda f: spoil(f, CONFIG, {"r": 8}), "does not load onto embedded"),
+    "a layer less": (lambda f: without(f / WEIGHTS, "2.mlp.up_proj"), "not have the same tensors"),
+    "changed base": (lambda f: spoil(f, CONFIG, {"init_lora_weights": "pissa"}), "= 'pissa'"),
+    "trained tokens": (lambda f: spoil(f, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),
+    "unknown": (lambda f: spoil(f, CONFIG, {"of_tomorrow": 1}), "has of_tomorrow = 1 in adapter"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
-    damage: Any, message: str, tiny_adapter: Path, tmp_path: Path
+    name: str, tiny_adapter: Path, tmp_path: Path
 ) -> None:
+    damage, message = UNFIT[name]
     folder = damage(Path(shutil.copytree(tiny_adapter, tmp_path / "copy")))
     with pytest.raises(CourseError, match=message) as caught:
         generation.load_tuned(tiny(), folder)
@@ -363,34 +332,22 @@ def test_adapters_of_different_bases_are_refused_before_loading(
         generation.load_adapters(tiny(), {"own": tiny_adapter, "foreign": foreign})
 
 
-@pytest.mark.parametrize(
-    ("name", "load", "message"),
-    [
-        ("model.safetensors", generation.load_base, "cannot load the model in .*undamaged folder"),
-        ("tokenizer.json", generation.load_tokenizer, "cannot load the model in .*Hub's layout"),
-    ],
-)
-def test_a_damaged_base_is_named(name: str, load: Any, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [WEIGHTS_OF_BASE, "tokenizer.json"])
+def test_a_damaged_base_is_named(name: str, tmp_path: Path) -> None:
     folder = spoil(Path(shutil.copytree(TINY_MODEL, tmp_path / "gated-403")), name, 0.5)
-    with pytest.raises(CourseError, match=message) as caught:
-        load(dataclasses.replace(tiny(), model_path=str(folder)))
+    said = "cannot load the model in .* Expected an undamaged folder in the Hub's layout"
+    with pytest.raises(CourseError, match=said) as caught:
+        generation.load_base(dataclasses.replace(tiny(), model_path=str(folder)))
     assert "\n" not in str(caught.value)
 
 
 GATED = "is gated https://huggingface.co/some/gate licence HF_TOKEN Colab 'small'"
+OFFLINE = "cannot load some/gate from the Hub network profile 'tiny' needs neither"
+SAID = {401: GATED, 403: GATED, 404: OFFLINE, 0: OFFLINE}  # 0: no network
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (401, GATED),
-        (403, GATED),
-        (404, "cannot load some/gate from the Hub"),
-        (0, "cannot load some/gate from the Hub network profile 'tiny' needs neither"),
-    ],
-    ids=["no token", "no rights", "no such model", "no network"],
-)
-def test_hub_errors_are_explained(status: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", SAID)
+def test_hub_errors_are_explained(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers and huggingface_hub ask a client that answers as the Hub does."""
 
     def answer(request: httpx2.Request) -> httpx2.Response:
@@ -402,4 +359,4 @@ def test_hub_errors_are_explained(status: int, words: str, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", status == 0)
     with pytest.raises(CourseError) as caught:
         generation.load_tokenizer(dataclasses.replace(tiny(), model_id="some/gate"))
-    assert [word for word in words.split() if word not in str(caught.value)] == []
+    assert [word for word in SAID[status].split() if word not in str(caught.value)] == []
