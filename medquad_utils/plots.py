@@ -94,7 +94,8 @@ def _said(values: Any) -> str:
 # One meaning, one colour through the course: by the beginning of a series' name.
 ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
          "baseline": GREEN, "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
-         "by row": GREY, "by disease": INK}  # fmt: skip
+         "by row": GREY, "by disease": INK, "validation": PURPLE,
+         "your run": INK, "smollm2": PURPLE, "llama": PURPLE, "meta-llama": PURPLE}  # fmt: skip
 
 
 def _colours(names: Sequence[str]) -> list[str]:
@@ -186,8 +187,10 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
         offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
         places = [groups.index(group) + offset for group, _ in pairs]
         values, whiskers = _whiskers([span for _, span in pairs])
-        look = {"color": colours[number], "markersize": 5.5, "capsize": 2.5}
-        ax.errorbar(values, places, xerr=whiskers, fmt=MARKERS[number], label=name, **look)
+        look = {"color": colours[number], "markersize": 5.5, "fmt": MARKERS[number], "label": name}
+        if whiskers.any():
+            look |= {"xerr": whiskers, "capsize": 2.5}
+        ax.errorbar(values, places, **look)
     for between in range(1, len(groups)):
         ax.axhline(between - 0.5, color="#E3E3E3", linewidth=0.8)
     ax.set_yticks(range(len(groups)), groups)
@@ -281,6 +284,9 @@ def histogram(
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
+    if beyond := sum(value > edges[-1] for values in series.values() for value in values):
+        look = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "fontsize": 9}
+        ax.text(0.995, 0.04, f"{beyond:,} beyond {edges[-1]:,.0f} →", **look)
     _finish(ax, title, {**series, **lines}, unit, y, lines)
 
 
@@ -300,6 +306,8 @@ def curves(
         ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
         said = "from {1:,.3g} at {0:,.3g} to {3:,.3g} at {2:,.3g}"
         ends[name] = said.format(*values[0], *values[-1])
+    whole = all(float(place).is_integer() for values in series.values() for place, _ in values)
+    ax.xaxis.get_major_locator().set_params(integer=whole)  # no step 2.5
     _finish(ax, title, ends, x, y)
 
 
