@@ -22,6 +22,7 @@ MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or 
 SHARED = (PROFILE, MODEL, RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
 SOURCE = f"{', '.join(SOURCES)} (default: "
+DATA_PATH = ("--data-path", "PATH", "", "folder of an xml source, or file of any other")
 QUESTION = ("question", None, "", "in quotes")
 
 
@@ -49,8 +50,8 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "data": ("load, clean and split MedQuAD, and count what leaks between the parts", (
         RUNS,
-        ("--source", "S", "sample", f"{SOURCE}sample)"),
-        ("--path", "PATH", "", "folder or file of an xml, csv, jsonl or parquet source"),
+        ("--source", "S", "", f"{SOURCE}sample)"),
+        DATA_PATH,
         ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
@@ -59,7 +60,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
         *SHARED,
         ("--source", "S", "", f"{SOURCE}the profile's own)"),
-        ("--data-path", "PATH", "", "the folder or file of an xml, csv, jsonl or parquet source"),
+        DATA_PATH,
         ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
         ("--max-steps", "N", 0, "training steps; 0 is as many as the epochs need"),
         ("--lora-r", "R", 0, "rank of the adapters; 0 is the profile's own"),
@@ -124,7 +125,10 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says a mistake in one line."""
+    """A parser that says a mistake in one line, and takes no option by its first letters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise it as any other mistake of a user."""
@@ -155,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def work() -> int:
-        options = parser().parse_args(arguments)
+        options, unknown = parser().parse_known_args(arguments)
+        if unknown:
+            todo = f"all options: medquad {options.command} --help"
+            raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
         for name in ("out", "runs", "space", "reference"):
             if path := getattr(options, name, None):
                 files.check_place(path.parent if path.suffix in (".html", ".png") else path)
@@ -292,7 +299,11 @@ def _data(options: argparse.Namespace) -> None:
     from medquad_utils import data, splits
 
     plan = profiles.resolve(
-        "tiny", source=options.source, data_path=options.path, seed=options.seed, out=options.runs
+        "tiny",
+        source=options.source,
+        data_path=options.data_path,
+        seed=options.seed,
+        out=options.runs,
     )
     # The default folder is tiny's own: its lessons would replace the parts of other rows.
     own = plan.source == "sample" and not (options.without or options.specialty)

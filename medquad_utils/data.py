@@ -277,9 +277,11 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
 
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
-    """Describe what determines the written rows: source, content of its files, seed and options."""
-    sources = _files_of(plan)
+    """Describe what determines the written rows: source, its files, code, seed and options."""
+    sources, here = _files_of(plan), Path(__file__).parent
+    code = [here / name for name in ("data.py", "tables.py", "cleaning.py", "splits.py")]
     return {
+        "code": files.content_hash(code, here),  # a new rule makes the rows anew
         "source": plan.source,
         "data": Path(plan.data_path).name,
         "files": files.content_hash(sources, Path(os.path.commonpath(sources or [Path()]))),

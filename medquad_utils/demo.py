@@ -300,7 +300,10 @@ async def _guard(request: Any, call_next: Any) -> Any:
     if int(request.headers.get("content-length", length)) > MAX_BYTES:
         response = PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes at most.", 413)
     else:
-        response = await call_next(request)
+        try:
+            response = await call_next(request)
+        except ValueError:  # numbers or letters that no JSON may hold; gradio answers with them
+            response = PlainTextResponse("The request cannot be read: expected plain JSON.", 400)
     response.headers["content-security-policy"] = POLICY
     return response
 

@@ -28,7 +28,8 @@ from medquad_utils.generation import Answer, adapter_record, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_column, interval, paired_interval, rouge_l
-from medquad_utils.splits import focus_of, leakage, normalise
+from medquad_utils.splits import focus_of as focus_of  # lesson 06 compares diseases
+from medquad_utils.splits import held_out_by, leakage, normalise
 from medquad_utils.tables import clean_text
 
 if TYPE_CHECKING:
@@ -166,11 +167,11 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
     If there is none: of the same qtype, then any, then "". Its score is what style alone earns.
     """
     rng = numpy.random.default_rng(seed)
-    about = [(focus_of(row), row["source"], row["qtype"]) for row in train]
-    foci, sources, types = numpy.array(about, dtype=object).T
+    about = [[row[column] for row in train] for column in ("source", "qtype")]
+    foci, sources, types = numpy.array([held_out_by(train), *about], dtype=object)
     answers = []
-    for row in rows:
-        others = foci != focus_of(row)
+    for row, focus in zip(rows, held_out_by(rows), strict=True):
+        others = foci != focus
         alike = others & (types == row["qtype"])
         pools = map(numpy.flatnonzero, (alike & (sources == row["source"]), alike, others))
         pool = next(filter(len, pools), ())
@@ -281,9 +282,9 @@ def answer_table(
 ) -> tuple[pandas.DataFrame, str]:
     """Return one row for each question and arm with all scores, and why BERTScore is missing."""
     rows = []
-    for row in asked:
+    for row, disease in zip(asked, held_out_by(asked), strict=True):
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
-        about |= {"disease": focus_of(row), "id": str(row["number"])}
+        about |= {"disease": disease, "id": str(row["number"])}
         about["kind"] = "boilerplate" if is_boilerplate(row) else "prose"
         rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
     table = pandas.DataFrame(rows)
@@ -569,7 +570,7 @@ def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[
     texts = [a if isinstance(a, str) else a.text for a in answers]
     stops = [float(a.stopped) for a in answers if isinstance(a, Answer)]
     return {
-        "disease": numpy.array([focus_of(row) for row in rows], dtype=object),
+        "disease": numpy.array(held_out_by(rows), dtype=object),
         "rougeL": rouge_l(texts, [row["answer"] for row in rows]),
         "facts_complete": facts_column(texts, rows),
         **({"stop_rate": numpy.array(stops)} if stops else {}),

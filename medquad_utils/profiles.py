@@ -307,7 +307,7 @@ def resolve(
     hardware, why = hardware or machine.detect(), "as asked"
     if profile == "auto":
         profile, why = look_and_choose(hardware)
-    source, data_path = find_data(source or PROFILES[profile].source, data_path)
+    source, data_path = find_data(source, data_path, PROFILES[profile].source)
     recipe = sized(PROFILES[profile], source)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
     rank = lora_r or recipe.lora_r
@@ -458,21 +458,28 @@ def sized(profile: Profile, source: str) -> Profile:
     )
 
 
-def find_data(source: str, data_path: str) -> tuple[str, str]:
-    """Return source and path, checked; a fetched MedQuAD is used where no other path is given."""
+def find_data(source: str, data_path: str, usual: str) -> tuple[str, str]:
+    """Return source and path, checked.
+
+    Without a source, the ending of the path names it, or it is the profile's ``usual`` one. A
+    fetched MedQuAD is used where no other path is given.
+    """
+    data_path = str(user_path(data_path)) if data_path else ""
+    ending = Path(data_path.lower().removesuffix(".gz")).suffix[1:]
+    kind = {"tsv": "csv", "xlsx": "csv", "json": "jsonl", "ndjson": "jsonl"}.get(ending, ending)
+    source = source or (kind if kind in SOURCES else usual)
     if source not in SOURCES:
         raise CourseError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
-    data_path = str(user_path(data_path)) if data_path else ""
     if data_path and source == "sample":
         raise CourseError(
             f"source 'sample' reads no file, and data_path is {Path(data_path).name!r}. Name its "
-            "kind, too: -p source=csv, jsonl, parquet or xml (medquad data: --source ...)."
+            "kind, too: csv, jsonl, parquet or xml (--source; with medquad run: -p source=...)."
         )
     fetched = machine.fetched("MedQuAD")
     if fetched and not data_path and source in ("hub", "xml"):
         return "xml", str(fetched)  # the XML names diseases, the Hub's table does not
     if (kind := SOURCES[source]) and not data_path:
-        todo = "Add -p data_path=... (medquad data: --path ...)"
+        todo = "Add --data-path PATH (with medquad run: -p data_path=PATH)"
         todo += ", or run: medquad fetch medquad" if source == "xml" else ""
         raise CourseError(f"source {source!r} needs data_path: the {kind} to read. {todo}")
     return source, data_path

@@ -197,8 +197,8 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
     if (unnamed := sum(not focus_of(row) for row in rows)) and "" not in names:
         notes.append(
             f"{unnamed:,} of {len(rows):,} rows name no disease: they are held out by their "
-            "question and answer. Two questions about one disease may be in two parts; a column focus that "
-            "names the disease prevents it."
+            "question and answer. Two questions about one disease may be in two parts; a column "
+            "focus that names the disease prevents it."
         )
     splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
     if not all(sizes := list(splits.sizes().values())):

@@ -156,18 +156,18 @@ def tables(chance: random.Random) -> Iterator[Case]:
         yield data(f"{name}/x.csv", b"a,b\n1\n", "x.csv")
         yield questions(name, b"topic,answer\n1,2\n", "question")
     for source in ("sample", "web", "CSV", "", "hub", "xml"):
-        yield case("data", "--source", source, "--path", "mine.csv", "--out", "out")
+        yield case("data", "--source", source, "--data-path", "mine.csv", "--out", "out")
     for option in ("--without", "--specialty"):
         yield from (case("data", option, text, "--out", "out") for text in WEIRD[1:])
     for name in ("no.csv", "a file", "own", "dangling", "/", "/proc/self/mem", "/dev/null"):
-        yield case("data", "--source", "csv", "--path", name, "--out", "out")
+        yield case("data", "--source", "csv", "--data-path", name, "--out", "out")
         yield case("evaluate", "--questions", name, "--profile", "tiny")
         yield case("evaluate", "--archive", name, "--profile", "tiny")
 
 
 def data(name: str, raw: bytes, named: str = "", works: bool | None = False) -> Case:
     """``medquad data`` of a file with this content."""
-    words = ["data", "--source", "csv", f"--path={name}", "--out", "out"]
+    words = ["data", "--source", "csv", f"--data-path={name}", "--out", "out"]
     return Case(words, works, named, {name: raw})
 
 

@@ -13,7 +13,7 @@ from medquad_utils.cli import main
 
 MISTAKES = {
     "--source web": "unknown source 'web': expected one of sample, hub, xml, csv, jsonl, parquet",
-    "--source xml": "source 'xml' needs data_path: the folder to read. Add -p data_path=...",
+    "--source xml": "source 'xml' needs data_path: the folder to read. Add --data-path PATH",
     "--without spelling": f"no cleaning rule 'spelling': there are {', '.join(NAMES)}",
     "--specialty magic": "no specialty 'magic': there are cardiology, oncology",
     "--out {}/data.json/data": "cannot write to data: Not a directory. A file is in the way, or",
@@ -26,7 +26,7 @@ def own(path: Path, *gout: str) -> tuple[str, ...]:
     asked += [("Gout", answer) for answer in gout]
     rows = [{"qtype": "causes", "question": f"What causes {d} ?", "answer": a} for d, a in asked]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return "--source", "jsonl", "--path", str(path)
+    return "--source", "jsonl", "--data-path", str(path)
 
 
 def run(capsys: Any, out: Path, *arguments: str) -> str:

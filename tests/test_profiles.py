@@ -226,6 +226,18 @@ def test_fetched_weights_and_data_are_used_without_being_named(
     assert (named.data_path, named.model_source, named.origin) == ("mine.csv", "a/b", "")
 
 
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [("a.csv", "csv"), ("A.TSV.gz", "csv"), ("a.json", "jsonl"), ("a.parquet", "parquet")],
+)
+def test_the_ending_of_a_file_names_its_source(path: str, source: str) -> None:
+    for profile in ("tiny", "small"):
+        assert resolve(profile, hardware=LAPTOP, data_path=path).source == source
+    assert resolve("small", hardware=LAPTOP, source="xml", data_path=path).source == "xml"
+    with pytest.raises(CourseError, match=r"'folder'. Name its kind, too: csv, .*\(--source"):
+        resolve("tiny", hardware=LAPTOP, data_path="folder")
+
+
 def test_the_hub_is_reachable_only_when_it_answers_well(monkeypatch: pytest.MonkeyPatch) -> None:
     status = [200]
     monkeypatch.setenv("NO_PROXY", "*")
