@@ -28,7 +28,7 @@ PHENOTYPES = (
     r".*?(?:the sign or symptom may be rare or common\.|\Z))",
 )
 KEY_POINTS = ("Key Points", r"(?s:\AKey Points\s*-.*?\n\s*\n\s*)")
-INSTITUTE = ("NIH:", r"NIH: *[^.\n]{3,120}\Z")
+INSTITUTE = ("NIH:", r"(?:NIH: *[^.\n]{3,120}\s*)+\Z")  # a second one shows once the first is cut
 NAVIGATION = (
     ("Espaol", r"\AEspaol\s*\n"),  # the name of a link, its n with a tilde lost
     ("Summary", r"\ASummary *: *"),

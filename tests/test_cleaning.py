@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medquad_utils.cleaning import DUPLICATE, NAMES, Effect, clean, damage, is_boilerplate
@@ -134,6 +134,7 @@ questions = st.sampled_from(["What causes Gout ?", "What  causes\nGout ?", "What
 rows_of_articles = st.lists(st.builds(row, articles, questions), max_size=12)
 
 
+@example([row("Some advice for all people." + "\nNIH: National Eye Institute" * 2)], [])
 @given(rows_of_articles, st.lists(st.sampled_from(NAMES), max_size=3))
 def test_cleaning_adds_up_adds_no_word_and_is_stable(rows: list[Row], off: list[str]) -> None:
     before = copy.deepcopy(rows)
