@@ -191,10 +191,12 @@ def drift(
         columns["same"] = [float(a == b) for a, b in zip(trained[1], texts, strict=True)]
         # Compared with itself: no other sample could differ.
         point = {"low": None, "high": None} if columns is trained[2] else {}
-        cells = [_cell(key, columns) | point for key in ("kl", "top1", "same")]
-        for score in ("bits_per_byte", "rougeL"):
-            cells += [_cell(score, columns), _cell(score, columns, trained[2])]
-        results[route] = Drift(*cells, saved_bytes(model) / 1e6, speed)
+        kl, top1, same = (_cell(key, columns) | point for key in ("kl", "top1", "same"))
+        bits, rouge = (
+            (_cell(score, columns), _cell(score, columns, trained[2]))
+            for score in ("bits_per_byte", "rougeL")
+        )
+        results[route] = Drift(kl, top1, same, *bits, *rouge, saved_bytes(model) / 1e6, speed)
         del model, logits  # before the next one is loaded
     return results
 
