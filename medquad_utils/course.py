@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
-import json
 import re
 import threading
 import time
@@ -19,7 +17,7 @@ import psutil
 
 from medquad_utils import CourseError, plots, reference
 from medquad_utils.data import HUB, SPECIALTIES
-from medquad_utils.files import locked, read_json, refuse_link, user_path, whole_file
+from medquad_utils.files import locked, read_json, refuse_link, user_path, value_hash, whole_file
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import number, resolve
 
@@ -71,8 +69,7 @@ def parameters_of(notebook: Path) -> dict[str, str]:
 
 def source_hash(cells: Sequence[Mapping[str, Any]]) -> str:
     """Hash the source of a notebook's cells, without their outputs."""
-    text = json.dumps([[c["cell_type"], "".join(c["source"])] for c in cells])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return value_hash([[c["cell_type"], "".join(c["source"])] for c in cells])
 
 
 def changed() -> list[str]:
