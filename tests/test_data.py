@@ -582,15 +582,18 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
 def test_disk_that_fills_up_loses_no_written_data(tmp_path: Path) -> None:
     plan = own_rows(tmp_path)
     data.prepare(plan)
-    before = {p.name: p.read_bytes() for p in (plan.folder / "data").iterdir()}
+    files.write_json(record := plan.folder / "data" / "metrics.json", {"a": 1})
+    before = {p.name: p.read_bytes() for p in record.parent.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # byte 2,001 of a file fails
     try:
         with pytest.raises(CourseError, match=r"cannot write .*Free some space"):
             data.prepare(replace(plan, seed=1))
+        with pytest.raises(CourseError, match=r"cannot write metrics\.json: .*Free some space"):
+            files.write_json(record, [0] * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {p.name: p.read_bytes() for p in (plan.folder / "data").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in record.parent.iterdir()} == before
 
 
 def test_parquet_that_is_torn_missing_or_no_rows_says_how_to_make_it_again(tmp_path: Path) -> None:

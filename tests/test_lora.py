@@ -95,12 +95,8 @@ def test_update_is_alpha_over_rank_times_b_a(odd: Any, plan: Plan) -> None:
 
 
 def test_embedded_base_in_4_bits_gets_adapters_in_fp32() -> None:
-    plan, ids = tiny(), torch.arange(20)[None]
-    base = load_base(plan)  # peft changes it in place
-    with torch.inference_mode():
-        before = base(input_ids=ids).logits
-        adapted = get_peft_model(base, lora.lora_config(plan)).eval()
-        assert torch.equal(adapted(input_ids=ids).logits, before)
+    plan = tiny()
+    adapted = get_peft_model(load_base(plan), lora.lora_config(plan))
     shape, profile = Shape.of(adapted.config), PROFILES["tiny"].shape
     assert (profile.linears(), profile.parameters) == (shape.linears(), shape.parameters)
     frozen = {"uint8": shape.block_parameters // 2}
