@@ -16,7 +16,7 @@ import numpy
 from IPython import display, get_ipython
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from medquad_utils.files import whole_file
 
@@ -181,11 +181,15 @@ def _whiskers(spans: Sequence[Sequence[float]]) -> Any:
 def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
     """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
     groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
-    _, ax = _figure(width, 1.3 + len(groups) * (0.16 + 0.13 * len(points)))
+    own = {group: [n for n in points if group in dict(points[n])] for group in groups}
+    most = max(map(len, own.values()))  # series in one group
+    _, ax = _figure(width, 1.3 + len(groups) * (0.16 + 0.13 * most))
     colours = _colours(list(points))
     for number, (name, pairs) in enumerate(points.items()):
-        offset = (number - (len(points) - 1) / 2) * 0.8 / len(points)
-        places = [groups.index(group) + offset for group, _ in pairs]
+        places = [
+            groups.index(g) + (own[g].index(name) - (len(own[g]) - 1) / 2) * 0.8 / most
+            for g, _ in pairs
+        ]
         values, whiskers = _whiskers([span for _, span in pairs])
         look = {"color": colours[number], "markersize": 5.5, "fmt": MARKERS[number], "label": name}
         if whiskers.any():
@@ -203,15 +207,20 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
 
 def intervals(
     table: Spans, title: str, unit: str, alt: str = "", save: Path | None = None,
-    width: float = 6.4, zero: bool = False
+    width: float = 6.4, zero: bool = False, log: bool = False
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
-    ``zero`` draws a line at zero, for differences.
+    ``zero`` draws a line at zero, for differences; ``log`` makes equal ratios equally long.
     """
     ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     _finish(ax, title, _tuples(table), x=unit, alt=alt, save=save)
 
 
