@@ -212,6 +212,14 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
     return {factor: values for factor, values in table.items() if len(values) > 1}
 
 
+def finding(profile: str, spans: dict[str, dict[str, tuple[float, float, float]]]) -> str:
+    """Say how far apart the best and the worst setting of each choice are, the widest first."""
+    means = {choice: [span[0] for span in of.values()] for choice, of in spans.items()}
+    fold = {choice: max(values) / min(values) for choice, values in means.items()}
+    (first, most), *_, (last, least) = sorted(fold.items(), key=lambda pair: -pair[1])
+    return f"{profile}: {first} moves the score {most:.1f}-fold, {last} {least:.1f}-fold"
+
+
 def page(found: dict[str, Any]) -> str:
     """Return every profile's arms as Markdown."""
     lines: list[str] = []
@@ -235,7 +243,8 @@ def page(found: dict[str, Any]) -> str:
 def write(profile: str, run: dict[str, Any]) -> None:
     """Put a profile's run and its figure into the JSON file, and all runs into README.md."""
     before = files.read_json(FILE) if FILE.is_file() else {}
-    found = before | {profile: run, f"{profile} figure": figure(run["arms"])}
+    found = before | {profile: run, f"{profile} figure": (spans := figure(run["arms"]))}
+    found |= {f"{profile} finding": finding(profile, spans)} if spans else {}
     files.write_json(FILE, found)
     common.write_readme("compare_adapters", page(found))
 
