@@ -219,7 +219,10 @@ def card(
         "card.md.jinja", plan, str(metrics.plan.get("source", plan.source)), licence, repo=repo,
         merged=merged, revision=revision, trained=metrics.plan, train=metrics.train,
         data=metrics.data, evaluation=metrics.evaluation, columns=COLUMNS, scores=SCORES,
-        hub_metrics={s: metric for s, metric in HUB_METRICS.items() if s in tuned},
+        hub_metrics={
+            score: metric for score, metric in HUB_METRICS.items()
+            if score in tuned and tuned[score]["mean"] is not None
+        },
         tag=TAG, dataset=HUB_DATASET, notice=NOTICE, system_prompt=SYSTEM_PROMPT,
         question=THREE_QUESTIONS[0], sentence=sentence, why_missing=why_missing,
         most_foci=BOILERPLATE,
@@ -388,6 +391,7 @@ def check(folder: Path, repo: str) -> None:
         "adapter_config.json must name the Hub id and the revision of its base":
             bool(config) and (named != base or not config.get("revision")),
         **_end_problems(folder),
+        **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
@@ -395,7 +399,7 @@ def check(folder: Path, repo: str) -> None:
 
 
 def _end_problems(folder: Path) -> dict[str, bool]:
-    """Return whether answers run past an end token, are padded with one, or are sampled."""
+    """Return whether answers run past an end token or are padded with one."""
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -406,8 +410,27 @@ def _end_problems(folder: Path) -> dict[str, bool]:
     return {
         f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
         f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
-        f"{name} must be greedy: so were the answers that the card scores": bool(config.do_sample),
     }
+
+
+def _reader_problems(folder: Path) -> dict[str, bool]:
+    """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
+    names = ("config.json", "tokenizer_config.json", "generation_config.json")
+    config, tokenizer, generation = (_json(folder / name) for name in names)
+    rope = config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
+    return {
+        "config.json must repeat rope_theta and rope_scaling where older programs look for them":
+            rope.get("rope_theta") != config.get("rope_theta")
+            or scaled != bool(config.get("rope_scaling")),
+        "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
+            tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
+            or "extra_special_tokens" in tokenizer,
+        "generation_config.json must be greedy: so were the answers that the card scores":
+            generation.get("do_sample") is not False or "temperature" in generation,
+        f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
+    }  # fmt: skip
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:

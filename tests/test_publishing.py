@@ -266,6 +266,12 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
     assert (out / "LICENSE").read_text() == given.read_text()
 
 
+def test_a_file_that_only_its_owner_may_read_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").chmod(0o600)
+    with pytest.raises(CourseError, match=r"model\.safetensors cannot be read by other accounts"):
+        publishing.check(copy, OPEN)
+
+
 APACHE = "Apache License\n  Version 2.0, January 2004"
 LLAMA_32 = "LLAMA 3.2 COMMUNITY\nLICENSE AGREEMENT"
 
@@ -350,7 +356,9 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
-    ("tiny", "generation_config.json", '"do_sample": false', '"do_sample": true', "must be greedy"),
+    ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
+    ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),
+    ("tiny", "tokenizer_config.json", "PreTrainedTokenizerFast", "Backend", "must name Pre"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),
