@@ -6,6 +6,9 @@ import dataclasses
 import gc
 import json
 import math
+import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,6 +300,15 @@ def test_a_torn_checkpoint_is_removed_and_the_newest_whole_one_taken(tmp_path: P
     assert training.last_checkpoint(newest.parent, processes=2) == older
     assert training.resumable(plan) == newest
     assert [torn.exists(), empty.exists()] == [False, False]
+
+
+@pytest.mark.full
+def test_runs_killed_at_random_moments_end_bit_equal() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kills.py")), "6", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.endswith("kills or more: 0 runs with a fault\n")
+    assert re.search(r"checkpoint-\d", done.stdout), "no kill came after a checkpoint"
 
 
 def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
