@@ -244,7 +244,9 @@ def draw_finding(picture: Path) -> None:
         return
     arms = run["metrics"]["ask"]["arms"]
     table = {arm: {s: tuple(c) for s, c in cells.items()} for arm, cells in arms.items()}
-    title = f"{run['metrics']['outcome']['rows']} questions about diseases outside the training set"
+    rouge = {arm: f"{cells['ROUGE-L'][0]:.2f}" for arm, cells in arms.items()}
+    title = f"ROUGE-L after training: {rouge['tuned']}; before: {rouge['base']}; "
+    title += f"a look-up without a model: {rouge[LOOK_UP]}"
     plots.intervals(table, title, "0 to 1; dots with 95 % intervals", save=picture, width=8)
 
 
