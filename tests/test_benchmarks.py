@@ -194,7 +194,7 @@ def test_colab_page_says_what_loading_and_training_take() -> None:
     big, page = MEMORY["llama_8b"], common.README.parents[2] / "Colab.md"
     assert big["cpu_peak_gb"] == load_memory.extrapolated(*MEMORY["slices_of_8b"].values()) < 12
     lines = page.read_text(encoding="utf-8").splitlines()
-    assert f"{big['cpu_peak_gb']:.1f} GB there" in " ".join(lines)
+    assert f"{big['cpu_peak_gb']:.1f} GB" in " ".join(lines)
     for start, card in (("| T4,", "T4"), ("| L4,", "L4"), ("| A100,", "A100-40")):
         end = f"| {estimate.estimate('llama-8b', card).memory_gb:.1f} GB | not measured yet |"
         assert any(line.startswith(start) and line.endswith(end) for line in lines), card
