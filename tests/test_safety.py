@@ -191,5 +191,6 @@ def test_the_readme_says_how_much_the_red_flag_rule_misses_of_what_it_was_not_wr
     readme = " ".join((REPO / "README.md").read_text("utf-8").split())
     low, high = (f"{100 * end:.0f}" for end in recall["ci95"])
     said = f"On {recall['n']} urgent questions that a language model wrote without sight of it, "
-    said += f"it caught {recall['count']} ({100 * recall['share']:.0f} %, 95 % interval {low} to {high})"
+    said += f"it caught {recall['count']} ({100 * recall['share']:.0f} %, "
+    said += f"95 % interval {low} to {high})"
     assert said in readme and f"and {alarms['count']} of {alarms['n']} others." in readme
