@@ -211,12 +211,14 @@ def intervals(
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
-    ``zero`` draws a line at zero, for differences; ``log`` makes equal ratios equally long.
+    ``zero`` draws a line at zero, for differences. ``log`` makes equal ratios equally long if the
+    largest mean is more than five times the smallest.
     """
     ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
-    if log:
+    means = [span[0] for groups in table.values() for span in groups.values()]
+    if log and max(means) > 5 * min(means):
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
