@@ -95,6 +95,7 @@ def _said(values: Any) -> str:
 ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
          "baseline": GREEN, "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
          "by row": GREY, "by disease": INK, "validation": PURPLE,
+         "learning rate": VERMILION, "layers": SKY, "rank": PURPLE, "name": INK,
          "your run": INK, "smollm2": PURPLE, "llama": PURPLE, "meta-llama": PURPLE}  # fmt: skip
 
 
