@@ -213,11 +213,11 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
 
 
 def finding(profile: str, spans: dict[str, dict[str, tuple[float, float, float]]]) -> str:
-    """Say how much worse than its best the worst setting of each choice is, the widest first."""
+    """Name the choice whose worst setting is furthest from its best one, and how much worse."""
     means = {choice: [span[0] for span in of.values()] for choice, of in spans.items()}
     worse = {choice: max(values) / min(values) - 1 for choice, values in means.items()}
-    (first, most), *_, (last, least) = sorted(worse.items(), key=lambda pair: -pair[1])
-    return f"{profile}, worst against best: {first} +{most:.0%}, {last} +{least:.0%}"
+    first = max(worse, key=lambda choice: worse[choice])
+    return f"{profile}: the {first} matters most (worst +{worse[first]:.0%})"
 
 
 def page(found: dict[str, Any]) -> str:
