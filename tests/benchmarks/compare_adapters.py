@@ -213,11 +213,10 @@ def figure(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float
 
 
 def finding(profile: str, spans: dict[str, dict[str, tuple[float, float, float]]]) -> str:
-    """Name the choice whose worst setting is furthest from its best one, and how much worse."""
+    """Name the choice whose worst setting is furthest from its best one, by their ratio."""
     means = {choice: [span[0] for span in of.values()] for choice, of in spans.items()}
-    worse = {choice: max(values) / min(values) - 1 for choice, values in means.items()}
-    first = max(worse, key=lambda choice: worse[choice])
-    return f"{profile}: the {first} matters most (worst +{worse[first]:.0%})"
+    worse = {choice: max(values) / min(values) for choice, values in means.items()}
+    return f"{profile}: the {max(worse, key=lambda choice: worse[choice])} matters most"
 
 
 def page(found: dict[str, Any]) -> str:
