@@ -330,6 +330,7 @@ def evaluate_command(**options: Any) -> int:
 def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, capsys: Any) -> None:
     rows, out = sample.rows(), tmp_path / "evaluation"
     train = [r for r in rows[:120] if r["focus"] != rows[0]["focus"]]
+    (tmp_path / "data").mkdir()
     files.write_rows(tmp_path / "data" / "train.parquet", train)
     files.write_rows(tmp_path / "more.parquet", rows[:6])
     few = [{name: r[name] for name in ("question", "answer", "qtype")} for r in rows[:6]]
