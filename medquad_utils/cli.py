@@ -247,10 +247,8 @@ def _answers() -> str:
 
 
 def _fetched() -> str:
-    small, texts = (
-        PROFILES["small"],
-        ("{0} is not here (to get it: medquad fetch {0})", "{0} is here"),
-    )
+    small = PROFILES["small"]
+    texts = "{0} is not here (to get it: medquad fetch {0})", "{0} is here"
     here = {
         "small": machine.is_here(small.model_id, small.revision),
         "medquad": bool(machine.fetched("MedQuAD")),
@@ -298,13 +296,8 @@ def _train(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     from medquad_utils import data, splits
 
-    plan = profiles.resolve(
-        "tiny",
-        source=options.source,
-        data_path=options.data_path,
-        seed=options.seed,
-        out=options.runs,
-    )
+    given = {name: getattr(options, name) for name in ("source", "data_path", "seed")}
+    plan = profiles.resolve("tiny", out=options.runs, **given)
     # The default folder is tiny's own: its lessons would replace the parts of other rows.
     own = plan.source == "sample" and not (options.without or options.specialty)
     folder = options.out or (plan.folder if own else Path(plan.out)) / "data"

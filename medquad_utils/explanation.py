@@ -23,6 +23,7 @@ from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import NO_SOURCE, SUPPORT, Hit, Support, cite, dose_notes
+from medquad_utils.safety import red_flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -154,8 +155,10 @@ class Explanation:
 def explain(plan: Plan, question: str) -> Explanation:
     """Answer ``question`` with the plan's adapter, look up passages, and explain the answer.
 
-    Ask through ``safety.guarded``. Raises CourseError if the question is empty or too long.
+    Raises CourseError if the question is empty or too long, or describes an emergency: what to do.
     """
+    if flag := red_flag(question):
+        raise CourseError(flag.message)
     tokenizer, model = load_tokenizer(plan), load_tuned(plan)
     context = int(model.config.max_position_embeddings)
     question = check_question(question, tokenizer, context, plan.max_new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from captum.attr import FeatureAblation, LLMAttribution, TextTemplateInput
 from conftest import NASTY, Markup, tiny
 
-from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval
+from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval, safety
 from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.explanation import Prompt
@@ -148,3 +149,8 @@ def test_a_question_that_cannot_be_asked_is_refused(tiny_tokenizer: Any) -> None
     for question, said in (("\u200b \x00", "is empty"), ("gout " * 20000, "too long")):
         with pytest.raises(CourseError, match=said):
             evaluation.check_question(question, tiny_tokenizer, 1024, 64)
+
+
+def test_an_emergency_is_not_explained(tmp_path: Path) -> None:
+    with pytest.raises(CourseError, match=f"^{re.escape(safety.EMERGENCY)}$"):
+        explanation.explain(tiny(tmp_path), "I can't breathe")
