@@ -7,6 +7,7 @@ import inspect
 import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import psutil
 
 from medquad_utils import CourseError, plots, reference
 from medquad_utils.data import HUB, SPECIALTIES
-from medquad_utils.files import locked, read_json, refuse_link, user_path, value_hash, whole_file
+from medquad_utils.files import locked, read_json, user_path, value_hash, whole_file
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import number, resolve
 
@@ -161,23 +162,24 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
     from papermill.exceptions import PapermillExecutionError
 
     target = folder / "notebooks" / notebook.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    refuse_link(target)
-    started = time.time()
-    try:
-        with _peak_memory() as peak:
-            papermill.execute_notebook(notebook, target, values, cwd=notebook.parent, **_kernels())
-    except PapermillExecutionError as error:
-        reason, *_ = (error.evalue.strip() or "no message").splitlines()
-        raise CourseError(
-            f"lesson {title(notebook)}, cell {error.exec_count}: {error.ename}: {reason} "
-            f"(see {target.name} in {folder.name}/notebooks)"
-        ) from error
-    except DeadKernelError as error:
+    started, failure = time.time(), None
+    with _peak_memory() as peak, whole_file(target) as fresh, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # papermill expects the ending .ipynb
+        try:
+            papermill.execute_notebook(notebook, fresh, values, cwd=notebook.parent, **_kernels())
+        except (PapermillExecutionError, DeadKernelError) as error:
+            failure = error  # the cells that ran are kept
+    if isinstance(failure, DeadKernelError):
         raise CourseError(
             f"lesson {title(notebook)}: the system ended the notebook's process, usually because "
             "memory ran out. Close other programs, or choose a smaller profile."
-        ) from error
+        ) from failure
+    if failure:
+        reason, *_ = (failure.evalue.strip() or "no message").splitlines()
+        raise CourseError(
+            f"lesson {title(notebook)}, cell {failure.exec_count}: {failure.ename}: {reason} "
+            f"(see {target.name} in {folder.name}/notebooks)"
+        ) from failure
     body, _ = HTMLExporter(template_name="lab").from_filename(str(target))
     with whole_file(target.with_suffix(".html")) as temporary:
         temporary.write_text(body, encoding="utf-8")

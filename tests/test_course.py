@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import nbclient
 import nbformat
+import papermill
 import pytest
 import stamp
 from conftest import REPO, tiny
@@ -83,6 +86,24 @@ def test_a_failed_cell_is_one_line_with_its_place_and_stops_the_run(toys: Path) 
     kept = nbformat.read(toys.parent / "tiny" / "notebooks" / "03_fail.ipynb", as_version=4)
     assert kept.cells[-2].outputs[0].text == "before\n"
     assert kept.cells[-1].execution_count is None, "nothing runs after a failure"
+
+
+def test_a_full_disk_leaves_the_notebook_of_an_earlier_run(
+    toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course.run("tiny", ["01"])
+    kept = toys.parent / "tiny" / "notebooks" / "01_toy.ipynb"
+    before = kept.read_bytes()
+
+    def full(self: Any, buf: str, path: str) -> None:
+        Path(path).write_text(buf[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(papermill.iorw.LocalHandler, "write", full)
+    with pytest.raises(CourseError, match=r"cannot write 01_toy.ipynb: No space left"):
+        course.run("tiny", ["01"])
+    assert kept.read_bytes() == before
+    assert {path.suffix for path in kept.parent.iterdir()} == {".ipynb", ".html"}
 
 
 @pytest.mark.full  # a second process that is killed
