@@ -150,7 +150,7 @@ class Plan:
     memory_gb = property(lambda self: self.fit.memory_gb)
 
     @property
-    def recipe(self) -> Profile:
+    def sized(self) -> Profile:
         """The profile, sized for the plan's source."""
         return sized(PROFILES[self.profile], self.source)
 
@@ -218,7 +218,7 @@ class Plan:
 
         It starts one process a GPU, or the largest number below that shares a step evenly.
         """
-        count = max(n for n in shares(self.recipe) if n <= max(1, self.gpus))
+        count = max(n for n in shares(self.sized) if n <= max(1, self.gpus))
         if self.processes > 1 or count == 1:
             return ""
         module = "medquad_utils.training"
@@ -506,7 +506,7 @@ def fit_step(plan: Plan) -> Fit:
     packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
     comes last: it computes the forward pass a second time.
     """
-    recipe, shape, counts = plan.recipe, plan.shape, shares(plan.recipe)
+    recipe, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:
         raise CourseError(
             f"{plan.processes} processes cannot share a step of {recipe.tokens_per_step:,} tokens "

@@ -195,10 +195,10 @@ NASTY = (
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the embedded model as lesson 04 saves one, of random weights."""
-    from medquad_utils import generation
+    from medquad_utils import adapters
 
     folder = tmp_path_factory.mktemp("tiny") / "adapter"
-    return random_adapter(tiny(), folder, {"base": generation.base_id(tiny())})
+    return random_adapter(tiny(), folder, {"base": adapters.base_id(tiny())})
 
 
 def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:

@@ -275,7 +275,7 @@ def test_a_cpu_computes_in_bf16_only_if_that_was_clearly_faster(
 ORDER = """
 medquad_utils files memory machine profiles attention assets assets.sample assets.raw chat cleaning
 splits tables data fetch reference retrieval scores safety estimate quantization lora plots checks
-generation training
+adapters generation training specialise
 evaluation report merging explanation publishing serving demo course
 cli"""
 
