@@ -226,12 +226,13 @@ def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str,
     """
     import dataclasses
 
+    import build_sample
+
     from medquad_utils import evaluation, safety, scores
-    from medquad_utils.assets import sample
     from medquad_utils.evaluation import Questions
 
     plan = dataclasses.replace(tiny(out), max_new_tokens=8)
-    rows = sample.rows()
+    rows = build_sample.rows()
     diseases = list(dict.fromkeys(str(row["focus"]) for row in rows))[:6]
     known = [row for row in rows if row["focus"] in diseases]
     # Six diseases: under five there is no interval.
