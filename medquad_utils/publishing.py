@@ -92,10 +92,10 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     it: a file of ``texts``, or LICENSE in the base's folder. Without one it is "unknown".
     """
     model_id = base if isinstance(base, str) else "" if base.model_path else base.model_id
+    if model_id in BASES:
+        return LICENCES[BASES[model_id].licence]
     if llama := re.search(r"/.*llama-?3(\.\d)?(?!\d)", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
-    if model_id in BASES:
-        return LICENCES["apache-2.0"]
     folder = Path(getattr(base, "model_path", "") or "nowhere")
     for file in (*texts, *(folder / name for name in LICENCE_FILES)):
         for licence in LICENCES.values():

@@ -169,6 +169,7 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         per_device_train_batch_size=1,
         per_device_eval_batch_size=plan.pack_length // plan.max_length,
         gradient_accumulation_steps=plan.accumulation,
+        completion_only_loss=True,  # TRL labels every token of a prompt -100
         max_length=plan.pack_length,
         packing=True,
         packing_strategy="bfd_split",
