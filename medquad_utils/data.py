@@ -12,15 +12,13 @@ import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, files, machine, tables
-from medquad_utils.assets import raw, sample
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
@@ -43,6 +41,8 @@ HUB = {  # data set on the Hub -> its table, and the commit to read; data.json r
 }
 GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
 
+ASSETS = Path(__file__).parent / "assets"
+SAMPLE = ASSETS / "medquad_sample"  # invented documents, in MedQuAD's layout
 MISSING = {"", "nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
 
 Place = int | str  # the number of a record in a table, from 1; or the name of a document
@@ -89,7 +89,7 @@ def listed(places: Mapping[str, Sequence[Place]]) -> list[str]:
 def load(plan: Plan) -> Loaded:
     """Load the rows of the plan's source."""
     if plan.source == "sample":
-        return _parse((n, BytesIO(text.encode())) for n, text in raw.documents().items())
+        return load_xml(SAMPLE)
     if plan.source == "hub":
         return load_hub(plan.data_path or HUB_DATASET)
     return (load_xml if plan.source == "xml" else load_table)(Path(plan.data_path))
@@ -111,20 +111,14 @@ def load_xml(path: Path) -> Loaded:
             f"no XML files under {str(path)!r}: expected a clone of MedQuAD. "
             f"Get it with: {GIT_CLONE}"
         )
-    documents = ((f"{file.parent.name}/{file.name}", file) for file in paths)
-    return _with_rows(_parse(documents), path.name)
-
-
-def _parse(documents: Iterable[tuple[str, Path | BytesIO]]) -> Loaded:
-    """Parse XML documents in MedQuAD's layouts, each with the name that a note gives it."""
     loaded = Loaded([])
-    for name, document in documents:
+    for file in paths:
         try:
-            _add_document(ElementTree.parse(document).getroot(), loaded)
+            _add_document(ElementTree.parse(file).getroot(), loaded)
         except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
             # Expat raises LookupError and ValueError for encodings that it cannot read.
-            loaded.skipped["broken XML"].append(f"{name} ({error})")
-    return loaded
+            loaded.skipped["broken XML"].append(f"{file.parent.name}/{file.name} ({error})")
+    return _with_rows(loaded, path.name)
 
 
 # The other names of the second layout, which four files of NINDS have.
@@ -251,7 +245,7 @@ class Specialty:
         return bool(self.names) and any(map(pattern.search, names))
 
 
-_TOML = Path(raw.__file__).with_name("specialties.toml").read_text(encoding="utf-8")
+_TOML = (ASSETS / "specialties.toml").read_text(encoding="utf-8")
 SPECIALTIES = {
     name: Specialty("|".join(entry["names"]), tuple(entry.get("semantic_types", ())))
     for name, entry in tomllib.loads(_TOML).items()
@@ -305,7 +299,7 @@ def _check_replaced(plan: Plan, folder: Path) -> None:
 def _files_of(plan: Plan) -> list[Path]:
     """List the files of the plan's source on this machine."""
     if plan.source == "sample":
-        return [sample.CONDITIONS, raw.WORDING]
+        return list_files(SAMPLE, [".xml"])
     path = Path(plan.data_path)
     return [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
 

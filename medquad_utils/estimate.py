@@ -284,7 +284,7 @@ def estimate(
         names = ", ".join(CARDS)
         raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
-    shape, shortest = plan.shape, plan.recipe.max_length // 4
+    shape, shortest = plan.shape, plan.sized.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
     with suppress(CourseError):
         longest, pack, checkpoint = plan.max_length, plan.pack_length, int(plan.checkpointing)

@@ -20,11 +20,12 @@ import numpy
 import pandas
 
 from medquad_utils import CourseError, files, generation, retrieval, safety, scores
+from medquad_utils.adapters import adapter_id, adapter_record, base_id
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import Places, identity, listed, load_table, prepare
 from medquad_utils.files import Row, read_json, read_rows, value_hash, whole_file, write_json
-from medquad_utils.generation import Answer, adapter_record, generate
+from medquad_utils.generation import Answer, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_column, interval, paired_interval, rouge_l
@@ -230,8 +231,8 @@ def prompts(
 def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides every generated answer."""
     return {
-        "model": plan.model_id, "origin": plan.origin, "base": generation.base_id(plan),
-        "adapter": generation.adapter_id(adapter), "prompts": value_hash(jobs),
+        "model": plan.model_id, "origin": plan.origin, "base": base_id(plan),
+        "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
         "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
     }  # fmt: skip
 

@@ -176,7 +176,7 @@ def grouped(parts: Mapping[str, float]) -> dict[str, float]:
     groups = {
         "quantisation constants": "4-bit weights", "adapters": "adapters and optimizer",
         "gradients": "adapters and optimizer", "optimizer": "adapters and optimizer",
-        "loss or backward pass": "workspace", "unpacked weights": "workspace",
+        "loss or backward pass": "temporary", "unpacked weights": "temporary",
     }  # fmt: skip
     sums: dict[str, float] = defaultdict(float)
     for name, gb in parts.items():

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medquad_utils import CourseError, generation
+from medquad_utils import CourseError
+from medquad_utils.adapters import check_adapter, save_with
 from medquad_utils.chat import encode, prompt_messages
 from medquad_utils.evaluation import Cell, measure, score_columns
 from medquad_utils.files import Row
-from medquad_utils.generation import ask, check_adapter, load_base, load_tokenizer, load_tuned
+from medquad_utils.generation import ask, load_base, load_tokenizer, load_tuned
 from medquad_utils.memory import BLOCK
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import measured_memory, unpacked
@@ -144,7 +145,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
         model.save_pretrained(folder, max_shard_size="2GB")
-    generation.save_with(tokenizer, folder)
+    save_with(tokenizer, folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     return folder
 

@@ -370,12 +370,15 @@ def staircase(levels: Sequence[float], title: str) -> None:
     left.fill_between(x, normal, color=SKY, alpha=0.35, label="where normal weights fall")
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
     left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)")
-    left.set(yticks=[], ylim=(0, 1.25), title="Levels crowd where weights crowd")
+    left.set(
+        yticks=[], ylim=(0, 1.25), xticks=[-1, 0, 1], title="Levels are dense where weights are"
+    )
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
     right.plot(x, x, color=GREY, linewidth=1, label="exact")
     right.step(x, rounded, color=ORANGE, linewidth=2, label="rounded", where="mid")
-    right.set(xlabel="weight / largest, before", ylabel="after", title="Rounding is a staircase")
+    right.set(xlabel="weight / largest, before", ylabel="after")
+    right.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], title="Each weight moves to a level")
     right.legend()
     _show(fig, title, {"levels": values}, above=title)
 

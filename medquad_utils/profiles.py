@@ -54,6 +54,7 @@ class Profile:
     learning_rate: float
     epochs: int
     max_new_tokens: int
+    licence: str  # of the base: an id of assets/licences.toml
     gpu_gb: int = 0  # of a card that ``auto`` takes it for
     gated: bool = False  # the Hub asks for a token
     lora_r: int = 16
@@ -64,19 +65,20 @@ LLAMA = {"rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 
 PROFILES = {p.name: p for p in (
     Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,
-            learning_rate=2e-3, epochs=3, max_new_tokens=64),
+            learning_rate=2e-3, epochs=3, max_new_tokens=64, licence="apache-2.0"),
     Profile("small", "HuggingFaceTB/SmolLM2-135M-Instruct",
             "12fd25f77366fa6b3b4b768ec3050bf629380bac",
             Shape(576, 30, 1536, 9, 3, 49152, tied=True), "hub",
             rows=2000, eval_rows=100, max_length=512, tokens_per_step=4096,
-            learning_rate=5e-4, epochs=1, max_new_tokens=200, gpu_gb=2),
+            learning_rate=5e-4, epochs=1, max_new_tokens=200, licence="apache-2.0", gpu_gb=2),
     Profile("llama-1b", "meta-llama/Llama-3.2-1B-Instruct",
             "9213176726f574b556790deb65791e0c5aa438b6",
             Shape(2048, 16, 8192, 32, 8, 128256, tied=True, head_dim=64), "hub",
-            **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, gpu_gb=4, gated=True),
+            **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, licence="llama3.2",
+            gpu_gb=4, gated=True),
     Profile("llama-8b", "meta-llama/Meta-Llama-3-8B-Instruct",
             "5f0b02c75b57c5855da9ae460ce51323ea669d8a", Shape(4096, 32, 14336, 32, 8, 128256),
-            "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256,
+            "hub", **LLAMA, learning_rate=2e-4, epochs=1, max_new_tokens=256, licence="llama3",
             gpu_gb=14, gated=True),
 )}  # fmt: skip
 BASES = {profile.model_id: profile for profile in PROFILES.values()}
@@ -150,7 +152,7 @@ class Plan:
     memory_gb = property(lambda self: self.fit.memory_gb)
 
     @property
-    def recipe(self) -> Profile:
+    def sized(self) -> Profile:
         """The profile, sized for the plan's source."""
         return sized(PROFILES[self.profile], self.source)
 
@@ -218,7 +220,7 @@ class Plan:
 
         It starts one process a GPU, or the largest number below that shares a step evenly.
         """
-        count = max(n for n in shares(self.recipe) if n <= max(1, self.gpus))
+        count = max(n for n in shares(self.sized) if n <= max(1, self.gpus))
         if self.processes > 1 or count == 1:
             return ""
         module = "medquad_utils.training"
@@ -506,7 +508,7 @@ def fit_step(plan: Plan) -> Fit:
     packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
     comes last: it computes the forward pass a second time.
     """
-    recipe, shape, counts = plan.recipe, plan.shape, shares(plan.recipe)
+    recipe, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:
         raise CourseError(
             f"{plan.processes} processes cannot share a step of {recipe.tokens_per_step:,} tokens "

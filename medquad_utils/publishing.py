@@ -19,10 +19,11 @@ import jinja2
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, merging
+from medquad_utils.adapters import adapter_id, check_adapter, save_with
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.files import read_json, whole_folder, write_json
-from medquad_utils.generation import adapter_id, check_adapter, load_tokenizer, save_with
+from medquad_utils.generation import load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import BASES, Plan
 from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_missing
@@ -91,10 +92,10 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     it: a file of ``texts``, or LICENSE in the base's folder. Without one it is "unknown".
     """
     model_id = base if isinstance(base, str) else "" if base.model_path else base.model_id
+    if model_id in BASES:
+        return LICENCES[BASES[model_id].licence]
     if llama := re.search(r"/.*llama-?3(\.\d)?(?!\d)", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
-    if model_id in BASES:
-        return LICENCES["apache-2.0"]
     folder = Path(getattr(base, "model_path", "") or "nowhere")
     for file in (*texts, *(folder / name for name in LICENCE_FILES)):
         for licence in LICENCES.values():
@@ -514,7 +515,7 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
         commit = api.create_commit(repo, changes, commit_message=message, parent_commit=parent)
     # a RuntimeError where the upload of a large file broke off
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise CourseError(f"{explain(error, repo)} {kept}") from error
+        raise CourseError(f"{push_problem(error, repo)} {kept}") from error
     return str(commit.repo_url)
 
 
@@ -532,7 +533,7 @@ def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
     return files, info.sha
 
 
-def explain(error: Exception, repo: str) -> str:
+def push_problem(error: Exception, repo: str) -> str:
     """Return what went wrong in a push, and what to do, in one line."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 

@@ -300,19 +300,3 @@ def draw(
     """Draw at most ``most`` rows (0 = all) in a seeded order, only those that ``fits`` accepts."""
     ordered = sorted(rows, key=lambda row: _place(row["question"] + row["answer"], seed))
     return list(islice(filter(fits, ordered), most or None))  # asks fits only until it has enough
-
-
-def mixed(own: Sequence[Row], general: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
-    """Mix all ``own`` rows with drawn ``general`` ones that make up ``share`` of the result."""
-    if not 0 <= share < 1:
-        raise CourseError(
-            f"a mixing share of {share} is outside [0, 1). Choose 0 for the sub-corpus alone."
-        )
-    count = round(len(own) * share / (1 - share))
-    if count > len(general):
-        limit = len(general) / (len(general) + len(own))
-        raise CourseError(
-            f"a share of {share} takes {count} general rows, and there are {len(general)}: "
-            f"choose up to {limit:.2f}."
-        )
-    return draw([*own, *(draw(general, count, seed) if count else ())], 0, seed)

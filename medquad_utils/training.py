@@ -26,9 +26,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -36,6 +35,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora
+from medquad_utils.adapters import adapter_record, base_id, save_with
 from medquad_utils.chat import (
     IGNORED,
     encode,
@@ -45,15 +45,14 @@ from medquad_utils.chat import (
     to_example,
     without_bars,
 )
-from medquad_utils.files import Row, locked, read_json, value_hash, whole_folder, write_json
-from medquad_utils.generation import base_id, load_base, load_tokenizer
+from medquad_utils.files import Row, locked, read_json, whole_folder, write_json
+from medquad_utils.generation import load_base, load_tokenizer
 from medquad_utils.machine import peak_memory_gb, triton_needs, versions
 from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -68,8 +67,6 @@ OF_MACHINE = ("why", "memory_gb", "card_gb", "hardware", "gpus", "out")
 # not among them, because ``base`` and ``data`` are hashes of what is in them.
 MADE_FROM = ("base", "data", "seed", "rows", "max_steps", "lora_r", "lora_alpha", "lora_dropout",
              "learning_rate", "epochs")  # fmt: skip
-HELD_OUT = 5  # rows: evaluation gives no interval for fewer
-FIELD = 6  # lesson 09 trains often: it takes one in six of the plan's rows, on each side
 
 
 # ---- the whole run -------------------------------------------------------------------------------
@@ -103,7 +100,7 @@ def ensure_adapter(plan: Plan) -> Path:
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
-    changed = differs(generation.adapter_record(folder), record_of(plan, fit=False), MADE_FROM)
+    changed = differs(adapter_record(folder), record_of(plan, fit=False), MADE_FROM)
     if changed and plan.model_id != "embedded":
         raise CourseError(
             f"no adapter of this plan is in {plan.folder.name}/adapter ({changed}), and training "
@@ -140,9 +137,9 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
 
     A row that is too long is left out, not cut: a cut answer has no end for the model to learn.
     """
-    train = _draw(plan, tokenizer, splits.train, plan.rows)
+    train = draw_fitting(plan, tokenizer, splits.train, plan.rows)
     held_out = (splits.validation, splits.test)
-    validation, test = (_draw(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
+    validation, test = (draw_fitting(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
     if not (train and validation and test):
         raise CourseError(
             f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
@@ -151,7 +148,9 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     return Splits(train, validation, test, splits.cleaning, splits.notes)
 
 
-def _draw(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
+def draw_fitting(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
+    """Draw at most ``count`` rows (0 = all) that fit into ``max_length``, by the plan's seed."""
+
     def fits(row: Row) -> bool:
         return len(encode(tokenizer, row).ids) <= int(plan.max_length)
 
@@ -170,6 +169,7 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         per_device_train_batch_size=1,
         per_device_eval_batch_size=plan.pack_length // plan.max_length,
         gradient_accumulation_steps=plan.accumulation,
+        completion_only_loss=True,  # TRL labels every token of a prompt -100
         max_length=plan.pack_length,
         packing=True,
         packing_strategy="bfd_split",
@@ -471,111 +471,13 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **
             write_json(fresh / "adapter_config.json", config)
             (fresh / "README.md").unlink(missing_ok=True)
             write_json(fresh / "plan.json", record)
-            generation.save_with(trainer.processing_class, fresh)
+            save_with(trainer.processing_class, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
         raise CourseError(
             f"cannot save the adapter: {reason}. The older one is untouched; free some space."
         ) from error
     return folder
-
-
-# ---- one field of medicine: lesson 09 ------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-    """A split by specialty: training rows in it and not in it, held-out rows likewise."""
-
-    own: list[Row]
-    general: list[Row]
-    inside: list[Row]
-    outside: list[Row]
-
-    def sizes(self) -> dict[str, int]:
-        """Rows in each part."""
-        return {name: len(rows) for name, rows in self._asdict().items()}
-
-
-def parts(
-    plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | data.Specialty
-) -> Parts:
-    """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
-
-    Validation rows select nothing here, so they are held-out rows as well as the test rows.
-
-    Raises:
-        CourseError: no such specialty, too few rows to train on, or too few held out.
-    """
-    own = data.select(splits.train, specialty)
-    field = data.SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
-    held_out, draw_rows = splits.validation + splits.test, partial(_draw, plan, tokenizer)
-    most = math.ceil(plan.rows / FIELD)  # 0 stays 0: all rows
-    divided = Parts(
-        own=draw_rows(own, most),
-        general=draw_rows([row for row in splits.train if not field.holds(row)], most),
-        inside=draw_rows([row for row in held_out if field.holds(row)], plan.eval_rows),
-        outside=draw_rows([row for row in held_out if not field.holds(row)], plan.eval_rows),
-    )
-    if not (divided.own and divided.general) or min(map(len, divided[2:])) < HELD_OUT:
-        raise CourseError(
-            f"{specialty!r} leaves too few rows that fit into {plan.max_length} tokens: "
-            f"{divided.sizes()}, and inside and outside need {HELD_OUT} each. "
-            "Choose another specialty, more rows, or another seed."
-        )
-    return divided
-
-
-def ensure(
-    plan: Plan, name: str, rows: Sequence[Row], start: Path | None = None,
-    base: PreTrainedModel | None = None, **settings: Any,
-) -> Path:  # fmt: skip
-    """Return ``runs/<profile>/specialties/<name>``: an adapter trained on ``rows``, now or before.
-
-    Training continues the adapter in ``start``, or begins on the base. ``settings`` replace fields
-    of the ``SFTConfig``; ``disable_tqdm=True`` prints nothing. The adapter is used again if plan,
-    rows, start and settings are the same. An interrupted run resumes. ``base`` is a loaded 4-bit
-    base to train on instead of another one; afterwards it carries no adapter.
-    """
-    folder = plan.folder / "specialties" / name
-    work = folder.with_name(f".{name}.checkpoints")
-    shown = [[row["question"], row["answer"], *row.get("passages", ())] for row in rows]
-    wanted = recipe(plan) | {"examples": value_hash(shown), "settings": settings}
-    wanted["start"] = generation.adapter_id(start) if start else "base"
-    if generation.adapter_record(folder).get("recipe") == wanted:
-        return folder
-    if generation.adapter_record(work) != wanted:
-        shutil.rmtree(work, ignore_errors=True)  # checkpoints of another recipe
-    write_json(work / "plan.json", wanted)
-    tokenizer, split = load_tokenizer(plan), Splits(list(rows), [], [])
-    if start:
-        model = generation.load_adapters(plan, {"default": start}, trainable=True, base=base)
-    else:
-        model = generation.bare_base(plan, base)
-    settings = {"eval_strategy": "no", "save_strategy": "no"} | settings  # ``watch`` still saves
-    trainer = build_trainer(plan, model, tokenizer, split, work, **settings)
-    try:
-        require(preflight(plan, tokenizer, rows, trainer))
-        _limit_steps(plan, trainer, settings.get("max_steps", 0))
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
-        require_learning(trainer.model)
-        steps, losses = trainer.state.global_step, curve(trainer, "loss")
-        save_adapter(plan, trainer, folder, recipe=wanted, steps=steps, losses=losses)
-    finally:
-        if base is not None:
-            generation.unload(trainer.model)
-    shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
-    """Apply the plan's limit, which makes no run longer than ``steps``, or than its epochs."""
-    from transformers import PrinterCallback
-
-    if trainer.args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)  # transformers' replacement of the progress bar
-    if plan.max_steps:
-        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
-        trainer.args.max_steps = min(steps or math.ceil(needed), plan.max_steps)
 
 
 # ---- several processes ---------------------------------------------------------------------------

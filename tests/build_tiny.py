@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from build_sample import QUESTIONS, statements
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -44,13 +45,11 @@ WORDS = (
 
 def build_tokenizer(vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the statements, with Llama-3's special tokens and template."""
-    corpus = [
-        t for c in sample.conditions() for qtype in c.facts for t in sample.statements(c, qtype)
-    ]
+    corpus = [t for c in sample.conditions() for q in c.facts for t in statements(c, q)]
     for c in sample.conditions():
         corpus += [c.name, c.mention, " " + c.mention, " " + c.name] * 3
     # Questions and system prompt, without a name, so that a prompt does not fall into letters.
-    corpus += [question.format(name="") for question in sample.QUESTIONS.values()] * 50
+    corpus += [question.format(name="") for question in QUESTIONS.values()] * 50
     corpus += [SYSTEM_PROMPT, "system\n\n", "user\n\n", "assistant\n\n"] * 50
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -145,7 +144,7 @@ def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: in
     for condition in sample.conditions():
         for qtype, facts in condition.facts.items():
             phrase = sample.phrase(qtype, facts)
-            opening, rest = sample.statements(condition, qtype)[0].split(phrase)
+            opening, rest = statements(condition, qtype)[0].split(phrase)
             pairs.append((opening.rstrip(), phrase + rest))
     pairs.sort(key=lambda pair: len(tokenizer(pair[0])["input_ids"]))
     right = 0

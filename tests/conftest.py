@@ -195,10 +195,10 @@ NASTY = (
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the embedded model as lesson 04 saves one, of random weights."""
-    from medquad_utils import generation
+    from medquad_utils import adapters
 
     folder = tmp_path_factory.mktemp("tiny") / "adapter"
-    return random_adapter(tiny(), folder, {"base": generation.base_id(tiny())})
+    return random_adapter(tiny(), folder, {"base": adapters.base_id(tiny())})
 
 
 def random_adapter(plan: Plan, folder: Path, record: dict[str, str]) -> Path:
@@ -226,12 +226,13 @@ def small_evaluation(adapter: Path, out: Path, batch_size: int = 2) -> dict[str,
     """
     import dataclasses
 
+    import build_sample
+
     from medquad_utils import evaluation, safety, scores
-    from medquad_utils.assets import sample
     from medquad_utils.evaluation import Questions
 
     plan = dataclasses.replace(tiny(out), max_new_tokens=8)
-    rows = sample.rows()
+    rows = build_sample.rows()
     diseases = list(dict.fromkeys(str(row["focus"]) for row in rows))[:6]
     known = [row for row in rows if row["focus"] in diseases]
     # Six diseases: under five there is no interval.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import build_sample
 import build_tiny as build
 import pytest
 import torch
@@ -22,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from medquad_utils import data, evaluation, splits
-from medquad_utils.assets import raw, sample
+from medquad_utils.assets import sample
 from medquad_utils.chat import end_ids
 from medquad_utils.cleaning import RULES, clean
 from medquad_utils.generation import ask
@@ -30,7 +28,7 @@ from medquad_utils.profiles import PROFILES, TINY_MODEL, Shape
 from medquad_utils.scores import facts_column
 from medquad_utils.splits import normalise, template_of
 
-ALL, ROWS = sample.conditions(), sample.rows()
+ALL, ROWS = sample.conditions(), build_sample.rows()
 SHIPPED = json.loads((TINY_MODEL / build.MANIFEST).read_text())
 CONFIG = LlamaConfig.from_pretrained(TINY_MODEL)
 
@@ -70,11 +68,11 @@ def loaded() -> data.Loaded:
 
 
 def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Loaded) -> None:
-    plants = tomllib.loads(raw.WORDING.read_text(encoding="utf-8"))["plant"]
+    plants = tomllib.loads(build_sample.WORDING.read_text(encoding="utf-8"))["plant"]
     planted: Counter[str] = Counter()
     for plant in plants:
         planted[plant.get("defect", "")] += plant.get("count", 1) if plant["text"] else 0
-    truth = raw.truth()
+    truth = build_sample.truth()
     assert Counter(t.defect for t in truth if t.defect) == +planted - Counter({"": planted[""]})
     assert len(loaded.skipped["no answer"]) == sum(p["count"] for p in plants if not p["text"])
     assert [line.split(" (")[0] for line in loaded.skipped["broken XML"]] == [
@@ -90,12 +88,14 @@ def test_everything_is_planted_and_the_truth_belongs_to_the_rows(loaded: data.Lo
     assert all(str(row["source"]).startswith(sample.SOURCE) for row in loaded.rows)
 
 
-def test_the_raw_sample_is_the_same_in_every_process(repo: Path) -> None:
-    code = "from medquad_utils.assets import raw; print(raw.documents())"
-    command = [sys.executable, "-c", code]
-    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in ("0", "1")]
-    said = [subprocess.check_output(command, cwd=repo, env=env) for env in environments]
-    assert said[0] == said[1]
+def test_the_shipped_sample_is_what_its_tool_writes(tmp_path: Path) -> None:
+    """Byte by byte: sets have another order in each process."""
+    build_sample.build(tmp_path)
+    written, shipped = (
+        {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+        for folder in (tmp_path, data.SAMPLE)
+    )
+    assert written == shipped and len(shipped) > 200
 
 
 def test_cleaning_gives_the_clean_rows_back(loaded: data.Loaded) -> None:
@@ -113,8 +113,9 @@ def test_each_rule_finds_most_of_its_defects_and_none_is_perfect(loaded: data.Lo
         for rule in RULES:
             before, answer = answer, rule.apply(answer)
             fired[rule.name] |= {number} if answer != before else set()
+    defects = json.loads((data.SAMPLE / build_sample.TRUTH).read_text())["planted"]
     for name, found in fired.items():
-        planted = {n for n, t in enumerate(raw.truth()) if t.defect == name}
+        planted = set(defects[name])
         precision, recall = (len(found & planted) / len(of) for of in (found, planted))
         assert 0.6 < precision <= 1 and 0.6 < recall < 1, name
     assert planted - found and found - planted
@@ -133,14 +134,15 @@ def test_a_split_by_row_of_the_sample_buys_the_look_up_a_score(loaded: data.Load
     leak, fair = (evaluation.rouge_l(texts, [r["answer"] for r in asked]) for texts in answers)
     assert evaluation.interval(leak - fair)[1] > 0.01
     assert 0.1 < splits.leakage(split.train, split.test)["normalised question"] < 0.3
-    about = {r["document_id"]: t.condition for r, t in zip(loaded.rows, raw.truth(), strict=True)}
+    pairs = zip(loaded.rows, build_sample.truth(), strict=True)
+    about = {row["document_id"]: known.condition for row, known in pairs}
     spread = {(about[r["document_id"]], n) for r, n in zip(kept, numbers, strict=True)}
     assert len(ALL) + 2 <= len(spread) <= len(ALL) + 10, "two spellings, and rows without focus"
 
 
 def test_the_base_is_never_shown_a_question_or_an_answer() -> None:
     rng = random.Random(1)
-    texts = [text for c in ALL for qtype in c.facts for text in sample.statements(c, qtype)]
+    texts = [text for c in ALL for qtype in c.facts for text in build_sample.statements(c, qtype)]
     texts += [sample.article(c, 4, rng, beside=rng.choice(ALL)) for c in ALL]
     texts += [sample.article(c, aspects, rng) for c in ALL for aspects in (1, 3, 9)]
     everything = "\n".join(texts)
@@ -223,7 +225,7 @@ def test_the_base_states_facts_and_answers_no_question() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     base = LlamaForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
     wanted = [sample.phrase("symptoms", c.facts["symptoms"]) for c in ALL[::6]]
-    stated = [sample.statements(c, "symptoms")[0] for c in ALL[::6]]
+    stated = [build_sample.statements(c, "symptoms")[0] for c in ALL[::6]]
     openings = [text.split(facts)[0].rstrip() for text, facts in zip(stated, wanted, strict=True)]
     batch = tokenizer(openings, return_tensors="pt", padding=True, padding_side="left")
     out = base.generate(**batch, max_new_tokens=40, do_sample=False)

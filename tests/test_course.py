@@ -17,7 +17,7 @@ import pytest
 import stamp
 from conftest import REPO, tiny
 
-from medquad_utils import CourseError, course, generation
+from medquad_utils import CourseError, adapters, course
 from medquad_utils.machine import versions
 
 PARAMETERS = 'profile = "auto"  # tiny, small\nrows = 0  # 0 is all\nrate = 0.5\nout = ""\n'
@@ -176,4 +176,4 @@ def test_the_committed_adapter_is_whole_and_of_the_embedded_base(trained_adapter
     files = {p for p in trained_adapter.iterdir() if p.name != "manifest.json"}
     assert manifest == {p.name: stamp.digest(p) for p in files}
     plan = json.loads((trained_adapter / "plan.json").read_text())
-    assert plan["base"] == generation.base_id(tiny())
+    assert plan["base"] == adapters.base_id(tiny())

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+import build_sample
 import httpx
 import pytest
 import yaml
@@ -20,7 +21,6 @@ from conftest import NASTY, REPO, Markup, chromium, tiny
 from playwright.sync_api import Page, expect
 
 from medquad_utils import CourseError, cli, demo, generation, serving
-from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.machine import Hardware
 from medquad_utils.profiles import TINY_MODEL, resolve
@@ -96,7 +96,7 @@ def test_closing_the_demo_ends_the_answer_that_is_being_given(bot: demo.Bot) -> 
     ("gout", "", "gout"), ("gout ", "causes", "What causes gout?"), ("  ", "causes", "  "),
     ("Who is at risk for Gout? ?", "causes", "What causes Gout?"),
     ("Does tea help against gout?", "causes", "Does tea help against gout?"),
-    *((r["focus"], r["qtype"], tidy_question(r["question"])) for r in sample.rows()[:9]),
+    *((r["focus"], r["qtype"], tidy_question(r["question"])) for r in build_sample.rows()[:9]),
 ])  # fmt: skip
 def test_a_type_makes_a_question_of_a_name_only(text: str, qtype: str, asked: str) -> None:
     assert demo.phrase(text, qtype).lower() == asked.lower()
@@ -150,7 +150,7 @@ def test_a_question_without_a_whole_answer_says_why(bot: demo.Bot, monkeypatch: 
 
 
 def test_no_text_of_a_person_a_model_or_a_source_becomes_markup() -> None:
-    row, page = sample.rows()[0], "https://www.niddk.nih.gov/gout?a=1&b=2"
+    row, page = build_sample.rows()[0], "https://www.niddk.nih.gov/gout?a=1&b=2"
     close = Hit({**row, "focus": "<b>Gout</b>", "source": "NIDDK", "url": page}, 0.9)
     evil = Hit({**row, "focus": NASTY, "source": "<i>x</i>", "url": "javascript:alert(1)"}, 0.8)
     supports = [Support("a", 0.9, close, "a"), Support("b", 0.1, None, "")]

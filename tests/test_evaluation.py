@@ -8,13 +8,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import build_sample
 import numpy
 import pyarrow.parquet
 import pytest
 from conftest import NASTY, small_evaluation, tiny
 
 from medquad_utils import CourseError, chat, cli, data, evaluation, files, retrieval, scores
-from medquad_utils.assets import sample
 from medquad_utils.evaluation import read_questions
 from medquad_utils.generation import Answer, ask, load_tuned
 from medquad_utils.scores import answer_loss
@@ -95,7 +95,7 @@ def test_another_disease_is_of_the_same_source_and_type_if_there_is_one() -> Non
 
 
 def test_outcome_of_a_training_equals_hand_values() -> None:
-    known = next(r for r in sample.rows() if r["qtype"] == "symptoms")
+    known = next(r for r in build_sample.rows() if r["qtype"] == "symptoms")
     rows, train = [known, row("symptoms", "alpha beta gamma delta")], [row("symptoms", "alpha")]
     base = [Answer("", 64, False), Answer("alpha beta", 2, False)]
     tuned = [Answer(known["answer"], 20, True), Answer("alpha beta gamma", 3, False)]
@@ -158,7 +158,7 @@ def test_a_cell_counts_diseases_and_needs_five_of_them() -> None:
 
 
 def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> None:
-    rows, notes = sample.rows(), defaultdict(list)
+    rows, notes = build_sample.rows(), defaultdict(list)
     archive = [r for r in rows if r["focus"] == rows[0]["focus"]]
     numbered = {1: archive[0]["question"], 2: "zzyzx ?", 7: f"{rows[0]['focus']} " * 900}
     asked = [{"number": n, "question": q, "references": ["x"]} for n, q in numbered.items()]
@@ -174,9 +174,10 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
 
 
 def test_a_close_source_is_fixed_on_diseases_of_validation() -> None:
-    names = sorted({str(r["focus"]) for r in sample.rows()})
+    names = sorted({str(r["focus"]) for r in build_sample.rows()})
     parts = (names[:30], names[30:50], names[50:60])
-    train, held_out, others = ([r for r in sample.rows() if r["focus"] in part] for part in parts)
+    rows = build_sample.rows()
+    train, held_out, others = ([r for r in rows if r["focus"] in part] for part in parts)
     index = evaluation.archive_index(train, others, held_out)
     probes = map(retrieval.probes, (train, held_out))
     assert index.threshold == retrieval.calibrate(retrieval.Index(train), *probes)
@@ -196,7 +197,7 @@ def test_every_arm_answers_every_question_within_the_limit(answers: Any) -> None
         assert answers[arm][8]["question"] == NASTY, "asked and kept as text"
         for a in answers[arm]:
             assert a["answer_tokens"] == 8 or (a["answer_tokens"] < 8 and a["stop_rate"])
-    known = {str(r["answer"]) for r in sample.rows()}
+    known = {str(r["answer"]) for r in build_sample.rows()}
     for a in answers["nearest"] + answers["another disease"]:
         assert not a["stop_rate"] and a["answer"] not in known, "cut where a model's would be"
         assert any(text.startswith(a["answer"]) for text in known)
@@ -328,7 +329,7 @@ def evaluate_command(**options: Any) -> int:
 
 @pytest.mark.full
 def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, capsys: Any) -> None:
-    rows, out = sample.rows(), tmp_path / "evaluation"
+    rows, out = build_sample.rows(), tmp_path / "evaluation"
     train = [r for r in rows[:120] if r["focus"] != rows[0]["focus"]]
     (tmp_path / "data").mkdir()
     files.write_rows(tmp_path / "data" / "train.parquet", train)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import build_sample
 import numpy
 import pytest
 import torch
@@ -15,7 +16,6 @@ from captum.attr import FeatureAblation, LLMAttribution, TextTemplateInput
 from conftest import NASTY, Markup, tiny
 
 from medquad_utils import CourseError, cli, evaluation, explanation, generation, retrieval, safety
-from medquad_utils.assets import sample
 from medquad_utils.chat import NOTICE, grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.explanation import Prompt
 from medquad_utils.generation import Answer
@@ -117,7 +117,7 @@ def test_a_name_is_one_unit() -> None:
 
 
 def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
-    row = {**sample.rows()[0], "answer": NASTY, "focus": NASTY, "source": NASTY, "url": NASTY}
+    row = {**build_sample.rows()[0], "answer": NASTY, "focus": NASTY, "source": NASTY, "url": NASTY}
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
     supports = [retrieval.Support(NASTY, 0.7, hits[0], NASTY)]
     values, pulls = numpy.linspace(-1, 1, len(prompt.words)), numpy.array([0.25])

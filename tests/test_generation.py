@@ -18,7 +18,7 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
 
-from medquad_utils import CourseError, chat, generation, quantization, training
+from medquad_utils import CourseError, adapters, chat, generation, quantization, training
 from medquad_utils.profiles import PROFILES, TINY_MODEL
 
 LONG = "What causes gout, and how do doctors find out that someone has it?"
@@ -207,12 +207,12 @@ def flipped(file: Path, part: str) -> Path:
 
 def test_a_base_is_named_by_all_its_tensors_and_not_by_its_folder(tmp_path: Path) -> None:
     def of(folder: Path) -> str:
-        return generation.base_id(dataclasses.replace(tiny(), model_path=str(folder)))
+        return adapters.base_id(dataclasses.replace(tiny(), model_path=str(folder)))
 
     same, other, told = (Path(shutil.copytree(TINY_MODEL, tmp_path / n)) for n in "abc")
     flipped(other / WEIGHTS_OF_BASE, "layers.3.mlp.down_proj")  # the last of the file
     (told / "chat_template.jinja").write_text("another " + chat.CHAT_TEMPLATE)
-    assert of(same) == generation.base_id(tiny())
+    assert of(same) == adapters.base_id(tiny())
     assert len({of(folder) for folder in (same, other, told)}) == 3
 
 
@@ -223,8 +223,8 @@ def test_an_adapter_is_named_by_its_weights_and_their_scale(
     spoil(same, CONFIG, {"base_model_name_or_path": "moved"})
     spoil(scaled, CONFIG, {"lora_alpha": 64})
     flipped(other / WEIGHTS, "layers.3.mlp.down_proj.lora_B")
-    assert generation.adapter_id(same) == generation.adapter_id(tiny_adapter)
-    assert len({generation.adapter_id(folder) for folder in (same, scaled, other)}) == 3
+    assert adapters.adapter_id(same) == adapters.adapter_id(tiny_adapter)
+    assert len({adapters.adapter_id(folder) for folder in (same, scaled, other)}) == 3
 
 
 def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
@@ -234,7 +234,7 @@ def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--me--base"
     plan = dataclasses.replace(tiny(tmp_path), model_id="me/base")
-    assert generation.base_id(plan) == "me/base@main", "nobody knows yet"
+    assert adapters.base_id(plan) == "me/base@main", "nobody knows yet"
     for commit in ("a" * 40, "b" * 40):
         (repo / "snapshots" / commit).mkdir(parents=True)
         (repo / "snapshots" / commit / "config.json").write_text("{}")
@@ -251,7 +251,7 @@ def test_a_model_of_the_hub_is_named_by_the_commit_that_is_loaded(
         (folder / name).write_text("{}")
     (folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(CourseError, match=r"trained on me/base \(me/base@a+\), but .*@b+\)"):
-        generation.check_adapter(plan, folder)
+        adapters.check_adapter(plan, folder)
 
 
 DAMAGED_BASES: dict[str, tuple[Any, str]] = {

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import build_sample
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -19,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from medquad_utils import CourseError, chat, generation, merging
-from medquad_utils.assets import sample
 from medquad_utils.profiles import Plan
 
 LAYER = "model.layers.1.mlp.down_proj"
-ROWS = sample.rows()[:3]
+ROWS = build_sample.rows()[:3]
 
 
 def plan(dtype: str = "float32") -> Plan:

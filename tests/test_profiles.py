@@ -273,9 +273,9 @@ def test_a_cpu_computes_in_bf16_only_if_that_was_clearly_faster(
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils files memory machine profiles attention assets assets.sample assets.raw chat cleaning
+medquad_utils files memory machine profiles attention assets assets.sample chat cleaning
 splits tables data fetch reference retrieval scores safety estimate quantization lora plots checks
-generation training
+adapters generation training specialise
 evaluation report merging explanation publishing serving demo course
 cli"""
 

@@ -23,7 +23,7 @@ import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
 
-from medquad_utils import CourseError, chat, cli, generation, publishing
+from medquad_utils import CourseError, adapters, chat, cli, generation, publishing
 from medquad_utils.files import write_json
 from medquad_utils.profiles import TINY_MODEL, Plan
 
@@ -68,7 +68,7 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
     plan = tiny(tmp_path_factory.mktemp("run"))
     adapter = Path(shutil.copytree(trained_adapter, plan.folder / "adapter"))
     train = {"steps": 4321, "plan": json.loads((adapter / "plan.json").read_text())}
-    evaluation = EVALUATION | {"recipe": {"adapter": generation.adapter_id(adapter)}}
+    evaluation = EVALUATION | {"recipe": {"adapter": adapters.adapter_id(adapter)}}
     write_json(plan.folder / "metrics" / "train.json", train)
     write_json(plan.folder / "metrics" / "explore.json", DATA)
     write_json(plan.folder / "evaluation" / "metrics.json", evaluation)

@@ -9,11 +9,11 @@ import re
 from collections import Counter
 from typing import Any
 
+import build_sample
 import numpy
 import pytest
 
 from medquad_utils import CourseError, retrieval, splits
-from medquad_utils.assets import sample
 from medquad_utils.files import COLUMNS, Row
 from medquad_utils.retrieval import Hit, Index, calibrate, probes, words
 from medquad_utils.splits import focus_of
@@ -110,7 +110,7 @@ def test_a_hit_names_its_source_and_says_that_it_is_archived() -> None:
     url = "https://example.org/asthma"
     archived = Hit(row("Asthma\n attack", "?", "", source="NHLBI", url=url), 0.876)
     assert str(archived) == f"Asthma attack (NHLBI; {url}; score 0.88; {retrieval.ARCHIVED})"
-    assert Hit(sample.rows()[0], 1.0).note == retrieval.COURSE_TEXT
+    assert Hit(build_sample.rows()[0], 1.0).note == retrieval.COURSE_TEXT
     bare = Index([row(None, "What causes Gout ?", "Uric acid.")]).search(["gout"])[0][0]
     assert str(bare) == f"What causes Gout? (score 1.00; {retrieval.ARCHIVED})"
 
@@ -149,7 +149,7 @@ def test_a_disease_is_asked_for_and_known_by_any_of_its_names(toy: Index) -> Non
 
 @pytest.fixture(scope="module")
 def sample_index() -> Index:
-    return Index(sample.rows())
+    return Index(build_sample.rows())
 
 
 def test_support_is_the_weighted_share_of_a_sentences_words(sample_index: Index) -> None:
@@ -197,7 +197,8 @@ def test_on_real_medquad_the_threshold_holds_and_diseases_are_found(real_rows: l
 
 
 def test_a_dose_has_its_source_or_says_that_there_is_none() -> None:
-    row = {**sample.rows()[0], "focus": "Gout", "question": "What are the treatments for Gout ?"}
+    named = {"focus": "Gout", "question": "What are the treatments for Gout ?"}
+    row = build_sample.rows()[0] | named
     row |= {"answer": "People with gout may take 300 mg of the medicine each day. Rest the joint."}
     index = Index([row])
     right = "People with gout may take 300mg of the medicine each day."

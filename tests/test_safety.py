@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import build_sample
 import pytest
 from conftest import REPO
 from scipy.stats import binomtest
 
 from medquad_utils import safety, splits
-from medquad_utils.assets import sample
 from medquad_utils.chat import THREE_QUESTIONS
 from medquad_utils.safety import SafetyPrompt, Verdict, guarded, judge, red_flag
 
@@ -54,7 +54,7 @@ def test_the_red_flag_rule_catches_urgent_prompts() -> None:
 
 
 def test_the_red_flag_rule_is_silent_on_ordinary_questions() -> None:
-    rows = [str(row["question"]) for row in sample.rows()]
+    rows = [str(row["question"]) for row in build_sample.rows()]
     quiet = ["", "\x00\x07", "What is (are) Heart Attack ?", "I have no chest pain"]
     quiet += ["He fainted once, two years ago", "What are the treatments for Suicide prevention ?"]
     asked = [*TUNED_CALM, *THREE_QUESTIONS, *rows, *quiet]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import build_sample
 import numpy
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_empty_answers_score_0_and_missing_references_are_named(score: str) -> N
 
 
 def test_facts_count_in_any_order_but_only_whole_and_all_of_them() -> None:
-    asked = [(r, sample.facts_of(str(r["focus"]), str(r["qtype"]))) for r in sample.rows()]
+    asked = [(r, sample.facts_of(str(r["focus"]), str(r["qtype"]))) for r in build_sample.rows()]
     row, facts = next((r, f) for r, f in asked if r["qtype"] == "symptoms" and len(f) >= 3)
     shouted = "It brings: " + "; then ".join(facts[::-1]).upper() + "!"
     foreign = {**row, "source": "NIHSeniorHealth"}
@@ -275,7 +276,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder, bpe = str(tmp_path_factory.mktemp("roberta")), ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator([str(r["answer"]) for r in sample.rows()[:80]], 400, 2, False, special)
+    texts = [str(r["answer"]) for r in build_sample.rows()[:80]]
+    bpe.train_from_iterator(texts, 400, 2, False, special)
     bpe.save_model(folder)
     tokenizer = RobertaTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 40

@@ -136,7 +136,7 @@ PASSED_ON: dict[str, set[str]] = {
     "nbconvert.HTMLExporter": set(HTMLExporter.class_trait_names()),
     "papermill.execute_notebook": {"config"} & set(PapermillNotebookClient.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
-    "medquad_utils.training.ensure": SFT_FIELDS,
+    "medquad_utils.specialise.ensure": SFT_FIELDS,
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from medquad_utils import (
     CourseError,
+    adapters,
     chat,
     data,
     evaluation,
@@ -35,6 +36,7 @@ from medquad_utils import (
     merging,
     profiles,
     scores,
+    specialise,
     splits,
     training,
 )  # fmt: skip
@@ -426,13 +428,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module")
 def rows(plan: Plan, tiny_tokenizer: Any) -> training.Parts:
-    return training.parts(plan, tiny_tokenizer, data.prepare(plan), "cardiology")
+    return specialise.parts(plan, tiny_tokenizer, data.prepare(plan), "cardiology")
 
 
 @pytest.fixture(scope="module")
 def trained(plan: Plan, rows: training.Parts, tiny_adapter: Path) -> Path:
     """An adapter that went on from ``tiny_adapter`` for two steps."""
-    return training.ensure(plan, "heart", rows.own, tiny_adapter)
+    return specialise.ensure(plan, "heart", rows.own, tiny_adapter)
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -445,7 +447,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: training.Parts) -> None:
     everything, split = dataclasses.replace(plan, rows=0, eval_rows=0), data.prepare(plan)
-    whole = training.parts(everything, tiny_tokenizer, split, "cardiology")
+    whole = specialise.parts(everything, tiny_tokenizer, split, "cardiology")
     field = data.SPECIALTIES["cardiology"]
     assert all(map(field.holds, whole.own + whole.inside))
     assert not any(map(field.holds, whole.general + whole.outside))
@@ -465,23 +467,23 @@ def test_a_specialty_with_too_few_rows_is_refused(plan: Plan, tiny_tokenizer: An
         ("cardiology", dataclasses.replace(split, validation=[], test=[]), "'inside': 0.* seed"),
     ):
         with pytest.raises(CourseError, match=message):
-            training.parts(plan, tiny_tokenizer, rows, specialty)
+            specialise.parts(plan, tiny_tokenizer, rows, specialty)
 
 
 def test_a_mixture_holds_all_own_rows_and_its_share_of_general_ones() -> None:
     own, general = ([{"question": f"{k}{n}", "answer": ""} for n in range(100)] for k in "og")
     for share, count in ((0.0, 0), (0.25, 10), (0.5, 30), (0.75, 90)):
-        mixed = splits.mixed(own[:30], general, share, seed=3)
+        mixed = specialise.mixed(own[:30], general, share, seed=3)
         names = [row["question"] for row in mixed]
         assert len(set(names)) == len(names) == 30 + count
         assert {row["question"] for row in own[:30]} <= set(names)
-        assert splits.mixed(own[:30], general, share, seed=3) == mixed
-        assert splits.mixed(own[:30], general, share, seed=4) != mixed
+        assert specialise.mixed(own[:30], general, share, seed=3) == mixed
+        assert specialise.mixed(own[:30], general, share, seed=4) != mixed
         early = [name.startswith("g") for name in names[: len(names) // 2]]
         assert 0 < sum(early) < len(early) or not share, "both kinds come early"
     for share, message in ((1.5, "share of 1.5 is outside"), (0.9, "are 100: choose up to 0.77")):
         with pytest.raises(CourseError, match=message):
-            splits.mixed(own[:30], general, share)
+            specialise.mixed(own[:30], general, share)
 
 
 def test_a_run_goes_on_from_an_adapter(plan: Plan, trained: Path, tiny_adapter: Path) -> None:
@@ -491,7 +493,7 @@ def test_a_run_goes_on_from_an_adapter(plan: Plan, trained: Path, tiny_adapter: 
     moved = [(after[k] - before[k]).norm() / before[k].norm() for k in before if "lora_B" in k]
     assert min(moved) > 0, "every adapter learned"
     assert max(moved) < 0.5, "and is still near its start: a fresh one would be at zero"
-    assert (record(trained)["steps"], record(trained)["base"]) == (2, generation.base_id(plan))
+    assert (record(trained)["steps"], record(trained)["base"]) == (2, adapters.base_id(plan))
     assert not list(trained.parent.glob(".*")), "no checkpoints are left"
 
 
@@ -502,13 +504,13 @@ def test_an_adapter_is_used_again_until_rows_start_or_settings_differ(
     known = {"plan": plan, "name": "heart", "rows": rows.own, "start": tiny_adapter}
     monkeypatch.setattr(training, "build_trainer", Mock(side_effect=RuntimeError("it trains")))
     elsewhere = dataclasses.replace(plan, hardware="another", card_gb=1.0)
-    assert training.ensure(**known | {"plan": elsewhere}) == trained
+    assert specialise.ensure(**known | {"plan": elsewhere}) == trained
     other = dataclasses.replace(plan, seed=1)
     settings = {"learning_rate": 1e-5}
     read = {"rows": [row | {"passages": ["Gout: rest."]} for row in rows.own]}
     for change in ({"rows": rows.own[1:]}, read, {"start": None}, settings, {"plan": other}):
         with pytest.raises(RuntimeError, match="it trains"):
-            training.ensure(**known | change)
+            specialise.ensure(**known | change)
     assert saved(trained), "a run that failed leaves the older adapter"
 
 
@@ -519,12 +521,12 @@ def test_a_base_is_trained_on_twice_and_given_back_as_it_was(
     base = generation.load_base(plan)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     shared = {"rows": rows.own, "base": base, "disable_tqdm": True}
-    fresh = training.ensure(plan, "new", **shared, max_steps=9, learning_rate=1e-4)
+    fresh = specialise.ensure(plan, "new", **shared, max_steps=9, learning_rate=1e-4)
     largest = max(float(v.abs().max()) for k, v in saved(fresh).items() if "lora_B" in k)
     assert 0 < largest <= 1.01e-4, "the warm-up begins at 0: one step of AdamW away from zero"
     many = dataclasses.replace(plan, max_steps=50)
     capsys.readouterr()
-    again = training.ensure(many, "again", **shared, start=tiny_adapter, max_steps=2)
+    again = specialise.ensure(many, "again", **shared, start=tiny_adapter, max_steps=2)
     assert capsys.readouterr().out == ""
     assert record(fresh)["steps"] == record(again)["steps"] == 2, "the lower limit counts"
     after, alone = saved(again), saved(trained)
@@ -534,7 +536,7 @@ def test_a_base_is_trained_on_twice_and_given_back_as_it_was(
     assert not base.training and base(torch.tensor([[5, 6]])).logits.shape[1] == 2
     generation.load_adapters(plan, {"default": tiny_adapter}, base=base)
     with pytest.raises(CourseError, match="carries adapters already"):
-        training.ensure(plan, "third", **shared)
+        specialise.ensure(plan, "third", **shared)
 
 
 @pytest.mark.full  # one more run
@@ -544,11 +546,11 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patched, pytest.raises(CourseError, match="No space left"):
         patched.setattr(training, "save_adapter", Mock(side_effect=CourseError("No space left")))
-        training.ensure(plan, "cut", rows.own, tiny_adapter)
+        specialise.ensure(plan, "cut", rows.own, tiny_adapter)
     folder = plan.folder / "specialties"
     assert not (folder / "cut").exists()
     assert training.last_checkpoint(folder / ".cut.checkpoints")
-    resumed = training.ensure(plan, "cut", rows.own, tiny_adapter)
+    resumed = specialise.ensure(plan, "cut", rows.own, tiny_adapter)
     after, whole = saved(resumed), saved(trained)
     assert after.keys() == whole.keys()
     assert all(torch.equal(after[name], whole[name]) for name in whole)
@@ -572,8 +574,8 @@ def test_a_trained_base_is_gone_before_the_next_one_comes(
     gc.disable()  # the collector may run at any time: nothing may depend on it
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     try:
-        training.ensure(plan, "one", rows.own, tiny_adapter)
-        two = training.ensure(dataclasses.replace(plan, max_steps=50), "two", rows.own[:4])
+        specialise.ensure(plan, "one", rows.own, tiny_adapter)
+        two = specialise.ensure(dataclasses.replace(plan, max_steps=50), "two", rows.own[:4])
         training.train(dataclasses.replace(plan, out=plan.out + "/other"))
         merging.drift(plan, rows.own[:1], tiny_adapter, most=4)
         generation.load_tuned(plan, tiny_adapter)

@@ -1,8 +1,8 @@
 """The embedded sample: short facts about real conditions, read from ``conditions.toml``.
 
-The facts become *rows* (a question and its answer, in MedQuAD's columns and question templates) for
-the lessons, and *statements* (prose, several paraphrases of each fact) for pretraining the embedded
-base. The base never sees a row, and fine-tuning never sees a statement.
+The facts became questions and answers for the lessons (``medquad_sample/``, written by
+tests/build_sample.py) and articles for pretraining the embedded base. The base never sees an
+answer, and fine-tuning never sees an article.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from medquad_utils.files import Row
-
 SOURCE = "course sample"  # how the source of each of its rows begins
 CONDITIONS = Path(__file__).with_name("conditions.toml")
-_SENTENCES = tomllib.loads(Path(__file__).with_name("sentences.toml").read_text(encoding="utf-8"))
-# By question type. QUESTIONS are MedQuAD's own templates, with its odd spaces. ANSWERS have one
-# form a type, which fine-tuning has to learn. STATEMENTS have six: a fact that is seen in one
-# wording only is recalled in that wording only.
-QUESTIONS: dict[str, str] = {qtype: s["question"] for qtype, s in _SENTENCES.items()}
-ANSWERS: dict[str, str] = {qtype: s["answer"] for qtype, s in _SENTENCES.items()}
-STATEMENTS: dict[str, list[str]] = {qtype: s["statements"] for qtype, s in _SENTENCES.items()}
+SENTENCES = tomllib.loads(Path(__file__).with_name("sentences.toml").read_text(encoding="utf-8"))
+# By question type. STATEMENTS have six forms each: a fact that is seen in one wording only is
+# recalled in that wording only. Questions are MedQuAD's own templates, with its odd spaces. Answers
+# have one form a type, which fine-tuning has to learn.
+STATEMENTS: dict[str, list[str]] = {qtype: s["statements"] for qtype, s in SENTENCES.items()}
 
 
 @dataclass(frozen=True)
@@ -59,36 +55,14 @@ def phrase(qtype: str, facts: list[str]) -> str:
     return facts[0] if len(facts) == 1 else ", ".join(facts[:-1]) + " and " + facts[-1]
 
 
-def _fill(template: str, condition: Condition, qtype: str) -> str:
+def fill(template: str, condition: Condition, qtype: str) -> str:
+    """Fill a sentence with the name and the facts of a condition."""
     return template.format(
         name=condition.mention,
         Name=condition.mention[0].upper() + condition.mention[1:],
         be="are" if condition.plural else "is",
         facts=phrase(qtype, condition.facts[qtype]),
     )
-
-
-def rows() -> list[Row]:
-    """Return the sample as rows with ``files.COLUMNS``."""
-    sample: list[Row] = []
-    for number, condition in enumerate(conditions()):
-        for place, qtype in enumerate(condition.facts):
-            # MedQuAD's sources write a name as a heading or as in a text, so the sample has both.
-            name = condition.name if (number + place) % 2 else condition.mention
-            row = {
-                "qtype": qtype,
-                "question": QUESTIONS[qtype].format(name=name),
-                "answer": _fill(ANSWERS[qtype], condition, qtype),
-                "focus": condition.name,
-                "synonyms": condition.synonyms,
-                "cui": None,
-                "semantic_type": [condition.semantic_type],
-                "source": SOURCE,
-                "url": None,
-                "document_id": f"sample-{number:03d}",
-            }
-            sample.append(row)
-    return sample
 
 
 def facts_of(focus: str, qtype: str) -> list[str]:
@@ -104,17 +78,12 @@ def _by_name() -> dict[str, dict[str, list[str]]]:
     return {name.lower(): c.facts for c in conditions() for name in (c.name, *c.synonyms)}
 
 
-def statements(condition: Condition, qtype: str) -> list[str]:
-    """Return every paraphrase of the facts of one question type."""
-    return [_fill(template, condition, qtype) for template in STATEMENTS[qtype]]
-
-
 def _draw(condition: Condition, aspects: int, rng: random.Random) -> list[str]:
     """Draw up to ``aspects`` statements, in random order and wording."""
     if rng.random() < 0.3:  # the name as in a heading
         condition = dataclasses.replace(condition, mention=condition.name)
     qtypes = rng.sample(list(condition.facts), min(aspects, len(condition.facts)))
-    return [_fill(rng.choice(STATEMENTS[qtype]), condition, qtype) for qtype in qtypes]
+    return [fill(rng.choice(STATEMENTS[qtype]), condition, qtype) for qtype in qtypes]
 
 
 def article(

@@ -25,8 +25,7 @@ import torch
 from peft import get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from medquad_utils import generation, merging
-from medquad_utils.assets import sample
+from medquad_utils import data, generation, merging
 from medquad_utils.chat import end_ids, prompt_ids, prompt_messages
 from medquad_utils.generation import Answer
 from medquad_utils.lora import lora_config
@@ -58,7 +57,7 @@ def arms(cuda: bool) -> tuple[list[Arm], list[Arm]]:
 
 def questions(number: int) -> list[Messages]:
     """Return the first different questions of the sample, as conversations."""
-    texts = dict.fromkeys(str(row["question"]) for row in sample.rows())
+    texts = dict.fromkeys(str(row["question"]) for row in data.load_xml(data.SAMPLE).rows)
     return [prompt_messages(text) for text in list(texts)[:number]]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import data, evaluation, files, splits
-from medquad_utils.assets import sample
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.files import Row
 from medquad_utils.scores import rouge_l
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     rows.add_argument("--xml", type=Path, metavar="DIR", help="a clone of MedQuAD")
     rows.add_argument("--smoke", action="store_true", help="the course's sample; writes nothing")
     options = parser.parse_args(arguments)
-    found = measure(sample.rows() if options.smoke else data.load_xml(options.xml).rows)
+    found = measure(data.load_xml(data.SAMPLE if options.smoke else options.xml).rows)
     if not options.smoke:
         files.write_json(evaluation.MEASURED, found)
     return found

@@ -1,14 +1,15 @@
-"""The raw form of the embedded sample: XML documents in MedQuAD's layout, with planted defects.
+"""Write the embedded sample: XML documents in MedQuAD's layout, with planted defects.
 
-The course wrote the wording and the counts (``raw.toml``), so the truth about every row is known:
-which defects were planted in it, and which condition it is about. ``data.load`` parses the
-documents like a clone of MedQuAD. Cleaning gives most rows of ``sample.rows`` back.
+``python tests/build_sample.py`` writes ``medquad_utils/assets/medquad_sample``. The course wrote
+the wording and the counts (``build_sample.toml``), so the truth about every row is known: which
+defects were planted in it, and which condition it is about. Cleaning gives most of ``rows`` back.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import shutil
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
@@ -18,9 +19,15 @@ from typing import Any
 
 from medquad_utils.assets import sample
 from medquad_utils.assets.sample import Condition
-from medquad_utils.files import Row
+from medquad_utils.data import SAMPLE
+from medquad_utils.files import Row, write_json
 
-WORDING = Path(__file__).with_name("raw.toml")
+WORDING = Path(__file__).with_name("build_sample.toml")
+TRUTH = "truth.json"  # the condition of each row, and defect -> the numbers of its rows, from 0
+QUESTIONS, ANSWERS = (
+    {qtype: str(s[kind]) for qtype, s in sample.SENTENCES.items()}
+    for kind in ("question", "answer")
+)
 _TOML = tomllib.loads(WORDING.read_text(encoding="utf-8"))
 LINKS = ("question", "url", "cui")  # what joins a clinic's document to its condition
 HOME = ("handbook", "leaflets")  # their rows are the clean ones, changed in place
@@ -53,6 +60,34 @@ class Document:
     rows: dict[str, tuple[Row, str]] = field(default_factory=dict)
 
 
+def rows() -> list[Row]:
+    """Return the sample as rows with ``files.COLUMNS``."""
+    result: list[Row] = []
+    for number, condition in enumerate(sample.conditions()):
+        for place, qtype in enumerate(condition.facts):
+            # MedQuAD's sources write a name as a heading or as in a text, so the sample has both.
+            name = condition.name if (number + place) % 2 else condition.mention
+            row = {
+                "qtype": qtype,
+                "question": QUESTIONS[qtype].format(name=name),
+                "answer": sample.fill(ANSWERS[qtype], condition, qtype),
+                "focus": condition.name,
+                "synonyms": condition.synonyms,
+                "cui": None,
+                "semantic_type": [condition.semantic_type],
+                "source": sample.SOURCE,
+                "url": None,
+                "document_id": f"sample-{number:03d}",
+            }
+            result.append(row)
+    return result
+
+
+def statements(condition: Condition, qtype: str) -> list[str]:
+    """Return every paraphrase of the facts of one question type."""
+    return [sample.fill(template, condition, qtype) for template in sample.STATEMENTS[qtype]]
+
+
 def _open(rng: random.Random) -> dict[tuple[str, int], Document]:
     """Open the documents of each collection: a clinic's under a synonym, a mailbox's without focus.
 
@@ -65,7 +100,7 @@ def _open(rng: random.Random) -> dict[tuple[str, int], Document]:
         fit = [n for n in everyone if name != "clinic" or conditions[n].synonyms]
         members[name] = rng.sample(fit, count)
     clean: list[dict[str, Row]] = [{} for _ in conditions]
-    for row in sample.rows():
+    for row in rows():
         clean[int(row["document_id"].removeprefix("sample-"))][row["qtype"]] = row
     documents = {}
     for collection, numbers in members.items():
@@ -88,11 +123,11 @@ def _open(rng: random.Random) -> dict[tuple[str, int], Document]:
 
 
 def _wordings(document: Document, row: Row) -> dict[str, str]:
-    """Return the fields that a text of ``raw.toml`` may hold, for one row of the clean sample."""
+    """Return the fields that a text of ``build_sample.toml`` may hold, for one clean row."""
     condition, answer, qtype = document.condition, str(row["answer"]), str(row["qtype"])
     facts, name = condition.facts[qtype], condition.mention
     focus = document.focus if document.collection == "clinic" else name
-    asked = sample.QUESTIONS[qtype].format(name=focus)
+    asked = QUESTIONS[qtype].format(name=focus)
     kept = document.collection in HOME or document.link == "question"
     article = " ".join([*(str(r["answer"]) for r in document.clean.values()), _TOML["closing"]])
     return {
@@ -115,7 +150,7 @@ def _wordings(document: Document, row: Row) -> dict[str, str]:
 
 
 def _planted(plant: dict[str, Any], document: Document, row: Row) -> Row | None:
-    """Write a row as an entry of ``raw.toml`` says, or return None where it does not fit."""
+    """Write a row as an entry of the TOML file says, or return None where it does not fit."""
     if row["qtype"] not in plant.get("from", [row["qtype"]]):
         return None
     if document.condition.name not in plant.get("only", [document.condition.name]):
@@ -130,7 +165,7 @@ def _planted(plant: dict[str, Any], document: Document, row: Row) -> Row | None:
 
 @cache
 def _documents() -> tuple[Document, ...]:
-    """Write every document: the clean rows, then each entry of ``raw.toml`` in turn."""
+    """Write every document: the clean rows, then each entry of ``build_sample.toml`` in turn."""
     rng = random.Random(31)  # fixed: chosen by counts, so that each part has its share
     documents = _open(rng)
     for document in documents.values():
@@ -174,7 +209,8 @@ def _xml(document: Document) -> str:
         pair = add(pairs, "QAPair", "")
         add(pair, "Question", row["question"], qtype=row["qtype"])
         add(pair, "Answer", row["answer"])
-    return ElementTree.tostring(root, encoding="unicode")
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def documents() -> dict[str, str]:
@@ -191,3 +227,20 @@ def truth() -> list[Truth]:
         for row, defect in document.rows.values()
         if row["answer"]
     ]
+
+
+def build(folder: Path) -> None:
+    """Write the documents, and what is known about their rows (``TRUTH``), to ``folder``."""
+    for name, text in documents().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    planted: dict[str, list[int]] = {}
+    for number, about in enumerate(truth()):
+        if about.defect:
+            planted.setdefault(about.defect, []).append(number)
+    write_json(folder / TRUTH, {"conditions": [t.condition for t in truth()], "planted": planted})
+
+
+if __name__ == "__main__":
+    shutil.rmtree(SAMPLE, ignore_errors=True)
+    build(SAMPLE)
