@@ -13,7 +13,7 @@ import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from medquad_utils.splits import (
     TYPES,
     Splits,
     focus_of,
-    focus_recovery,
     leakage_report,
     split,
     template_of,
@@ -347,10 +346,7 @@ def make(
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
     kept = sum(splits.sizes().values()) + card["other_specialties"]
     assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
-    card |= {"splits": _hash(splits), "focus_recovery": None, "leakage": leakage_report(splits)}
-    if any(row["focus"] for row in chosen):
-        with suppress(CourseError):  # the questions name no disease, only the column focus does
-            card["focus_recovery"] = focus_recovery(chosen, plan.seed)
+    card |= {"splits": _hash(splits), "leakage": leakage_report(splits)}
     with files.locked(folder), ExitStack() as stack:
         # All is written before anything is replaced, data.json last. Without it the parts are not
         # used, so a kill never leaves parts of two recipes.
@@ -420,12 +416,6 @@ def summary(card: Mapping[str, Any]) -> str:
         f"{len(letters):,} words lost a letter upstream; {len(units):,} numbers may have lost "
         "the prefix of their unit" + "".join(f"\n  {place}" for place in units),
     ]
-    if recovery := card["focus_recovery"]:
-        blocks.append(
-            f"with the Hub's columns alone: focus found in {recovery['found']:.1%} of rows, "
-            f"{recovery['precision']:.1%} of them right; {recovery['leak']:.1%} of test rows "
-            "would share a group with training"
-        )
     return "\n\n".join(block for block in blocks if block)
 
 

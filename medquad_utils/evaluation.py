@@ -278,10 +278,8 @@ def answer_all(
 
 
 # ---- scores --------------------------------------------------------------------------------------
-def answer_table(
-    asked: Sequence[Row], answers: Answers, corpus: Sequence[str]
-) -> tuple[pandas.DataFrame, str]:
-    """Return one row for each question and arm with all scores, and why BERTScore is missing."""
+def answer_table(asked: Sequence[Row], answers: Answers, corpus: Sequence[str]) -> pandas.DataFrame:
+    """Return one row for each question and arm with all scores."""
     rows = []
     for row, disease in zip(asked, held_out_by(asked), strict=True):
         about = {c: row[c] for c in ("question", "references", "qtype", "source", "focus")}
@@ -290,7 +288,7 @@ def answer_table(
         rows += [{"arm": arm, **about, **answers[arm][row["question"]]} for arm in ARMS]
     table = pandas.DataFrame(rows)
     texts, references = list(table["answer"]), list(table["references"])
-    table = table.assign(
+    return table.assign(
         **scores.rouge(texts, references),
         bleu=scores.bleu(texts, references),
         chrf=scores.chrf(texts, references),
@@ -299,8 +297,6 @@ def answer_table(
         length_ratio=scores.length_ratio(texts, references),
         repetition=scores.repetition(texts),
     )
-    values, reason = scores.bert_score_or_reason(texts, references)
-    return (table if values is None else table.assign(bert_score=values)), reason
 
 
 def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell | None:
@@ -497,7 +493,7 @@ def evaluate(
     recipe = recipe_of(plan, adapter, jobs)
     arms = folder / "answers"
     answers = answer_all(model, tokenizer, jobs, asked, train, recipe, arms, batch_size)
-    table, no_bert_score = answer_table(asked, answers, [row["answer"] for row in train])
+    table = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
     notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
     write_answers(folder / "answers.parquet", table, answers, safe)
@@ -507,7 +503,7 @@ def evaluate(
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
         "recipe": {"profile": plan.profile, "training_rows": len(train),
                    "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        **ABOUT, **results(table), "bert_score": no_bert_score,
+        **ABOUT, **results(table),
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
         "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),

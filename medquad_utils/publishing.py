@@ -52,8 +52,7 @@ OWN_LINE = "Trained on rows of the publisher's own."
 COLUMNS = ("base", "tuned", "nearest", "another disease")
 # Score -> the Hub's name of the metric. The card's metadata hold these, and the safety prompts.
 HUB_METRICS = {"facts_complete": "accuracy", "rougeL": "rouge", "rouge1": "rouge",
-               "rouge2": "rouge", "bleu": "bleu", "chrf": "chrf",
-               "bert_score": "bertscore"}  # fmt: skip
+               "rouge2": "rouge", "bleu": "bleu", "chrf": "chrf"}  # fmt: skip
 
 
 # ---- licences -----------------------------------------------------------------------------------

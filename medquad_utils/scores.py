@@ -11,7 +11,6 @@ import math
 import random
 import tomllib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +21,6 @@ from medquad_utils import CourseError
 from medquad_utils.assets.sample import SOURCE, article, conditions, facts_of
 from medquad_utils.chat import end_ids, prompt_ids, without_tokens
 from medquad_utils.files import Row
-from medquad_utils.machine import hub_reachable
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import normalise
 
@@ -40,10 +38,6 @@ BATCH_TOKENS = 8192  # in one forward pass, padding included
 RESAMPLES = 2000  # of a bootstrap interval
 Z = NormalDist().inv_cdf(0.975)  # 1.96
 GENERAL = Path(__file__).parent / "assets" / "general.toml"
-
-# The model, its commit and the layer that the authors of BERTScore chose for English.
-BERT_MODEL, BERT_LAYER = "FacebookAI/roberta-large", 17
-BERT_REVISION = "722cf37b1afa9454edce342e7895e588b6ff1d59"
 
 
 class Score(NamedTuple):
@@ -64,7 +58,6 @@ SCORES = {
     "bleu": Score("BLEU", "0 to 1", "up", "shared runs of one to four words; short answers lose"),
     "chrf": Score("chrF", "0 to 1", "up", "shared runs of one to six characters"),
     "tfidf_cosine": Score("TF-IDF cosine", "0 to 1", "up", "shared words, rare ones count more"),
-    "bert_score": Score("BERTScore", "up to 1", "up", "words matched by a model's vectors"),
     "facts_complete": Score("all facts", "share", "up", "answers with every fact (sample only)"),
     "length_ratio": Score("length", "x reference", "near 1", "words for each reference word"),
     "repetition": Score("repetition", "0 to 1", "down", "runs of four words said before"),
@@ -177,59 +170,6 @@ def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
         complete = all(f" {normalise(fact)} " in text for fact in facts)
         marks.append(float(complete) if facts else math.nan)
     return numpy.array(marks, dtype=float)
-
-
-# ---- BERTScore -----------------------------------------------------------------------------------
-def bert_score(answers: Sequence[str], references: References) -> numpy.ndarray:
-    """Compute BERTScore F1 (Zhang et al., 2020, arXiv 1904.09675), no idf weights, no rescaling.
-
-    Texts are cut at 512 tokens. The authors' package takes no revision, and it fails on an empty
-    answer under transformers 5.
-    """
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    revision = BERT_REVISION
-    tokenizer = AutoTokenizer.from_pretrained(BERT_MODEL, revision=revision, add_prefix_space=True)
-    model = AutoModel.from_pretrained(BERT_MODEL, revision=revision).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"truncation": True, "max_length": min(tokenizer.model_max_length, 512)}
-
-    @lru_cache(16)  # answers to one question come one after another: they share references
-    @torch.inference_mode()
-    def embed(text: str) -> torch.Tensor:  # unit vectors, (tokens, width)
-        batch = tokenizer(text.strip(), return_tensors="pt", **options).to(model.device)
-        states = model(**batch, output_hidden_states=True).hidden_states[BERT_LAYER][0]
-        return torch.nn.functional.normalize(states, dim=-1)
-
-    def f1(answer: str, reference: str) -> float:
-        cosines = embed(answer) @ embed(reference).T
-        if min(cosines.shape) < 3:  # start and end token only: one text is empty
-            return 0.0
-        # Start and end may be matched, but are not counted.
-        precision, recall = (float(cosines.amax(dim)[1:-1].mean()) for dim in (1, 0))
-        return 2 * precision * recall / (precision + recall)
-
-    return _best(answers, references, f1)
-
-
-def bert_score_or_reason(
-    answers: Sequence[str], references: References
-) -> tuple[numpy.ndarray | None, str]:
-    """Return (BERTScore, ""), or (None, why not): the model is 1.4 GB and slow without a GPU."""
-    import torch
-    from huggingface_hub import try_to_load_from_cache
-
-    if not try_to_load_from_cache(BERT_MODEL, "config.json", revision=BERT_REVISION):
-        if not hub_reachable():
-            return None, "the Hub is out of reach (roberta-large is not in the local cache)"
-        if not torch.cuda.is_available():
-            fetch = f"hf download {BERT_MODEL} --revision {BERT_REVISION}"
-            return None, f"roberta-large is 1.4 GB and slow without a GPU: to use it, run {fetch}"
-    try:
-        return bert_score(answers, references), ""
-    except Exception as error:  # a failed download must not cost the other scores
-        return None, f"roberta-large does not load ({error!r:.200})"
 
 
 # ---- likelihood ----------------------------------------------------------------------------------

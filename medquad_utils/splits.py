@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from medquad_utils import CourseError
-from medquad_utils.files import COLUMNS, REQUIRED, Row
+from medquad_utils.files import Row
 
 # The questions of MedQuAD, with its odd spaces -> the type that each has, without an exception.
 TEMPLATES = {
@@ -271,27 +271,6 @@ def leakage_report(splits: Splits) -> dict[str, Any]:
     of_parts = {a: {name: count[a] for name, count in counts.items()} for a in common}
     listed = [{"answer": a, "foci": n, "rows": of_parts[a]} for a, n in common.items()]
     return {**pairs, "boilerplate": listed}
-
-
-def focus_recovery(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
-    """Measure what is lost with the Hub's three columns: type, question and answer.
-
-    ``found``: share of rows whose question names a focus. ``precision``: share of these where it
-    is the true one. ``leak``: share of test rows of a split on three columns that share a group of
-    all columns with a training row.
-    """
-    bare = [dict.fromkeys(COLUMNS) | {c: row[c] for c in REQUIRED} for row in rows]
-    named = [(normalise(row["focus"]), focus_of(b)) for row, b in zip(rows, bare, strict=True)]
-    named = [(focus, guess) for focus, guess in named if focus]
-    guessed = [focus == guess for focus, guess in named if guess]
-    group = {id(b): number for b, number in zip(bare, groups(rows), strict=True)}
-    parts = split(bare, seed=seed)
-    trained = {group[id(b)] for b in parts.train}
-    return {
-        "found": len(guessed) / max(1, len(named)),
-        "precision": sum(guessed) / max(1, len(guessed)),
-        "leak": sum(group[id(b)] in trained for b in parts.test) / len(parts.test),
-    }
 
 
 def draw(

@@ -92,9 +92,6 @@ def test_real_questions_follow_the_templates_and_form_small_groups(real_rows: li
     assert len({f[0] for f in found if f}) == len(splits.TEMPLATES), "a template without a question"
     sizes = Counter(splits.groups(real_rows))
     assert 3700 <= len(sizes) <= 3850 and 100 <= max(sizes.values()) <= 160
-    measured = splits.focus_recovery(real_rows)
-    assert (measured["precision"], measured["found"] > 0.99) == (1, True)
-    assert 0.2 < measured["leak"] < 0.4
 
 
 @pytest.mark.full

@@ -265,7 +265,6 @@ def test_metrics_hold_every_group_and_what_else_was_measured(metrics: Any) -> No
             assert (cell["low"] is None) == (cell["diseases"] < evaluation.FEW), "too few"
     assert metrics["forgetting"]["ratio"]["mean"] > 1, "random adapters harm what the base knows"
     assert [metrics["safety"][arm]["overall"]["n"] for arm in ("base", "tuned")] == [6, 6]
-    assert "Hub is out of reach" in metrics["bert_score"], "the reason why it is missing"
     assert metrics["leakage"]["focus"] == 0 and metrics["held_out"] is True
     assert metrics["notes"][0] == {"what": "skipped: <u>a test</u>", "n": 2, "rows": [11, 12]}
 

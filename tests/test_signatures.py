@@ -123,7 +123,7 @@ GENERATION |= taken(transformers.GenerationMixin.generate)
 LOADING = taken(transformers.PreTrainedModel.from_pretrained)
 TOKENIZER = transformers.PreTrainedTokenizerBase
 DECODE = taken(TOKENIZER.decode) | taken(transformers.PreTrainedTokenizerFast._decode)
-TOKENIZING = taken(TOKENIZER.from_pretrained) | taken(transformers.RobertaTokenizer)
+TOKENIZING = taken(TOKENIZER.from_pretrained)
 SPACE = {"emoji", "colorFrom", "colorTo", "suggested_hardware", "pinned"}  # a Space's card
 SFT_FIELDS = {f.name for f in dataclasses.fields(trl.SFTConfig)}
 
