@@ -1,4 +1,4 @@
-"""Serve a model behind the OpenAI API, guarded or bare, and describe it to Ollama."""
+"""Serve a model behind the OpenAI API, guarded or bare."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from medquad_utils import CourseError, generation
-from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages
+from medquad_utils.chat import NOTICE, prompt_ids, prompt_messages
 from medquad_utils.evaluation import archive_of_run
-from medquad_utils.files import whole_file
 from medquad_utils.machine import direct_loopback, free_memory
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import Index, cite, dose_notes
@@ -402,50 +401,3 @@ def serve(guard: Guard, host: str, port: int) -> None:
         print("\nThe server has stopped.", flush=True)
     finally:
         guard.worker.shutdown(cancel_futures=True)
-
-
-# ---- Ollama ---------------------------------------------------------------------------------
-
-MODELFILE = '''FROM ./{folder}
-TEMPLATE """{{{{ range .Messages }}}}{turn}{{{{ end }}}}{opening}"""
-{stops}
-PARAMETER temperature 0
-PARAMETER num_predict {most_tokens}
-SYSTEM """{system}"""
-'''
-
-
-def write_modelfile(tokenizer: PreTrainedTokenizerBase, folder: Path, most_tokens: int) -> Path:
-    """Write Ollama's ``Modelfile`` beside the merged model in ``folder``; answers are greedy.
-
-    Ollama has a template language of its own (Go's). The turn is read off one rendered turn and
-    then compared with a rendered conversation. Ollama adds BOS itself.
-    """
-    roles = ("system", "user", "assistant", "user")
-    talk = [{"role": role, "content": f"«{n}»"} for n, role in enumerate(roles)]
-
-    def render(count: int, opening: bool = False) -> str:
-        text = tokenizer.apply_chat_template(
-            talk[:count], tokenize=False, add_generation_prompt=opening
-        )
-        return str(text).removeprefix(str(tokenizer.bos_token or ""))
-
-    turn = render(1).replace("system", "{{ .Role }}", 1).replace("«0»", "{{ .Content }}", 1)
-    turns = (
-        turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk
-    )
-    if "".join(turns) != render(4):
-        raise CourseError(
-            "the chat template has not the same form for every role: write Ollama's TEMPLATE by "
-            "hand, from a rendered conversation."
-        )
-    ends = tokenizer.convert_ids_to_tokens(end_ids(tokenizer))
-    text = MODELFILE.format(
-        folder=folder.name, turn=turn, opening=render(4, opening=True).removeprefix(render(4)),
-        system=SYSTEM_PROMPT, stops="\n".join(f'PARAMETER stop "{end}"' for end in ends),
-        most_tokens=most_tokens,
-    )  # fmt: skip
-    path = folder.with_name("Modelfile")
-    with whole_file(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
-    return path

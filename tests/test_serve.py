@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -131,21 +130,6 @@ def test_a_server_that_does_not_start_is_ended(tmp_path: Path, monkeypatch: Any)
     with pytest.raises(CourseError, match=r"did not answer within 0 s \(no output\)"):
         serving.start(tmp_path / "model", patience=0)
     assert set(psutil.Process().children()) <= before
-
-
-def test_ollamas_template_is_the_tokenizers(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    text = serving.write_modelfile(tiny_tokenizer, tmp_path / "merged", 64).read_text()
-    form = r'FROM \./merged\nTEMPLATE """{{ range .Messages }}(.*){{ end }}(.*?)"""\n'
-    turn, opening = re.match(form, text, re.DOTALL).groups()  # type: ignore[union-attr]
-    for talk in (TALK, TALK[:2]):
-        own = tiny_tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        turns = [
-            turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"])
-            for m in talk
-        ]
-        assert tiny_tokenizer.bos_token + "".join(turns) + opening == own
-    assert all(f'\nPARAMETER stop "{end}"\n' in text for end in ("<|end_of_text|>", "<|eot_id|>"))
-    assert f'\nSYSTEM """{chat.SYSTEM_PROMPT}"""\n' in text
 
 
 # ---- medquad serve: the guarded server ------------------------------------------------------
