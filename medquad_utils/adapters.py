@@ -40,6 +40,8 @@ def check_tensors(model: Any, name: str, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         if differ := sorted(expected ^ set(file.keys())):
             raise ValueError(f"its file and its config do not have the same tensors: {differ[0]}")
+        if broken := [n for n in expected if not file.get_tensor(n).isfinite().all()]:
+            raise ValueError(f"it holds numbers that are not finite: {min(broken)}")
 
 
 def adapter_record(folder: Path) -> dict[str, Any]:
@@ -95,7 +97,10 @@ def base_id(plan: Plan) -> str:
     folder = Path(plan.model_source)
     if not folder.is_dir():
         return f"{plan.model_id}@{plan.hub_revision or 'main'}"
-    files = sorted(file for pattern in OF_BASE for file in folder.glob(pattern))
+    patterns = [*OF_BASE]
+    if not (folder / "chat_template.jinja").is_file():
+        patterns.append("tokenizer_config.json")  # where older folders keep the template
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     return _base_hash(folder, *((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 

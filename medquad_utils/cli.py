@@ -191,7 +191,7 @@ def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
 
 def _check_question(options: argparse.Namespace) -> None:
     options.question = tables.clean_text(options.question)
-    if not options.question:
+    if not tables.has_words(options.question):
         example = f'medquad {options.command} "What causes asthma?"'
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 

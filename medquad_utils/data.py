@@ -31,7 +31,7 @@ from medquad_utils.splits import (
     split,
     template_of,
 )
-from medquad_utils.tables import ENDINGS, clean_text, list_files
+from medquad_utils.tables import ENDINGS, clean_text, has_words, list_files
 
 HUB_DATASET = "keivalya/MedQuad-MedicalQnADataset"
 HUB = {  # data set on the Hub -> its table, and the commit to read; data.json records the commit
@@ -42,7 +42,7 @@ GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLE = ASSETS / "medquad_sample"  # invented documents, in MedQuAD's layout
-MISSING = {"", "nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
+MISSING = {"nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
 
 Place = int | str  # the number of a record in a table, from 1; or the name of a document
 Places = dict[str, list[Place]]  # what happened to records -> which
@@ -192,7 +192,10 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
     """Add the row of a record to ``loaded``, or the reason why it has none."""
     cells = {column: tables.texts(record.get(column)) for column in COLUMNS}
     clean = {column: list(map(clean_text, cell or ())) for column, cell in cells.items()}
-    texts = {c: [t for t in found if t.lower() not in MISSING] for c, found in clean.items()}
+    texts = {
+        column: [text for text in found if has_words(text) and text.lower() not in MISSING]
+        for column, found in clean.items()
+    }
     for column in ("question", "answer"):
         if cells[column] is None or (column == "question" and len(texts[column]) > 1):
             loaded.skipped[f"{column} is not text"].append(place)

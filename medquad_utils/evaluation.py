@@ -31,7 +31,7 @@ from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_column, interval, paired_interval, rouge_l
 from medquad_utils.splits import focus_of as focus_of  # lesson 06 compares diseases
 from medquad_utils.splits import held_out_by, leakage, normalise
-from medquad_utils.tables import clean_text
+from medquad_utils.tables import clean_text, has_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -109,7 +109,7 @@ def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
 
 def check_question(question: str, tokenizer: Tokenizer, context: int, max_new_tokens: int) -> str:
     """Return ``question`` cleaned; raise if it is empty or, with its answer, over the context."""
-    if not (text := clean_text(question)):
+    if not has_words(text := clean_text(question)):
         raise CourseError('the question is empty: write one, such as "What causes asthma?".')
     needed = len(prompt_ids(tokenizer, prompt_messages(text))) + max_new_tokens
     if needed > context:
@@ -148,7 +148,9 @@ def nearest_training_answers(train: Sequence[Row], rows: Sequence[Row]) -> list[
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectoriser = TfidfVectorizer()
+    # Letters alone say little; scikit-learn's own pattern cuts words of some scripts into letters.
+    words = {"analyzer": lambda text: [w for w in normalise(text).split() if len(w) > 1]}
+    vectoriser = TfidfVectorizer(**words)
     trained = vectoriser.fit_transform([row["question"] for row in train])
     asked = vectoriser.transform([row["question"] for row in rows])
     types = numpy.array([row["qtype"] for row in train], dtype=object)

@@ -142,9 +142,10 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 
 def _hidden(text: str, shared: set[tuple[str, ...]]) -> str:
     """Replace the stretches of ``text`` that are made of shared n-grams."""
-    words, pieces, end = list(re.finditer(r"\w+", text)), [], 0
-    for first, last, ngram in zip(words, words[NGRAM - 1 :], ngrams([text]), strict=False):
-        if ngram in shared:
+    # Words as in ``ngrams``, with their places; the data are in ASCII.
+    words, pieces, end = list(re.finditer(r"[^\W_]+", text)), [], 0
+    for start, (first, last) in enumerate(zip(words, words[NGRAM - 1 :], strict=False)):
+        if tuple(word[0].lower() for word in words[start : start + NGRAM]) in shared:
             if first.start() >= end:  # a new stretch
                 pieces += [text[end : first.start()], HIDDEN]
             end = last.end()

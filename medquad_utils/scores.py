@@ -135,7 +135,8 @@ def tfidf_cosine(
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vector = TfidfVectorizer(token_pattern=r"\w+").fit(corpus).transform  # of length 1
+    words = {"analyzer": lambda text: normalise(text).split()}  # of every script
+    vector = TfidfVectorizer(**words).fit(corpus).transform  # of length 1
     cosines = _best(answers, references, lambda a, r: (vector([a]) @ vector([r]).T).sum())
     return cosines.clip(0, 1)
 

@@ -37,7 +37,7 @@ from medquad_utils.machine import direct_loopback, free_memory
 from medquad_utils.profiles import Plan
 from medquad_utils.retrieval import Index, cite, dose_notes
 from medquad_utils.safety import guarded, red_flag
-from medquad_utils.tables import clean_text
+from medquad_utils.tables import clean_text, has_words
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -211,7 +211,7 @@ def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         text = "expected a list of user and assistant turns, one after the other, the user's last."
         raise HTTPException(400, f"messages: {text}")
-    if len(turns) > MAX_TURNS or not turns[-1]["content"]:
+    if len(turns) > MAX_TURNS or not has_words(turns[-1]["content"]):
         raise HTTPException(400, f"messages: expected at most {MAX_TURNS} turns, and a question.")
     return turns
 

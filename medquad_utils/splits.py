@@ -258,7 +258,7 @@ def leakage(
 def ngrams(texts: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """Yield every sequence of eight words within a text, in lower case."""
     for text in texts:
-        words = [word.lower() for word in re.findall(r"\w+", text)]
+        words = normalise(text).split()
         yield from zip(*(words[start:] for start in range(NGRAM)), strict=False)
 
 

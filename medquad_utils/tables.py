@@ -252,6 +252,11 @@ def clean_text(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
+def has_words(text: str) -> bool:
+    """Return whether a text holds a letter or a digit: signs alone say nothing."""
+    return any(map(str.isalnum, text))
+
+
 def texts(value: Any) -> list[str] | None:
     """List the texts in a cell: a text, a list, or a list written as text. Else return ``None``."""
     values = value if isinstance(value, list) else [value]

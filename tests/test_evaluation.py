@@ -77,6 +77,8 @@ def test_nearest_answer_is_of_the_best_question_of_the_same_type() -> None:
     questions = [("causes", "gout"), ("treatment", "causes mumps gout"), ("outlook", "mumps")]
     found = evaluation.nearest_training_answers(train, [row(t, question=q) for t, q in questions])
     assert found == ["a", "c", "b"], "of equals the first; an unknown type is looked up in all"
+    feet = [row("causes", word, question=f"{word} दर्द") for word in ("पैर", "पोर")]
+    assert evaluation.nearest_training_answers(feet, feet[::-1]) == ["पोर", "पैर"]
 
 
 def test_another_disease_is_of_the_same_source_and_type_if_there_is_one() -> None:

@@ -146,7 +146,11 @@ def test_medquad_explain_writes_a_page(tiny_adapter: Path, tmp_path: Path, capsy
 
 
 def test_a_question_that_cannot_be_asked_is_refused(tiny_tokenizer: Any) -> None:
-    for question, said in (("\u200b \x00", "is empty"), ("gout " * 20000, "too long")):
+    for question, said in (
+        ("\u2060\u200c", "is empty"),
+        ("\u00ad?!", "is empty"),
+        ("gout " * 20000, "too long"),
+    ):
         with pytest.raises(CourseError, match=said):
             evaluation.check_question(question, tiny_tokenizer, 1024, 64)
 

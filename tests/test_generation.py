@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import types
 from pathlib import Path
@@ -198,6 +199,14 @@ def without(file: Path, part: str) -> Path:
     return file.parent
 
 
+def nan(file: Path) -> Path:
+    """Put a NaN into one tensor of a file of weights."""
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = math.nan
+    save_file(tensors, file, {"format": "pt"})
+    return file.parent
+
+
 def flipped(file: Path, part: str) -> Path:
     """Turn round the rows of the tensors whose names hold ``part``."""
     tensors = load_file(file)
@@ -214,6 +223,9 @@ def test_a_base_is_named_by_all_its_tensors_and_not_by_its_folder(tmp_path: Path
     (told / "chat_template.jinja").write_text("another " + chat.CHAT_TEMPLATE)
     assert of(same) == adapters.base_id(tiny())
     assert len({of(folder) for folder in (same, other, told)}) == 3
+    (same / "chat_template.jinja").unlink()  # as in folders of transformers 4
+    inside = {of(spoil(same, "tokenizer_config.json", {"chat_template": t})) for t in "ab"}
+    assert len(inside) == 2
 
 
 def test_an_adapter_is_named_by_its_weights_and_their_scale(
@@ -303,6 +315,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "other weights of it": (lambda f: spoil(f, RECORD, {"base": "01"}), r"on embedded \(01\)"),
     "torn": (lambda f: spoil(f, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 again"),
     "another rank": (lambda f: spoil(f, CONFIG, {"r": 8}), "does not load onto embedded"),
+    "NaN": (lambda f: nan(f / WEIGHTS), "holds numbers that are not finite: base_model"),
     "a layer less": (lambda f: without(f / WEIGHTS, "2.mlp.up_proj"), "not have the same tensors"),
     "changed base": (lambda f: spoil(f, CONFIG, {"init_lora_weights": "pissa"}), "= 'pissa'"),
     "trained tokens": (lambda f: spoil(f, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),

@@ -68,6 +68,7 @@ def test_tfidf_weighs_words_by_the_corpus_that_is_given() -> None:
     found = scores.tfidf_cosine(answers, references, CORPUS)
     expected = [1 / (1 + RARE**2), 1, 0, RARE / math.hypot(1, RARE)]
     assert found == pytest.approx(expected), "a word it lacks is not seen"
+    assert scores.tfidf_cosine(["पैर"], ["पोर"], ["पैर पोर"]) == [0], "letters and marks are one word"
 
 
 words = st.lists(st.sampled_from(["fever", "Cough", "a", "rash,", "the", "heart's"]), max_size=9)
