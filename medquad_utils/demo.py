@@ -279,6 +279,7 @@ def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
     answers = [event.success(answer, state, talk, **shown) for event in asked]
     for event in answers:
         event.then(end, state, [box, talk], **hidden)
+        event.failure(end, state, [box, talk], **hidden)  # a full queue: ``then`` does not follow
     box.stop(None, cancels=answers, **hidden)
     talk.clear(lambda: [], None, state, cancels=answers, **hidden)
 

@@ -18,6 +18,7 @@ import psutil
 from conftest import chromium
 from load import MARK, MARKUP, TOKENS, hostile
 from playwright.sync_api import Browser, Page
+from tqdm import tqdm
 
 PAGES, PATIENCE = 100, 600_000  # ms: the last of the queue waits for all before it
 DONE = "#chat :is(.sources, .problem, .flag)"  # an answer has ended, was refused or was flagged
@@ -64,17 +65,17 @@ def ask(page: Page, text: str) -> None:
 
 def crowd(browser: Browser, address: str, count: int) -> dict[str, Any]:
     """``count`` pages ask at once; one more has an emergency meanwhile."""
-    pages = [opened(browser, address) for _ in range(count)]
+    pages = [opened(browser, address) for _ in tqdm(range(count), "pages")]
     urgent, heard = opened(browser, address)
     began = time.monotonic()
-    for number, (page, _) in enumerate(pages):
+    for number, (page, _) in enumerate(tqdm(pages, "questions")):
         ask(page, f"What are the symptoms of gout, {number}?")
     flagged = time.monotonic()
     ask(urgent, "I can't breathe")
     urgent.locator("#chat .flag").wait_for(timeout=PATIENCE)
     flagged = time.monotonic() - flagged
     ends: Counter[str] = Counter()
-    for page, _ in pages:
+    for page, _ in tqdm(pages, "ends"):
         page.locator(DONE).first.wait_for(timeout=PATIENCE)
         problem = page.locator("#chat .problem")
         ends[problem.first.inner_text() if problem.count() else "answered"] += 1
@@ -90,7 +91,8 @@ def type_all(browser: Browser, address: str, texts: list[str]) -> dict[str, Any]
     """Type every text, nine on a page, which may ask ten times a minute."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
-    for some in (texts[start : start + 9] for start in range(0, len(texts), 9)):
+    nines = [texts[start : start + 9] for start in range(0, len(texts), 9)]
+    for some in tqdm(nines, "texts, nine a page"):
         page, heard = opened(browser, address)
         for number, text in enumerate(some, 1):
             ask(page, text)
@@ -111,7 +113,7 @@ def requests(address: str) -> dict[str, Any]:
     statuses: Counter[int | str] = Counter()
     faults: list[str] = []
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-        for payload in hostile():
+        for payload in tqdm(hostile(), "hostile requests"):
             path = JOIN if payload.content != b"{}" else payload.path
             headers = {"content-type": payload.kind}
             try:

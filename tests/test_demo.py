@@ -204,6 +204,7 @@ def new_page(bot: demo.Bot) -> Iterator[Any]:
     with Patch.context() as patch, chromium() as browser:
         patch.setattr(generation, "stream", scripted)
         patch.setattr(demo, "RATE", (1000, 60.0))
+        patch.setattr(demo, "MAX_WAITING", 2)
         expect.set_options(timeout=30_000)
         with demo.running(replace(bot, closing=Event()), port=serving.check_port()) as address:
 
@@ -271,6 +272,12 @@ def test_an_emergency_does_not_wait_for_others(new_page: Any) -> None:
     ask(urgent, CHEST)
     expect(urgent.locator("#chat .flag")).to_contain_text(EMERGENCY)
     expect(waits.locator("#chat .answer")).to_have_count(0)
+    crowd = [new_page() for _ in range(3)]  # two may wait
+    for page in crowd:
+        ask(page, ASTHMA)
+        expect(page.locator("#chat .question")).to_be_visible()
+    expect(crowd[2].locator("#chat .problem")).to_have_text(demo.UNANSWERED)
+    expect(crowd[2].get_by_role("button", name="Ask", exact=True)).to_be_visible()
     gate.set()
     expect(waits.locator("#chat .answer")).to_have_text("after the gate")
     expect(urgent.locator("#chat .answer")).to_have_count(0)
