@@ -91,6 +91,30 @@ def test_a_mistake_is_one_line_and_starts_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["a file"]
 
 
+# What a user may have written -> the command that would replace it.
+MINE = dict.fromkeys(
+    ("answers.parquet", "report.md", "report.html", "figures"), "evaluate --questions a --out mine"
+) | {
+    "leakage.json": "data --out mine", "test.parquet": "data --out mine",
+    "a.png": "estimate --out mine/a.png", "a.html": "explain Why? --out mine/a.html",
+    "config.json": "publish --profile tiny --dry-run --repo me/a --out mine",
+    "README.md": "demo --profile tiny --repo me/a --space mine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_file_of_the_users_is_not_replaced(
+    name: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (mine := Path("mine", name)).parent.mkdir()
+    mine.write_text(text := 'Software\0Matplotlib; "leakage" of medquad-qlora, <b>by medquad</b>')
+    assert cli.main(MINE[name].split()) == 1
+    said = f"{mine} is there already, and medquad did not write it. Move it away, or choose another"
+    assert said in capsys.readouterr().err
+    assert mine.read_text() == text and [*Path().rglob("*")] == [mine.parent, mine]
+
+
 @pytest.mark.parametrize("command", ["ask", "explain"])
 @pytest.mark.parametrize(("question", "said"), [
     ("I can't breathe", safety.EMERGENCY), ("I want to die", safety.SELF_HARM),

@@ -704,6 +704,20 @@ def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path)
         data.prepare(plan)
 
 
+@pytest.mark.parametrize("renamed", range(1, 5))
+def test_a_kill_between_two_renames_mixes_no_parts(
+    renamed: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plan, real, calls = own_rows(tmp_path), Path.replace, iter(range(9))
+    made, old = data.prepare(plan), replace(plan, seed=1)
+    data.prepare(old)
+    monkeypatch.setattr(Path, "replace", lambda *a: real(*a) if next(calls) < renamed else None)
+    data.prepare(plan)
+    monkeypatch.undo()
+    assert data.written(plan.folder / "data") is None, "the parts are not those of data.json"
+    assert data.prepare(plan) == made, "the folder is still ours"
+
+
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:
     plan = own_rows(tmp_path)
     made = data.prepare(plan)
