@@ -256,8 +256,7 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
     chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
     if chosen is None:
         raise CourseError(
-            f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}; "
-            "or pass data.Specialty(names=...)."
+            f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}. Take one of them."
         )
     selected = [row for row in rows if chosen.holds(row)]
     if len(selected) < least:
@@ -348,7 +347,10 @@ def make(
     rows, effects = clean(loaded.rows, without)
     chosen = select(rows, specialty) if specialty else rows
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
-    splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
+    try:
+        splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
+    except CourseError as error:  # too few: what was skipped may be why
+        raise CourseError(f"{error} Loaded: {loaded}.") from error
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
     kept = sum(splits.sizes().values()) + card["other_specialties"]
