@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,15 +112,18 @@ def whole_file(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def reason(error: OSError) -> str:
-    """Say why the system refused to write, and what helps."""
+def reason(error: Exception) -> str:
+    """Say why the system refused to write, and what helps; safetensors puts the number in words."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = getattr(error, "errno", None) or int(told[1] if told else 0)
     space, name = "Free some space", "A file is in the way"
     todo = {
         errno.ENOSPC: space, errno.EFBIG: space, errno.EDQUOT: space, errno.EROFS: "It is locked",
         errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EISDIR: name,
         errno.ENAMETOOLONG: "Shorten the name",
-    }.get(error.errno or 0, "Check the path")  # fmt: skip
-    return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
+    }.get(number, "Check the path")  # fmt: skip
+    why = getattr(error, "strerror", None) or error
+    return f"{why}. {todo}, or choose another folder (--runs, --out)."
 
 
 @contextmanager
