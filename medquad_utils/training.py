@@ -442,7 +442,8 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         folder = plan.folder / "checkpoints"
         for path in checkpoints(folder):
             shutil.rmtree(path, ignore_errors=True)
-        (folder / "plan.json").unlink(missing_ok=True)
+        for name in ("plan.json", "README.md"):  # TRL writes the second
+            (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # what somebody else put there stays
             folder.rmdir()
     return metrics

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -749,14 +750,17 @@ def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path)
 def test_a_kill_between_two_renames_mixes_no_parts(
     renamed: int, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    plan, real, calls = own_rows(tmp_path), Path.replace, iter(range(9))
-    made, old = data.prepare(plan), replace(plan, seed=1)
-    data.prepare(old)
-    monkeypatch.setattr(Path, "replace", lambda *a: real(*a) if next(calls) < renamed else None)
-    data.prepare(plan)
-    monkeypatch.undo()
-    assert data.written(plan.folder / "data") is None, "the parts are not those of data.json"
-    assert data.prepare(plan) == made, "the folder is still ours"
+    plan, real = own_rows(tmp_path), Path.replace
+    made, folder = data.prepare(plan), plan.folder / "data"
+    for before in ([replace(plan, seed=1)], []):
+        shutil.rmtree(folder)
+        [data.prepare(earlier) for earlier in before]
+        calls = iter([True] * renamed)
+        monkeypatch.setattr(Path, "replace", lambda *a, c=calls: real(*a) if next(c, 0) else None)
+        data.prepare(plan)
+        monkeypatch.undo()
+        assert data.written(folder) is None, "the parts are not those of data.json"
+        assert data.prepare(plan) == made, "the folder is still ours"
 
 
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:

@@ -81,7 +81,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def look(plan: Plan, tokenizer: Any, rows: list[files.Row], trainer: Any) -> Any:
         made.tokenizer, made.rows, made.trainer = tokenizer, rows, trainer
-        (plan.folder / "checkpoints" / "checkpoint-3 (1)").mkdir()  # somebody's copy
+        (plan.folder / "checkpoints" / "copy of checkpoint-3").mkdir()  # somebody's
         made.before, made.checks = weights(trainer.model), preflight(plan, tokenizer, rows, trainer)
         trainer.add_callback(made.saves)
         return made.checks
@@ -240,8 +240,12 @@ def test_a_run_of_four_steps_has_losses_and_checkpoints(run: Any) -> None:
     written = json.loads((run.plan.folder / "metrics" / "train.json").read_text())
     assert written["validation_loss"] == round(validation[-1][1], 4)
     assert run.saves.seen == [(1, 0), (2, 1), (3, 1), (4, 2)], "after the validation of its step"
-    left = [path.name for path in (run.plan.folder / "checkpoints").iterdir()]
-    assert left == ["checkpoint-3 (1)"], "a finished run leaves what is not its own"
+    (left,) = (run.plan.folder / "checkpoints").iterdir()
+    assert left.name == "copy of checkpoint-3", "a finished run leaves what is not its own"
+    left.rmdir()
+    left.with_name("plan.json").touch()
+    training.finish(run.plan, run.trainer, 1.0)
+    assert not left.parent.exists(), "and no empty folder"
 
 
 def test_a_nan_loss_stops_the_run_at_the_next_log(run: Any, tmp_path: Path) -> None:
