@@ -47,7 +47,7 @@ def check_tensors(model: Any, name: str, folder: Path) -> None:
 def adapter_record(folder: Path) -> dict[str, Any]:
     """Read what an adapter's folder records: ``adapter_config.json``, then the course's plan."""
     files = [folder / "adapter_config.json", folder / "plan.json"]
-    return {key: v for file in files if file.is_file() for key, v in read_json(file).items()}
+    return {key: v for file in files if file.exists() for key, v in read_json(file).items()}
 
 
 def check_same_base(adapters: Mapping[str, Path]) -> None:

@@ -196,12 +196,16 @@ def _check_question(options: argparse.Namespace) -> None:
         raise CourseError(f"the question is empty. Ask one in quotes: {example}")
 
 
-def _check_out(path: Path | None, suffix: str, mark: str) -> None:
+# What only a file of this package holds, by its ending.
+MARKS = {".html": 'name="generator" content="medquad-qlora"', ".png": "Software\0medquad-qlora"}
+
+
+def _check_out(path: Path | None, suffix: str) -> None:
     """Check a file that is asked for: its ending, and that nobody else wrote the one there."""
     if path and path.suffix != suffix:
         raise CourseError(f"--out {str(path)!r}: expected a file name that ends in {suffix}.")
     if path:
-        files.check_ours(path, mark)
+        files.check_ours(path, MARKS[suffix])
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -341,7 +345,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from medquad_utils import data, evaluation, report
 
     if options.out:
-        files.check_ours(options.out / "metrics.json", '"about_scores"')
+        written = ("answers.parquet", "report.html", "report.md", "figures")
+        others = [options.out / name for name in written]
+        files.check_ours(options.out / "metrics.json", '"about_scores"', *others)
     if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
@@ -349,25 +355,24 @@ def _evaluate(options: argparse.Namespace) -> None:
     plan = _plan(options, options.adapter)
     adapter = options.adapter or plan.folder / "adapter"
     folder = options.out or plan.folder / "evaluation"
-    rows = functools.partial(evaluation.training_rows, plan, adapter, options.data)
-    train, validation = rows("train"), rows("validation")
+    rows = evaluation.training_data(plan, adapter, options.data)
     archive = []
     if options.archive:
         print(f"archive: {(loaded := data.load_table(options.archive))}")
         archive = loaded.rows
     with files.locked(folder, wait=False):
         metrics = evaluation.evaluate(
-            plan, questions, train, folder, adapter, archive, validation, options.batch,
-            options.safety,
+            plan, questions, rows.train, folder, adapter, archive, rows.validation,
+            options.batch, options.safety,
         )  # fmt: skip
         page, text = report.write(metrics, folder)
     print(f"{report.table(metrics)}\n")
-    print(f"written: {page}, {text.name}, metrics.json, answers.parquet")
+    print(f"written to {folder}: {page.name}, {text.name}, metrics.json, answers.parquet")
 
 
 def _explain(options: argparse.Namespace) -> None:
     _check_question(options)
-    _check_out(options.out, ".html", "medquad")
+    _check_out(options.out, ".html")
 
     def answer() -> Iterator[str]:
         from medquad_utils import explanation
@@ -375,7 +380,7 @@ def _explain(options: argparse.Namespace) -> None:
         plan = _plan(options)
         result = explanation.explain(plan, options.question)
         page = explanation.write_page(result, options.out or plan.folder / "explain.html")
-        yield f"{result}\n\nwritten: {page.name}"
+        yield f"{result}\n\nwritten: {page}"
 
     _show(options.question, answer)
 
@@ -385,10 +390,12 @@ def _demo(options: argparse.Namespace) -> None:
 
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
+    if options.space and (options.host, options.port) != (serving.HOST, demo.PORT):
+        raise CourseError("--space serves nothing, so --host and --port do nothing: leave them out")
     plan = _plan(options)
     if options.space:
-        for name in demo.SPACE_FILES:
-            files.check_ours(options.space / name, "medquad")
+        app, *others = (options.space / name for name in demo.SPACE_FILES)
+        files.check_ours(app, "The chat of the QLoRA course as a Space; see medquad_utils", *others)
         folder = demo.write_space(options.space, options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
@@ -411,7 +418,7 @@ def _publish(options: argparse.Namespace) -> None:
 
     plan = _plan(options)
     folder = options.out or plan.folder / "published"
-    files.check_ours(folder / "README.md", publishing.TAG, whole=True)
+    files.check_ours(folder / "README.md", f"tags: [{publishing.TAG}, ", *folder.glob("*"))
     publishing.build(plan, options.repo, folder, options.merged, licence=options.licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
@@ -431,7 +438,7 @@ def _estimate(options: argparse.Namespace) -> None:
     every = options.checkpointing
     if every not in words and not (every.isdecimal() and int(every)):
         raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
-    _check_out(options.out, ".png", "Matplotlib")
+    _check_out(options.out, ".png")
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every] if every in words else int(every),
@@ -448,7 +455,7 @@ def _estimate(options: argparse.Namespace) -> None:
         )
         bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
         plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
-        print(f"\nwritten: {options.out.name}")
+        print(f"\nwritten: {options.out}")
 
 
 if __name__ == "__main__":

@@ -259,8 +259,7 @@ def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> 
     chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
     if chosen is None:
         raise CourseError(
-            f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}; "
-            "or pass data.Specialty(names=...)."
+            f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}. Take one of them."
         )
     selected = [row for row in rows if chosen.holds(row)]
     if len(selected) < least:
@@ -293,9 +292,7 @@ def _check_replaced(plan: Plan, folder: Path) -> None:
     inputs = {file.resolve() for file in _files_of(plan)}
     if own := [path.name for path in parts if path.resolve() in inputs]:
         raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
-    files.check_ours(card, '"leakage"')
-    for path in parts:
-        files.check_ours(path, "PAR1" if card.is_file() else "medquad")
+    files.check_ours(card, '"other_specialties"', folder / "leakage.json", *parts)
 
 
 def _files_of(plan: Plan) -> list[Path]:
@@ -309,15 +306,24 @@ def _files_of(plan: Plan) -> list[Path]:
 def prepare(plan: Plan) -> Splits:
     """Read the plan's splits from ``runs/<profile>/data``, or make and write them."""
     folder = plan.folder / "data"
+    return written(folder, _recipe(plan)) or make(plan, folder)[0]
+
+
+def written(folder: Path, recipe: Mapping[str, Any] | None = None) -> Splits | None:
+    """Read the splits that ``make`` wrote to ``folder``, of ``recipe`` if given.
+
+    ``None`` if there are none, or the parts are not those of ``data.json``: a kill came between
+    them, or somebody changed one.
+    """
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
-    if card.is_file() and all(part.is_file() for part in parts):
-        written = files.read_json(card, "recipe", "cleaning", "notes", "splits")
-        if written["recipe"] == _recipe(plan):
-            train, validation, test = map(files.read_rows, parts)
-            splits = Splits(train, validation, test, written["cleaning"], written["notes"])
-            if _hash(splits) == written["splits"]:
-                return splits
-    return make(plan, folder)[0]
+    if not (card.is_file() and all(part.is_file() for part in parts)):
+        return None
+    record = files.read_json(card, "recipe", "cleaning", "notes", "splits")
+    if recipe not in (None, record["recipe"]):
+        return None
+    train, validation, test = map(files.read_rows, parts)
+    splits = Splits(train, validation, test, record["cleaning"], record["notes"])
+    return splits if _hash(splits) == record["splits"] else None
 
 
 def _hash(splits: Splits) -> str:
@@ -344,21 +350,23 @@ def make(
     rows, effects = clean(loaded.rows, without)
     chosen = select(rows, specialty) if specialty else rows
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
-    splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
+    try:
+        splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
+    except CourseError as error:  # too few: what was skipped may be why
+        raise CourseError(f"{error} Loaded: {loaded}.") from error
     card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
     kept = sum(splits.sizes().values()) + card["other_specialties"]
     assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
     card |= {"splits": _hash(splits), "leakage": leakage_report(splits)}
     with files.locked(folder), ExitStack() as stack:
-        # All is written before anything is replaced, data.json last. Without it the parts are not
-        # used, so a kill never leaves parts of two recipes.
-        for name, value in {"data.json": card, "leakage.json": card["leakage"]}.items():
-            files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
+        # All is written before anything is replaced, in the order of a stack: data.json first. It
+        # says whose folder it is, and its hash tells parts that a kill left of another recipe.
         for part in PARTS:
             path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
             files.write_rows(path, getattr(splits, part))
-        (folder / "data.json").unlink(missing_ok=True)
+        for name, value in {"leakage.json": card["leakage"], "data.json": card}.items():
+            files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
     return splits, card
 
 

@@ -23,14 +23,14 @@ from medquad_utils import CourseError, files, generation, retrieval, safety, sco
 from medquad_utils.adapters import adapter_id, adapter_record, base_id
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
-from medquad_utils.data import Places, identity, listed, load_table, prepare
+from medquad_utils.data import Places, identity, listed, load_table, prepare, written
 from medquad_utils.files import Row, read_json, read_rows, value_hash, whole_file, write_json
 from medquad_utils.generation import Answer, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked
 from medquad_utils.scores import SCORES, facts_column, interval, paired_interval, rouge_l
+from medquad_utils.splits import Splits, held_out_by, leakage, normalise
 from medquad_utils.splits import focus_of as focus_of  # lesson 06 compares diseases
-from medquad_utils.splits import held_out_by, leakage, normalise
 from medquad_utils.tables import clean_text, has_words
 
 if TYPE_CHECKING:
@@ -431,40 +431,48 @@ def rounded(value: Any) -> Any:
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
-def training_rows(
-    plan: Plan, adapter: Path, folder: Path | None = None, part: str = "train"
-) -> list[Row]:
-    """Return a part of the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
+def training_data(plan: Plan, adapter: Path, folder: Path | None = None) -> Splits:
+    """Return the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
 
-    Another part than "train" may be missing in ``folder``: then there are no rows of it. Raises
-    CourseError if there is no "train", or the adapter was trained on other rows.
+    Raises CourseError if the parts are not those of the ``data.json`` beside them, or the adapter
+    was trained on others. Without ``data.json`` a train.parquet will do, if the adapter does not
+    record the hash of its rows.
     """
     record, given, folder = adapter_record(adapter), folder, folder or plan.folder / "data"
-    if given and not (folder / "train.parquet").is_file():
+    wanted, source = record.get("data"), record.get("source", plan.source)
+    have, train = identity(folder), folder / "train.parquet"
+    if given and not train.is_file():
         raise CourseError(
             f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
         )
-    wanted, source = record.get("data"), record.get("source", plan.source)
-    if not given and source == plan.source and not (wanted and identity(folder) == wanted):
-        prepare(plan)
-    have, card = identity(folder), folder / "data.json"
-    right = have == wanted or bool(given and not have)
+    if given and not (wanted or have):
+        return Splits(read_rows(train), [], [])
+    rows = written(folder) if have == wanted or not wanted else None
+    if not given and source == plan.source and not (rows and wanted):
+        rows, have = prepare(plan), identity(folder)
+    right = have == wanted
     if not wanted:  # an adapter that was not trained here, or before rows had a hash
-        right = bool(given) or (card.is_file() and read_json(card)["recipe"]["source"] == source)
+        made_of = read_json(folder / "data.json")["recipe"]["source"] if have else ""
+        right = bool(given) or made_of == source
     if not right:
+        others = f"others ({have})" if have else "none with a data.json"
         raise CourseError(
             f"the adapter was trained on {source!r} rows ({wanted or 'of no known hash'}), and "
-            f"{folder.name}/ has others ({have or 'none'}): give the folder of their train.parquet "
-            "(--data), or train again on these."
+            f"{folder.name}/ has {others}. Train again on these (lesson 04), or give the folder of "
+            "the adapter's own rows to medquad evaluate, as --data."
         )
-    return read_rows(file) if (file := folder / f"{part}.parquet").is_file() else []
+    if not rows:
+        raise CourseError(
+            f"the parts in {folder.name}/ are not those of its data.json: make them again, with "
+            "lesson 01 or medquad data."
+        )
+    return rows
 
 
 def whole_archive(plan: Plan, adapter: Path) -> retrieval.Index:
     """Index all rows of the data of ``adapter``, validation and test rows too."""
-    parts = ("train", "validation", "test")
-    train, validation, test = (training_rows(plan, adapter, part=part) for part in parts)
-    return archive_index(train, [*validation, *test], validation)
+    rows = training_data(plan, adapter)
+    return archive_index(rows.train, [*rows.validation, *rows.test], rows.validation)
 
 
 def archive_of_run(plan: Plan) -> retrieval.Index | None:
@@ -498,7 +506,6 @@ def evaluate(
     table = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
     notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
-    write_answers(folder / "answers.parquet", table, answers, safe)
     leaks = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
         "file": questions.name, "questions": len(asked), "diseases": counts(table)["diseases"],
@@ -510,7 +517,8 @@ def evaluate(
         **({"safety": safety_scores(answers)} if safe else {}),
         "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),
     })  # fmt: skip
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)  # first: it says whose folder this is
+    write_answers(folder / "answers.parquet", table, answers, safe)
     return metrics
 
 

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,19 +48,19 @@ def check_place(folder: Path) -> None:
         raise CourseError(f"cannot write to {folder.name}: {reason(error)}") from error
 
 
-def check_ours(path: Path, mark: str, whole: bool = False) -> None:
-    """Check that a file may be replaced: it is absent, or holds the text ``mark`` of this package.
+def check_ours(record: Path, mark: str, *others: Path) -> None:
+    """Check that ``record``, and ``others`` beside it, may be replaced.
 
-    ``whole`` asks for the folder around it, which is empty or holds the marked file. What somebody
+    None is there, or the record holds ``mark``: a text that only this package writes. What somebody
     else wrote, and a link, raises a CourseError.
     """
-    refuse_link(path)
-    replaced = path.parent if whole else path
+    for path in (record, *others):
+        refuse_link(path)
     with suppress(OSError):  # it cannot be read: writing will say so
-        there = any(replaced.iterdir()) if replaced.is_dir() else replaced.exists()
-        if there and not (path.is_file() and mark.encode() in path.read_bytes()):
+        there = [Path(p.parent.name, p.name) for p in (record, *others) if p.exists()]
+        if there and not (record.is_file() and mark.encode() in record.read_bytes()):
             raise CourseError(
-                f"{replaced.name} is there already, and medquad did not write it. "
+                f"{there[0]} is there already, and medquad did not write it. "
                 "Move it away, or choose another folder or name with --out."
             )
 
@@ -111,15 +112,18 @@ def whole_file(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def reason(error: OSError) -> str:
-    """Say why the system refused to write, and what helps."""
+def reason(error: Exception) -> str:
+    """Say why the system refused to write, and what helps; safetensors puts the number in words."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = getattr(error, "errno", None) or int(told[1] if told else 0)
     space, name = "Free some space", "A file is in the way"
     todo = {
         errno.ENOSPC: space, errno.EFBIG: space, errno.EDQUOT: space, errno.EROFS: "It is locked",
         errno.EACCES: "Ask for the right to write", errno.ENOTDIR: name, errno.EISDIR: name,
         errno.ENAMETOOLONG: "Shorten the name",
-    }.get(error.errno or 0, "Check the path")  # fmt: skip
-    return f"{error.strerror or error}. {todo}, or choose another folder (--runs, --out)."
+    }.get(number, "Check the path")  # fmt: skip
+    why = getattr(error, "strerror", None) or error
+    return f"{why}. {todo}, or choose another folder (--runs, --out)."
 
 
 @contextmanager
@@ -262,5 +266,5 @@ def write_rows(temporary: Path, rows: Sequence[Row]) -> None:
     # The types are given, because a column that is empty in these rows has none of its own.
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
     types = [(column, texts if column in LISTS else text) for column in COLUMNS]
-    schema = pyarrow.schema(types, metadata={"medquad": "rows"})  # by which check_ours knows it
+    schema = pyarrow.schema(types)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)

@@ -153,9 +153,12 @@ def load_adapters(
                 model = PeftModel.from_pretrained(model, folder, **options)
             check_tensors(model, name, folder)
         except Exception as error:  # of safetensors if a file is cut, of torch on a wrong shape
+            todo = "Move the folder away and run lesson 04 again."
+            if getattr(error, "strerror", None) or "(os error " in str(error):  # not the file's
+                todo = "Expected files that you may read."
             raise CourseError(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
-                f"({_first_line(error)}). Delete the folder and run lesson 04 again."
+                f"({_first_line(error)}). {todo}"
             ) from error
     if not trainable:
         lora.cast_adapters(model, getattr(torch, plan.compute_dtype))

@@ -60,7 +60,7 @@ def _show(
     alt = alt or described(title, values)
     if len(alt.split()) < 6:
         raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
-    fig.savefig(png := BytesIO(), format="png", metadata={"Software": None})
+    fig.savefig(png := BytesIO(), format="png", metadata={"Software": "medquad-qlora"})
     if save:
         with whole_file(save) as temporary:
             temporary.write_bytes(png.getvalue())

@@ -22,7 +22,7 @@ from medquad_utils import CourseError, merging
 from medquad_utils.adapters import adapter_id, check_adapter, save_with
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
-from medquad_utils.files import read_json, whole_folder, write_json
+from medquad_utils.files import read_json, reason, whole_folder, write_json
 from medquad_utils.generation import load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import BASES, Plan
@@ -141,12 +141,18 @@ def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
     """
     from huggingface_hub import try_to_load_from_cache
 
+    if given:
+        if copy := _text_of(licence, given):
+            return copy
+        what = "is not the" if given.is_file() else "is no file, and not the"
+        title = f"a text with the title {licence.title}" if licence.title else "the text of it"
+        raise CourseError(
+            f"--licence {given.name} {what} {licence.name}: expected {title}, or no --licence."
+        )
     if licence.id == "apache-2.0":
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
-    if given:
-        files = [given]
-    elif plan.on_hub:
+    if plan.on_hub:
         cached = [try_to_load_from_cache(plan.model_id, name, revision=plan.hub_revision)
                   for name in LICENCE_FILES]  # fmt: skip
         files = [Path(path) for path in cached if isinstance(path, str)]
@@ -155,11 +161,6 @@ def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
     for file in files:
         if text := _text_of(licence, file):
             return text
-    if given:
-        raise CourseError(
-            f"--licence {given.name} is not the {licence.name}: expected a text with the title "
-            f"{licence.title}."
-        )
     place = "its authors" if plan.model_path else f"https://huggingface.co/{plan.model_id}"
     return (
         f"{INCOMPLETE}\n\nThis model is derived from {plan.model_id}, under the {licence.name}:\n"
@@ -197,6 +198,12 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     if evaluation and evaluation.get("recipe", {}).get("adapter") != adapter_id(adapter):
         evaluation = {}
         notes.append("evaluation/metrics.json is of another adapter")
+    made = _json(plan.folder / "data" / "data.json")
+    counted = tuple(map(made.get, ("loaded", "rows", "cleaning", "splits")))
+    told = (*map(data.get, ("rows_loaded", "sizes", "cleaning")), trained.get("data"))
+    if data and told != counted:
+        data = {}
+        notes.append("metrics/explore.json is not of the rows that the adapter was trained on")
     parts = {"training": train, "data": data, "evaluation": evaluation}
     notes += [f"no metrics of the {name}" for name, values in parts.items() if not values]
     return Metrics(trained or earlier, train, data, evaluation, tuple(notes))
@@ -293,9 +300,8 @@ def build(
                 (fresh / name).write_text(text, encoding="utf-8")
             check(fresh, repo)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        reason = getattr(error, "strerror", None) or error
         raise CourseError(
-            f"cannot write {folder.name}/: {reason}. Nothing was changed; free some disk space."
+            f"cannot write {folder.name}/: {reason(error)} Nothing was changed."
         ) from error
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import ctypes
+import errno
 import http.client
 import json
 import os
@@ -53,10 +54,11 @@ def check_port(host: str = HOST, port: int = 0) -> int:
         with socket.create_server((host, port)) as probe:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
-        raise CourseError(
-            f"cannot listen on {host}:{port}: {error}. "
-            "Stop the other program, or take another port with --port."
-        ) from error
+        todo = "Stop the other program, or take another port with --port."
+        not_here = getattr(error, "errno", 0) == errno.EADDRNOTAVAIL
+        if not_here or isinstance(error.__context__, socket.gaierror):  # create_server hides it
+            todo = f"Expected an address of this machine after --host: {HOST}, or 0.0.0.0 for all."
+        raise CourseError(f"cannot listen on {host}:{port}: {error}. {todo}") from error
 
 
 # ---- a bare server in a child process: transformers serve -----------------------------------

@@ -204,7 +204,9 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
     if not all(sizes := list(splits.sizes().values())):
         raise CourseError(
             f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
-            "rows. Load more rows, or more diseases (a column focus names them)."
+            f"rows with seed {seed}. Load more rows, or more diseases (a column focus names them)"
+            + ", or try another seed."
+            * (len(first) >= len(PARTS))
         )
     return splits
 

@@ -93,10 +93,11 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
             notes.append(f"{file.name} repeats one instruction: the questions are the inputs")
         return _named([_unfolded(record, shared) for record in records]), notes
     except Error as error:
-        raise CourseError(
-            f"cannot read {file.name}: {' '.join(str(error).split())}. "
-            "Correct that, or save the table again as .csv or .jsonl in UTF-8."
-        ) from error
+        why, todo = str(error), "or save the table again as .csv or .jsonl in UTF-8"
+        if isinstance(error, OSError) and error.strerror:  # the system's, not one of gzip
+            why, todo = error.strerror, "or give another file"
+        why = " ".join(why.split())
+        raise CourseError(f"cannot read {file.name}: {why}. Correct that, {todo}.") from error
 
 
 def _decoded(raw: bytes) -> tuple[str, str]:
@@ -133,6 +134,8 @@ def _dicts(rows: Sequence[Sequence[Any]]) -> list[Row]:
 def _csv(text: str) -> list[Row]:
     """Read a table with commas, semicolons, tabs or bars, strictly."""
     csv.field_size_limit(1 << 30)  # answers can be longer than the default of 128 KiB
+    if re.match(r"\s*[\[{]", text):
+        raise ValueError("it is JSON: give its name the ending .json")
     hint = re.match(r"sep=(.)(?=[\r\n])", text)  # a first line for Excel
     text = text[hint.end() :] if hint else text
     head, known = re.match(r"\s*([^\r\n]*)", text), {*CHATS, *chain(*NAMES.values())}
@@ -192,7 +195,9 @@ def _excel(raw: bytes) -> list[Row]:
     import pandas
 
     try:
-        read = pandas.read_excel(io.BytesIO(raw), sheet_name=None, header=None, engine="openpyxl")
+        read = pandas.read_excel(
+            io.BytesIO(raw), sheet_name=None, header=None, engine="openpyxl", keep_default_na=False
+        )  # without it, the text NA would be an empty cell
     except ImportError as error:
         raise ValueError("it takes openpyxl: pip install 'medquad-qlora[excel]'") from error
     sheets = {str(name): frame.values.tolist() for name, frame in read.items() if len(frame)}
@@ -262,17 +267,18 @@ def texts(value: Any) -> list[str] | None:
     values = value if isinstance(value, list) else [value]
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         values = _written_list(value)
+        if values == [value] and value[1:2] in ("'", '"'):
+            return None  # it begins as a list of texts and is none, such as numpy's ['a' 'b']
     values = [v for v in values if v is not None and v == v]  # NaN differs from itself
     return values if all(isinstance(v, str) for v in values) else None
 
 
 def _written_list(text: str) -> list[Any]:
-    """Read a list of texts that JSON or pandas wrote; any other text is the only one."""
+    """Read a list that JSON or pandas wrote; any other text is the only one."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             values = read(text)
             # Python takes numpy's ['a' 'b'] for ['ab']; repr tells the two apart.
-            good = read is json.loads or repr(values) == text
-            if good and all(isinstance(v, str | None) for v in values):
+            if read is json.loads or repr(values) == text:
                 return list(values)
     return [text]

@@ -45,7 +45,7 @@ from medquad_utils.chat import (
     to_example,
     without_bars,
 )
-from medquad_utils.files import Row, locked, read_json, whole_folder, write_json
+from medquad_utils.files import Row, locked, read_json, reason, whole_folder, write_json
 from medquad_utils.generation import load_base, load_tokenizer
 from medquad_utils.machine import peak_memory_gb, triton_needs, versions
 from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
@@ -439,7 +439,13 @@ def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         metrics["singular_values"] = list(enumerate(spectrum, start=1))
     if trainer.is_world_process_zero():
         write_json(plan.folder / "metrics" / "train.json", metrics)
-        shutil.rmtree(plan.folder / "checkpoints", ignore_errors=True)
+        folder = plan.folder / "checkpoints"
+        for path in checkpoints(folder):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in ("plan.json", "README.md"):  # TRL writes the second
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what somebody else put there stays
+            folder.rmdir()
     return metrics
 
 
@@ -473,9 +479,8 @@ def save_adapter(plan: Plan, trainer: SFTTrainer, folder: Path | None = None, **
             write_json(fresh / "plan.json", record)
             save_with(trainer.processing_class, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        reason = getattr(error, "strerror", None) or error
         raise CourseError(
-            f"cannot save the adapter: {reason}. The older one is untouched; free some space."
+            f"cannot save the adapter: {reason(error)} The older one is untouched."
         ) from error
     return folder
 

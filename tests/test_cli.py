@@ -78,6 +78,9 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*ASK, "What causes asthma?", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
+    ([*DEMO, "--space", "space", "--repo", "me/a", "--port", "7"], "--host and --port do nothing"),
+    (["serve", "--host", "::1"], "Expected an address of this machine after --host"),
+    (["serve", "--host", "192.0.2.1"], "Expected an address of this machine after --host: 127.0."),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
 def test_a_mistake_is_one_line_and_starts_nothing(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
@@ -89,6 +92,30 @@ def test_a_mistake_is_one_line_and_starts_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("medquad: ") and said in line
     assert [p.name for p in tmp_path.iterdir()] == ["a file"]
+
+
+# What a user may have written -> the command that would replace it.
+MINE = dict.fromkeys(
+    ("answers.parquet", "report.md", "report.html", "figures"), "evaluate --questions a --out mine"
+) | {
+    "leakage.json": "data --out mine", "test.parquet": "data --out mine",
+    "a.png": "estimate --out mine/a.png", "a.html": "explain Why? --out mine/a.html",
+    "config.json": "publish --profile tiny --dry-run --repo me/a --out mine",
+    "README.md": "demo --profile tiny --repo me/a --space mine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_file_of_the_users_is_not_replaced(
+    name: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (mine := Path("mine", name)).parent.mkdir()
+    mine.write_text(text := 'Software\0Matplotlib; "leakage" of medquad-qlora, <b>by medquad</b>')
+    assert cli.main(MINE[name].split()) == 1
+    said = f"{mine} is there already, and medquad did not write it. Move it away, or choose another"
+    assert said in capsys.readouterr().err
+    assert mine.read_text() == text and [*Path().rglob("*")] == [mine.parent, mine]
 
 
 @pytest.mark.parametrize("command", ["ask", "explain"])

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import resource
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
+from unittest.mock import Mock
 
 import huggingface_hub
 import pandas
@@ -21,7 +24,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import tiny
+from conftest import REPO, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -194,6 +197,7 @@ def test_tables_keep_lists_and_every_column(kind: str, tmp_path: Path) -> None:
 NAN = float("nan")
 GOOD = {"qtype": "a", "question": "What causes A ?", "answer": "c"}
 WRONG = [{"answer": 5}, {"question": ["b", "c"]}, {"answer": {"text": "c"}}]
+WRONG += [{"answer": text} for text in ("['a' 'b']", "['x', 3]", '["cut", "off]')]
 EMPTY = [{"answer": value} for value in (None, NAN, "", " \u200b", "N/A", "-", [])]
 
 
@@ -205,12 +209,12 @@ def test_every_record_is_a_row_or_counted_with_its_reason(tmp_path: Path) -> Non
         BARE | GOOD, BARE | GOOD | {"qtype": "causes"}, BARE | GOOD | {"question": "Why ?"}
     ]  # fmt: skip
     assert loaded.skipped == {
-        "answer is not text": [2, 4], "question is not text": [3], "no question": [12],
-        "no answer": [5, 6, 7, 8, 9, 10, 11],
+        "answer is not text": [2, 4, 5, 6, 7], "question is not text": [3], "no question": [15],
+        "no answer": [8, 9, 10, 11, 12, 13, 14],
     }  # fmt: skip
     assert loaded.records == len(records)
-    assert "3 rows of 14 records; 2 x answer is not text (record 2, 4); " in str(loaded)
-    assert loaded.origins[2] == (14, ["c", "d"]), "evaluation counts both as right"
+    assert "3 rows of 17 records; 5 x answer is not text (record 2, 4, 5, 6, 7); " in str(loaded)
+    assert loaded.origins[2] == (17, ["c", "d"]), "evaluation counts both as right"
     path = write_table(tmp_path / "a.parquet", [GOOD | {"focus": NAN, "cui": NAN, "url": 1.0}])
     assert data.load_table(path).rows == [BARE | GOOD], "NaN and numbers are unknown values"
 
@@ -281,7 +285,7 @@ SHAPES: dict[str, tuple[str | list[Any], str, list[Row]]] = {
     "index.csv": (",Question Type,Question,Response\n0,,Why?,So.\n\n", "utf-8", [plain("Why?")]),
     "old mac.csv": ("prompt,completion\rWhy?,So.\r", "utf-8", [plain("Why?")]),
     "pandas.csv": ("question,answer\nWhy?,\"['So.', 'Or so.']\"\n", "utf-8", [plain("Why?")]),
-    "numpy.csv": ("question,answer\nWhy?,['a' 'b']\n", "utf-8", [plain("Why?", "['a' 'b']")]),
+    "note.csv": ("question,answer\nWhy?,[see [2]]\n", "utf-8", [plain("Why?", "[see [2]]")]),
     "alpaca.json": ([PAIR, PAIR | {"input": "Why?"}], "utf-8",
                     [GOUT, plain("What causes Gout ?\nWhy?", TEXT)]),
     "doctor.json": (DOCTOR, "utf-8", [plain("Why a?"), plain("Why b?")]),
@@ -326,9 +330,12 @@ def test_folder_is_read_as_one_table_and_longer_chats_are_named(tmp_path: Path) 
 
 
 def test_excel_files_need_an_extra_that_the_message_names(tmp_path: Path, monkeypatch: Any) -> None:
-    path, cells = tmp_path / "a.xlsx", pandas.DataFrame([{"Question": "Why?", "Answer": "So."}])
+    said = [{"Question": "Why?", "Answer": answer} for answer in ("So.", "NA", None)]
+    path, cells = tmp_path / "a.xlsx", pandas.DataFrame(said)
     cells.to_excel(path, index=False)
-    assert data.load_table(path).rows == [plain("Why?")]
+    loaded = data.load_table(path)
+    assert loaded.rows == [plain("Why?"), plain("Why?", "NA")], "NA is a text, as in CSV"
+    assert loaded.skipped == {"no answer": [3]}
     with pandas.ExcelWriter(path) as writer:
         cells.to_excel(writer, sheet_name="first")
         cells.to_excel(writer, sheet_name="second")
@@ -367,6 +374,7 @@ REFUSED = {
     "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record 3 .* 'q' twice"),
     "deep.json": ("[" * 100_000, "cannot read deep.json: "),
     "torn.parquet": (b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read torn\.parquet: "),
+    "list.csv": ('[{"question": "A?"}]', r"it is JSON: give its name the ending \.json"),
     "text.xlsx": ("no sheet", r"cannot read text\.xlsx: "),
 }  # fmt: skip
 
@@ -378,6 +386,15 @@ def test_what_would_be_a_guess_is_refused_in_one_line(name: str, tmp_path: Path)
     with pytest.raises(CourseError, match=message) as refused:
         data.load_table(tmp_path / name)
     assert str(refused.value).startswith(f"cannot read {name}: ") and "\n" not in str(refused.value)
+
+
+def test_a_file_that_may_not_be_read_needs_no_other_format(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    (path := tmp_path / "a.csv").write_text(QA)
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "No", str(path))))
+    with pytest.raises(CourseError, match=r"^cannot read a\.csv: No\. .*or give another file\.$"):
+        data.load_table(path)
 
 
 UNUSABLE = {
@@ -529,6 +546,14 @@ def test_too_few_groups_are_refused() -> None:
     for rows in ([row(focus="Asthma")] * 40, []):
         with pytest.raises(CourseError, match=f"^{len(rows)} rows in . groups .*a column focus"):
             splits.split(rows)
+
+
+def test_too_few_rows_are_told_with_what_was_skipped(tmp_path: Path) -> None:
+    rows = [*diseases(5), *([row(answer="")] * 18)]
+    plan = tiny(tmp_path, source="jsonl", data_path=str(write_table(tmp_path / "a.jsonl", rows)))
+    said = r"with seed 0\. .*or try another seed\. Loaded: 5 rows of 23 records; 18 x no answer"
+    with pytest.raises(CourseError, match=said):
+        data.prepare(plan)
 
 
 def test_rows_that_name_no_disease_are_held_out_by_question_and_answer() -> None:
@@ -690,6 +715,23 @@ def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undo
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
 
 
+def test_two_writers_of_one_folder_leave_one_whole_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from medquad_utils import files\n"
+        "for n in range(200):\n"
+        "    with files.whole_folder(pathlib.Path('folder')) as fresh:\n"
+        "        fresh.mkdir()\n"
+        "        for name in 'ab': (fresh / name).write_text(f'{sys.argv[1]} {n}')\n"
+    )
+    commands = [[sys.executable, "-c", code, str(writer)] for writer in range(2)]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    writers = [subprocess.Popen(command, cwd=tmp_path, env=env) for command in commands]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    written = {(tmp_path / "folder" / name).read_text() for name in "ab"}
+    assert written in ({"0 199"}, {"1 199"}), "both files are of one writer"
+
+
 def test_a_folder_that_another_process_locks_is_waited_for_or_refused(tmp_path: Path) -> None:
     said = pytest.raises(CourseError, match="another run is writing to")
     with files.locked(tmp_path), said, files.locked(tmp_path, wait=False):
@@ -705,6 +747,23 @@ def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path)
     (plan.folder / "data" / "data.json").write_text(content)
     with pytest.raises(CourseError, match=r"data/data\.json is damaged \(.*: delete it, and run"):
         data.prepare(plan)
+
+
+@pytest.mark.parametrize("renamed", range(1, 5))
+def test_a_kill_between_two_renames_mixes_no_parts(
+    renamed: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plan, real = own_rows(tmp_path), Path.replace
+    made, folder = data.prepare(plan), plan.folder / "data"
+    for before in ([replace(plan, seed=1)], []):
+        shutil.rmtree(folder)
+        [data.prepare(earlier) for earlier in before]
+        calls = iter([True] * renamed)
+        monkeypatch.setattr(Path, "replace", lambda *a, c=calls: real(*a) if next(c, 0) else None)
+        data.prepare(plan)
+        monkeypatch.undo()
+        assert data.written(folder) is None, "the parts are not those of data.json"
+        assert data.prepare(plan) == made, "the folder is still ours"
 
 
 def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:

@@ -171,7 +171,8 @@ def test_a_space_has_the_tested_versions_the_notice_and_an_app_that_runs(
     tmp_path: Path, trained_adapter: Path, monkeypatch: Patch
 ) -> None:
     folder, served = tmp_path / "space", []
-    assert cli.main(["demo", *TINY, "--space", str(folder), "--repo", "me/chat"]) == 0
+    for _ in "ab":  # the second folder replaces the first
+        assert cli.main(["demo", *TINY, "--space", str(folder), "--repo", "me/chat"]) == 0
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert set(lines[1:]) <= set((REPO / "constraints.txt").read_text().splitlines())
     _, header, text = (folder / "README.md").read_text().split("---\n", 2)

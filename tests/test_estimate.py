@@ -319,11 +319,17 @@ def test_a_mistake_of_the_estimate_ends_in_one_line(
     assert expected in said.err
 
 
-def test_the_command_prints_memory_time_and_price(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_memory_time_and_price(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["estimate", "--gpu", "t4", "--price", "0.5"]) == 0
     said = capsys.readouterr().out
     for wanted in ("4-bit weights", "CUDA context", "fits", "tokens/s", "0.50 an hour",
                    "min for 3,166,147 tokens of MedQuAD", "[estimate]"):  # fmt: skip
         assert wanted in said
-    assert cli.main(["estimate", "--model", str(profiles.TINY_MODEL / "config.json")]) == 0
-    assert capsys.readouterr().out.startswith("tiny, 4 M parameters, on T4 (15 GB)")
+    drawn = ["--model", str(profiles.TINY_MODEL / "config.json"), "--out", f"{tmp_path}/a.png"]
+    for _ in "ab":  # the second picture replaces the first
+        assert cli.main(["estimate", *drawn]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("tiny, 4 M parameters, on T4 (15 GB)")
+        assert said.endswith(f"written: {tmp_path / 'a.png'}\n")

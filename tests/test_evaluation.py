@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -318,10 +319,17 @@ def test_a_stopped_run_repeats_one_arm_at_most_and_tears_no_file(
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(CourseError, match=r"cannot write metrics.json: No space left"):
         small_evaluation(tiny_adapter, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"answers.parquet", "answers"}
+    assert {path.name for path in tmp_path.iterdir()} == {"answers"}
+    monkeypatch.setattr(Path, "write_text", write)
+    small_evaluation(tiny_adapter, tmp_path)
     first, again = (folder / "answers.parquet" for folder in (evaluated, tmp_path))
     assert first.read_bytes() == again.read_bytes()
     assert generated == ["base", "tuned", "tuned", "grounded"], "base was not repeated"
+
+
+def test_an_evaluation_of_ours_may_be_replaced(evaluated: Path, capsys: Any) -> None:
+    assert evaluate_command(questions="a.csv", out=evaluated, limit=0) == 1
+    assert "expected whole numbers over 0" in capsys.readouterr().err, "the check of --out passed"
 
 
 def evaluate_command(**options: Any) -> int:
@@ -350,9 +358,32 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert recipe["archive_rows"] == recipe["training_rows"] + 6
 
 
+def test_rows_are_those_that_data_json_describes(tmp_path: Path) -> None:
+    plan = tiny(tmp_path)
+    rows, folder, known, foreign = (
+        data.prepare(plan),
+        plan.folder / "data",
+        *map(tmp_path.joinpath, "kf"),
+    )
+    files.write_json(known / "plan.json", plan.as_dict() | {"data": data.identity(folder)})
+    files.write_json(foreign / "plan.json", {"source": "xml"})
+    given = Path(shutil.copytree(folder, tmp_path / "given"))
+    assert all(evaluation.training_data(plan, a, given) == rows for a in (known, foreign))
+    for place in (folder, given):
+        files.write_rows(place / "train.parquet", rows.train[:7])
+    assert evaluation.training_data(plan, known) == rows, "the run's own parts are made again"
+    for adapter in (known, foreign):
+        with pytest.raises(CourseError, match=r"parts in given/ are not those of its data\.json"):
+            evaluation.training_data(plan, adapter, given)
+    (given / "data.json").unlink()
+    with pytest.raises(CourseError, match=r"given/ has none with a data\.json\. Train"):
+        evaluation.training_data(plan, known, given)
+    assert evaluation.training_data(plan, foreign, given).train == rows.train[:7]
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({"data": "nowhere"}, "no train.parquet in nowhere/"),
-    ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has others"),
+    ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has none with"),
     ({"adapter": "same", "data": "elsewhere"}, "'sample' rows (abc), and elsewhere/ has others"),
     ({"limit": "0"}, "expected whole numbers over 0"),
 ])  # fmt: skip

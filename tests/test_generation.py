@@ -192,6 +192,13 @@ def spoil(folder: Path, name: str, kept: float | dict[str, Any]) -> Path:
     return folder
 
 
+def with_folder(folder: Path, name: str) -> Path:
+    """Put a folder in the place of a file."""
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    return folder
+
+
 def without(file: Path, part: str) -> Path:
     """Take the tensors whose names hold ``part`` out of a file of weights."""
     kept = {name: tensor for name, tensor in load_file(file).items() if part not in name}
@@ -313,6 +320,10 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "missing": (lambda f: f / "nowhere", r"no adapter in nowhere/: lesson 04 .*--only 04"),
     "another model": (lambda f: spoil(f, RECORD, {"model_id": "a/llama"}), "trained on a/llama"),
     "other weights of it": (lambda f: spoil(f, RECORD, {"base": "01"}), r"on embedded \(01\)"),
+    "a folder": (
+        lambda f: with_folder(f, RECORD),
+        r"damaged \(Is a directory\): delete it",
+    ),
     "torn": (lambda f: spoil(f, WEIGHTS, 0.5), "does not load onto embedded .*lesson 04 again"),
     "another rank": (lambda f: spoil(f, CONFIG, {"r": 8}), "does not load onto embedded"),
     "NaN": (lambda f: nan(f / WEIGHTS), "holds numbers that are not finite: base_model"),
@@ -332,6 +343,15 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
     with pytest.raises(CourseError, match=message) as caught:
         generation.load_tuned(tiny(), folder)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_may_not_be_read_is_not_called_damaged(
+    tiny_base: Any, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (PermissionError(13, "Denied"), RuntimeError("Denied (os error 13)")):
+        monkeypatch.setattr("peft.PeftModel.from_pretrained", Mock(side_effect=error))
+        with pytest.raises(CourseError, match=r"Denied.*\)\. Expected files that you may read\.$"):
+            generation.load_adapters(tiny(), {"own": tiny_adapter}, base=tiny_base)
 
 
 def test_adapters_of_different_bases_are_refused_before_loading(

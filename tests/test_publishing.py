@@ -22,6 +22,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import tiny
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 from medquad_utils import CourseError, adapters, chat, cli, generation, publishing
 from medquad_utils.files import write_json
@@ -71,6 +72,9 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
     evaluation = EVALUATION | {"recipe": {"adapter": adapters.adapter_id(adapter)}}
     write_json(plan.folder / "metrics" / "train.json", train)
     write_json(plan.folder / "metrics" / "explore.json", DATA)
+    data = {"splits": train["plan"]["data"], "loaded": DATA["rows_loaded"], "rows": DATA["sizes"]}
+    data |= {"cleaning": DATA["cleaning"]}
+    write_json(plan.folder / "data" / "data.json", data)
     write_json(plan.folder / "evaluation" / "metrics.json", evaluation)
     return plan
 
@@ -166,6 +170,12 @@ def test_numbers_of_another_adapter_are_left_out(plan: Plan, tmp_path: Path) -> 
     write_json(other.folder / "metrics" / "train.json", {"steps": 4321, "plan": {"seed": 99}})
     metrics = publishing.read_metrics(other, adapter)
     assert (metrics.evaluation, metrics.train, metrics.data) == ({}, {}, DATA)
+    earlier, file = DATA | {"rows_loaded": 5}, other.folder / "metrics" / "explore.json"
+    for path, value in ((file, earlier), (file, DATA), (adapter / "plan.json", {"data": "abc"})):
+        write_json(path, value)
+        found = publishing.read_metrics(other, adapter)
+        assert found.data == ({} if value != DATA else DATA)
+        assert any("is not of the rows" in note for note in found.notes) == (value != DATA)
     text = publishing.card(OPEN, other, metrics, True, "")
     assert f"| ROUGE-L (up) {'| not measured ' * 4}|" in text and "None" not in text
     assert "| steps | not measured |" in text and ModelCard(text).data.eval_results is None
@@ -206,10 +216,17 @@ def test_the_code_on_both_cards_runs_as_it_stands(
 def test_a_failed_build_keeps_the_old_folder(plan: Plan, copy: Path, monkeypatch: Patch) -> None:
     before = contents(copy)
     instead_of_merging(monkeypatch, copy)
-    full = Mock(side_effect=OSError(28, "No space left"))
+    full, barred = Mock(side_effect=OSError(28, "No space left")), OSError(13, "Denied")
+    torn = Mock(side_effect=SafetensorError("I/O error: No space left (os error 28)"))
     for name, fake, said in (
         ("card", lambda *args: "no card", r"README\.md is no card"),
-        ("check", full, r"cannot write folder/: No space left\. Nothing was changed"),
+        ("check", full, r"folder/: No space left\. Free some space, .* Nothing was changed"),
+        ("check", torn, r"folder/: .*\(os error 28\)\. Free some space, .* Nothing was changed"),
+        (
+            "check",
+            Mock(side_effect=barred),
+            r"folder/: Denied\. Ask for the right to write, .* Nothing was changed",
+        ),
     ):
         with monkeypatch.context() as patch, pytest.raises(CourseError, match=said):
             patch.setattr(publishing, name, fake)
@@ -258,6 +275,10 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
         publishing.push(folder, NAME, "http://127.0.0.1:9")
     monkeypatch.chdir(plan.out)
     given, out = tmp_path / "given.txt", tmp_path / "out"
+    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Meta Llama 3"):
+        publishing.build(plan, NAME, out, licence=given)
+    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Apache License"):
+        publishing.agreement(tiny(), publishing.licence_of(tiny()), given)
     given.write_text("MIT License")
     with pytest.raises(CourseError, match=r"given\.txt is not the Meta Llama 3 Community License"):
         publishing.build(plan, NAME, out, licence=given)

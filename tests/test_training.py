@@ -81,6 +81,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def look(plan: Plan, tokenizer: Any, rows: list[files.Row], trainer: Any) -> Any:
         made.tokenizer, made.rows, made.trainer = tokenizer, rows, trainer
+        (plan.folder / "checkpoints" / "copy of checkpoint-3").mkdir()  # somebody's
         made.before, made.checks = weights(trainer.model), preflight(plan, tokenizer, rows, trainer)
         trainer.add_callback(made.saves)
         return made.checks
@@ -239,7 +240,12 @@ def test_a_run_of_four_steps_has_losses_and_checkpoints(run: Any) -> None:
     written = json.loads((run.plan.folder / "metrics" / "train.json").read_text())
     assert written["validation_loss"] == round(validation[-1][1], 4)
     assert run.saves.seen == [(1, 0), (2, 1), (3, 1), (4, 2)], "after the validation of its step"
-    assert not (run.plan.folder / "checkpoints").exists(), "a finished run leaves none"
+    (left,) = (run.plan.folder / "checkpoints").iterdir()
+    assert left.name == "copy of checkpoint-3", "a finished run leaves what is not its own"
+    left.rmdir()
+    left.with_name("plan.json").touch()
+    training.finish(run.plan, run.trainer, 1.0)
+    assert not left.parent.exists(), "and no empty folder"
 
 
 def test_a_nan_loss_stops_the_run_at_the_next_log(run: Any, tmp_path: Path) -> None:
@@ -284,7 +290,7 @@ def test_an_idle_adapter_stops_a_run(
     assert not (plan.folder / "adapter").exists()
 
 
-def checkpoint(plan: Plan, step: int, state: str = "{}") -> Path:
+def checkpoint(plan: Plan, step: int | str, state: str = "{}") -> Path:
     folder = plan.folder / "checkpoints" / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(state)
@@ -299,9 +305,14 @@ def test_a_torn_checkpoint_is_removed_and_the_newest_whole_one_taken(tmp_path: P
     torn, empty = checkpoint(plan, 100, '{"global_step"'), checkpoint(plan, 101)
     (empty / "trainer_state.json").unlink()
     (older / "rng_state_1.pth").touch()  # of a second process
+    others = [checkpoint(plan, name) for name in ("12 (1)", "x", "13.bak")]
+    others += [newest.with_name("checkpoint-14.zip"), newest.with_name("checkpoint-15")]
+    [path.touch() for path in others[3:]]
+    assert training.checkpoints(newest.parent) == [empty, torn, newest, older]
     assert training.last_checkpoint(newest.parent, processes=2) == older
     assert training.resumable(plan) == newest
     assert [torn.exists(), empty.exists()] == [False, False]
+    assert all(path.exists() for path in others), "copies and archives are somebody's"
 
 
 @pytest.mark.full
@@ -398,10 +409,11 @@ def test_an_adapter_is_saved_whole(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     file.write_bytes(b"older")
     extra.touch()
     before = {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")}
-    with monkeypatch.context() as patch, pytest.raises(CourseError, match="No space left on dev"):
-        full = Mock(side_effect=OSError(28, "No space left on device"))
-        patch.setattr(run.trainer.processing_class, "save_pretrained", full)
-        training.save_adapter(run.plan, run.trainer)  # breaks after the weights
+    for error, todo in ((28, "Free some space"), (13, "Ask for the right to write")):
+        failing = Mock(side_effect=OSError(error, "No"))
+        with monkeypatch.context() as patch, pytest.raises(CourseError, match=rf"No\. {todo}, or"):
+            patch.setattr(run.trainer.processing_class, "save_pretrained", failing)
+            training.save_adapter(run.plan, run.trainer)  # breaks after the weights
     assert {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")} == before
     assert training.save_adapter(run.plan, run.trainer) == file.parent
     assert not extra.exists()
