@@ -199,7 +199,8 @@ def records() -> Iterator[Case]:
         yield case("demo", "--profile", "tiny", *more["demo"], files=theirs)
         yield case("evaluate", *more["evaluate"], "--out", "out", files=theirs)
     for name in ("README.md", "config.json", "model.safetensors"):  # the command has such a file
-        yield case("publish", "--profile", "tiny", "--out", "out", files={f"out/{name}": MINE})
+        yield case("publish", "--profile", "tiny", "--out", "out", files={f"out/{name}": MINE},
+                   named="there already")  # fmt: skip
     for name in ("README.md", "app.py"):
         yield case("demo", "--profile", "tiny", *more["demo"], files={f"out/{name}": MINE})
     yield case("evaluate", *more["evaluate"], "--out", "own", named="metrics.json")
@@ -239,6 +240,7 @@ def surroundings(port: int) -> Iterator[Case]:
         for child in (ascii_output, closed_streams, full_output):
             home = {"HOME": "/proc/x", "LC_ALL": "C"}
             yield Case(text.split(), child is not full_output, environment=home, child=child)
+    yield Case(["data", "--out", "Données"], True, child=ascii_output)  # it prints the name
     for size in (0, 1, 100, 4096, 20_000, 60_000):
         yield Case(["data", "--out", "out"], False, "space", child=lambda s=size: limit(s))
         yield Case(["estimate", "--out", "out/p.png"], False if size < 20_000 else None,
