@@ -69,6 +69,9 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
     (["train", "--lora-r", "-1"], "--lora-r=-1: expected a whole number from 0 to"),
     (["data", "--seed", "1e5"], "--seed=1e5: expected a whole number"),
+    (["data", "--without", "spelling"], "no cleaning rule 'spelling': there are link list, pheno"),
+    (["data", "--specialty", "magic"], "no specialty 'magic': there are cardiology, oncology"),
+    (["data", "--out", "a file/data"], "cannot write to data: Not a directory. A file is in the"),
     (["estimate", "--price", "nan"], "--price=nan: expected a number"),
     (["data", "--sead", "1"], "arguments: --sead 1 (all options: medquad data --help)"),
     (["train", "--data", "mine.csv"], "arguments: --data mine.csv (all options: medquad train"),
@@ -161,7 +164,8 @@ def test_a_nameless_user_an_odd_folder_and_a_notebooks_backend_work(trained_adap
                  ["explain", "What causes gout?", *runs], ["estimate", "--out", "memory.png"],
                  ["publish", "--repo", "me/tuned", "--dry-run", *runs]]  # fmt: skip
         code = f"from medquad_utils.cli import main\nfor l in {lines}: assert not main(l), l"
-        more = {"HOME": "/nonexistent", "MPLBACKEND": "module://ipykernel.pylab.backend_inline"}
+        more = {"HOME": "/proc/nonexistent", "USER": "", "LOGNAME": "",
+                "MPLBACKEND": "module://ipykernel_that_is_elsewhere"}  # fmt: skip
         read = [p for file in (Path(sys.executable).resolve(), REPO) for p in (file, *file.parents)]
         user: Any = {}
         if os.getuid() == 0 and all(path.stat().st_mode & 1 for path in read):
