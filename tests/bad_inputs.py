@@ -1,8 +1,8 @@
 """A thousand bad inputs through every command of ``medquad``, in one process and its forks.
 
-``python tests/bad_inputs.py [COUNT] [SEED]`` runs all cases, or COUNT that the seed draws, and
-counts outcomes by command. Whatever a command is given: it ends with one line that names the value
-and a status that is right, and it changes no file of the user and leaves no half of one.
+``python tests/bad_inputs.py [EACH] [SEED]`` runs all cases, or EACH of every kind that the seed
+draws, and counts outcomes by command. Whatever a command is given: it ends with one line that names
+the value and a status that is right; it changes no file of the user and leaves no half of one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -38,7 +39,7 @@ from test_data import KAGGLE, REFUSED, SHAPES
 from medquad_utils import cli, generation
 
 Tree = dict[str, str]  # path -> state
-QUESTION, REPOSITORY = "What causes gout?", "me/derm-qa"
+QUESTION, REPOSITORY, MINE = "What causes gout?", "me/derm-qa", b"mine, and no other's"
 NEEDS = {"ask": [QUESTION], "explain": [QUESTION], "evaluate": ["--questions", "mine.csv"],
          "publish": ["--repo", REPOSITORY, "--dry-run"], "fetch": ["medquad"]}  # fmt: skip
 MODEL = ("run", "train", "ask", "evaluate", "explain", "demo", "publish")
@@ -130,11 +131,14 @@ def parameters() -> Iterator[Case]:
         yield case("run", "--profile", "tiny", "--only", only, named="only" if only in " ," else "")
     yield case("run", "-p", "rows=1", "-p", "rows=2", named="rows")
     yield case("run", "-p", "profile=tiny", "--profile", "small", named="profile")
-    yield case("run", "--profile", "tiny", "-p", "data_path=mine.csv", named="mine.csv")
+    yield case("run", "--profile", "tiny", "-p", "data_path=a file", named="a file")
     yield case("run", "--profile", "tiny", "--reference", "own", named="own")
     for command in ("ask", "explain"):
-        for text in ("", " ", "\u200b", "\x00\x01", "\ufeff", "fever " * 5000, "a" * 20_000):
+        for text in ("", " ", "\u200b", "\x00\x01", "\ufeff"):
             yield Case([command, text, "--profile", "tiny"], named="question")
+    for text in ("fever " * 5000, "a" * 20_000):
+        yield Case(["ask", text, "--profile", "tiny"], named="question")
+        yield Case(["explain", text, "--profile", "tiny"], named="question")
 
 
 def tables(chance: random.Random) -> Iterator[Case]:
@@ -189,11 +193,17 @@ def records() -> Iterator[Case]:
             yield case(command, "--profile", "tiny", *more.get(command, ()), works=False if never
                        else None, files={f"runs/tiny/{name}": raw})  # fmt: skip
     for name in OURS:
-        theirs = {f"out/{name}": b"mine, and no other's"}
+        theirs = {f"out/{name}": MINE}
         yield case("data", "--out", "out", files=theirs, works=None)
         yield case("publish", "--profile", "tiny", "--out", "out", files=theirs)
         yield case("demo", "--profile", "tiny", *more["demo"], files=theirs)
         yield case("evaluate", *more["evaluate"], "--out", "out", files=theirs)
+    for name in ("README.md", "config.json", "model.safetensors"):  # the command has such a file
+        yield case("publish", "--profile", "tiny", "--out", "out", files={f"out/{name}": MINE},
+                   named="there already")  # fmt: skip
+    for name in ("README.md", "app.py"):
+        yield case("demo", "--profile", "tiny", *more["demo"], files={f"out/{name}": MINE})
+    yield case("evaluate", *more["evaluate"], "--out", "own", named="metrics.json")
     yield case("explain", "--profile", "tiny", "--out", "page.html", named="page.html")
     yield case("explain", "--profile", "tiny", "--out", "link.html", named="link.html")
     yield case("estimate", "--out", "picture.png", named="picture.png")
@@ -221,13 +231,16 @@ def surroundings(port: int) -> Iterator[Case]:
         yield Case(["fetch", what], named="fetch" if what.strip() != "-x" else "")
     for name, value in {"WORLD_SIZE": "abc", "LOCAL_RANK": "x"}.items():
         yield case("train", named=name, environment={"LOCAL_RANK": "0", name: value})
+    yield case("demo", "--profile", "tiny", "--port", "0", named="ALL_PROXY", child=not_for_long,
+               environment={"ALL_PROXY": "socks://127.0.0.1:9/"})  # fmt: skip
     for value in ("~no one/x", "a file", "/proc/x"):
         yield case("data", environment={"MEDQUAD_OUT": value})
         yield case("estimate", works=True, environment={"MEDQUAD_CACHE": value, "HOME": value})
     for text in ("estimate", "--help", "data --out out", "estimate --out out/p.png"):
-        for child in (ascii_output, closed_output, full_output):
+        for child in (ascii_output, closed_streams, full_output):
             home = {"HOME": "/proc/x", "LC_ALL": "C"}
             yield Case(text.split(), child is not full_output, environment=home, child=child)
+    yield Case(["data", "--out", "Données"], True, child=ascii_output)  # it prints the name
     for size in (0, 1, 100, 4096, 20_000, 60_000):
         yield Case(["data", "--out", "out"], False, "space", child=lambda s=size: limit(s))
         yield Case(["estimate", "--out", "out/p.png"], False if size < 20_000 else None,
@@ -238,13 +251,17 @@ def ascii_output() -> None:
     sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="ascii")
 
 
-def closed_output() -> None:
-    os.close(1)
-    sys.stdout = None  # type: ignore[assignment]  # as Python does
+def closed_streams() -> None:
+    os.closerange(1, 3)
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python does
 
 
 def full_output() -> None:
     sys.stdout = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+def not_for_long() -> None:
+    signal.alarm(100)
 
 
 def limit(size: int) -> None:
@@ -268,7 +285,7 @@ def world(root: Path) -> None:
     own = root / "own"
     own.mkdir(parents=True)
     for name in OURS:
-        (own / name).write_text("mine, and no other's")
+        (own / name).write_bytes(MINE)
     for name in ("mine.csv", "a file", "page.html", "picture.png"):
         (root / name).write_text(KAGGLE)
     (root / "link.html").symlink_to("page.html")
@@ -342,7 +359,8 @@ def faults(one: Case, status: int, said: str, before: Tree, after: Tree) -> Iter
     if status and one.child is not full_output and after.keys() - before.keys():
         yield "a file of a failure"
     lost = [path for path in before if before[path] != after.get(path)]
-    if lost and (status or any("mine" in path or "own" in path for path in lost)):
+    theirs = ("mine" in p or "own" in p or one.files.get(p) == MINE for p in lost)
+    if lost and (status or any(theirs)):
         yield "a file of the user"
 
 
@@ -368,18 +386,33 @@ def attempt(one: Case, pristine: Path) -> tuple[str, list[str]]:
     return f"{status}: {said.strip()[:300]}", found
 
 
-def every(port: int, seed: int) -> list[Case]:
-    """All cases; the seed damages tables."""
-    parts = parameters(), options(), tables(random.Random(seed)), surroundings(port), records()
-    return [one for part in parts for one in part]
+def kinds(port: int, seed: int) -> list[list[Case]]:
+    """All cases by kind; the seed damages tables.
+
+    A kind is a line of this file that yields cases, with what it does to the surroundings: the
+    child, the names of variables, the damaged record. A new ``yield`` is a new kind.
+    """
+    found = defaultdict[Any, list[Case]](list)
+    parts: tuple[Any, ...] = (
+        parameters(), options(), tables(random.Random(seed)), surroundings(port), records()
+    )  # fmt: skip
+    for part in parts:
+        for one in part:
+            damaged = (name for name in one.files if name.startswith("runs/"))
+            child = one.child.__name__ if one.child else ""
+            found[part.gi_frame.f_lineno, child, *one.environment, *damaged].append(one)
+    return list(found.values())
 
 
-def main(count: int = 0, seed: int = 0) -> int:
-    """Run all cases, or ``count``; print faults and a table. Returns the number of faulty cases."""
+def main(each: int = 0, seed: int = 0) -> int:
+    """Run all cases, or ``each`` of every kind; print faults and a table. Returns the faulty."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cases = every(server.server_port, seed)
-    cases = random.Random(seed).sample(cases, count) if count else cases
+    chance = random.Random(seed)
+    groups = (
+        chance.sample(k, min(each or len(k), len(k))) for k in kinds(server.server_port, seed)
+    )
+    cases = [one for group in groups for one in group]
     outcomes, bad = defaultdict[str, Counter[str]](Counter), 0
     with tempfile.TemporaryDirectory() as temporary:
         root, pristine = Path(temporary).resolve() / "home", Path(temporary).resolve() / "pristine"

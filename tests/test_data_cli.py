@@ -1,4 +1,4 @@
-"""``medquad data``: what it prints and writes, and what it refuses."""
+"""``medquad data``: what it prints and writes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any
 from medquad_utils import files, splits
 from medquad_utils.cleaning import NAMES
 from medquad_utils.cli import main
-
-MISTAKES = {
-    "--source web": "unknown source 'web': expected one of sample, hub, xml, csv, jsonl, parquet",
-    "--source xml": "source 'xml' needs data_path: the folder to read. Add --data-path PATH",
-    "--without spelling": f"no cleaning rule 'spelling': there are {', '.join(NAMES)}",
-    "--specialty magic": "no specialty 'magic': there are cardiology, oncology",
-    "--out {}/data.json/data": "cannot write to data: Not a directory. A file is in the way, or",
-}
 
 
 def own(path: Path, *gout: str) -> tuple[str, ...]:
@@ -82,18 +74,6 @@ def test_large_group_lost_units_and_skipped_rows_are_told(tmp_path: Path, capsys
     assert text.startswith("101 records = 100 rows + 1 without an answer + 0 skipped")
     assert "group 'gout' (20 rows) is larger than a part of 10: kept in training" in text
     assert "20 numbers may have lost the prefix of their unit" in text
-
-
-def test_mistake_is_one_line_and_changes_no_file(tmp_path: Path, capsys: Any) -> None:
-    run(capsys, tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for arguments, message in MISTAKES.items():
-        asked = arguments.format(tmp_path).split()
-        assert main(["data", "--out", str(tmp_path), *asked]) == 1
-        text, errors = capsys.readouterr()
-        assert (text, errors.count("\n")) == ("", 1)
-        assert errors.startswith(f"medquad: {message}")
-        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_own_rows_are_not_where_the_lessons_of_tiny_write(tmp_path: Path, capsys: Any) -> None:
