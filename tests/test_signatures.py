@@ -137,6 +137,7 @@ PASSED_ON: dict[str, set[str]] = {
     "papermill.execute_notebook": {"config"} & set(PapermillNotebookClient.class_trait_names()),
     "medquad_utils.training.build_trainer": SFT_FIELDS,
     "medquad_utils.specialise.ensure": SFT_FIELDS,
+    "medquad_utils.training.save_adapter": {"recipe", "steps", "losses"},  # go into the record
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
