@@ -391,7 +391,7 @@ def _demo(options: argparse.Namespace) -> None:
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
     if options.space and (options.host, options.port) != (serving.HOST, demo.PORT):
-        raise CourseError("--space serves nothing, so --host and --port do nothing: leave them out.")
+        raise CourseError("--space serves nothing: leave --host and --port out.")
     plan = _plan(options)
     if options.space:
         app, *others = (options.space / name for name in demo.SPACE_FILES)

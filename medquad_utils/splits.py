@@ -202,11 +202,11 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
         )
     splits = _divide(rows, [place[n] for n in numbers], fractions, notes)
     if not all(sizes := list(splits.sizes().values())):
+        seeds = " Another seed may do." if len(first) >= len(PARTS) else ""
         raise CourseError(
             f"{len(rows)} rows in {len(first)} groups are too few for three parts: got {sizes} "
-            f"rows with seed {seed}. Load more rows, or more diseases (a column focus names them)"
-            + ", or try another seed."
-            * (len(first) >= len(PARTS))
+            f"rows with seed {seed}.{seeds} Load more rows, or more diseases (a column focus names "
+            "them)."
         )
     return splits
 

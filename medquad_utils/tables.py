@@ -87,6 +87,9 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
             if not encoding.startswith("utf-8"):
                 notes.append(f"{file.name} is not in UTF-8: read as {encoding}")
             records = _csv(text) if ending in (".csv", ".tsv") else _json(text)
+        known = {*CHATS, *chain(*NAMES.values())}
+        if unread := sorted({name for record in records for name in record} - known - {""}):
+            notes.append(f"{file.name} has columns that are not read: {', '.join(unread)}")
         # "Answer as a doctor" before every input is no part of a question.
         shared = len({str(r.get("instruction")) for r in records}) == 1 < len(records)
         if shared := shared and all(record.get("input") for record in records):

@@ -315,6 +315,8 @@ def test_lavita_medquad_keeps_its_columns_and_counts_rows_without_answers(tmp_pa
     records = [LAVITA, LAVITA | {"answer": None}, LAVITA | {"answer": None}]
     loaded = data.load_table(write_table(tmp_path / "a.parquet", records))
     assert (loaded.rows, loaded.skipped) == ([LAVITA_ROW], {"no answer": [2, 3]})
+    options = data.load_table(write_table(tmp_path / "b.jsonl", [GOOD | {"Options": "A to D"}]))
+    assert options.notes == {"b.jsonl has columns that are not read: options": [1]}
 
 
 def test_folder_is_read_as_one_table_and_longer_chats_are_named(tmp_path: Path) -> None:
@@ -551,7 +553,7 @@ def test_too_few_groups_are_refused() -> None:
 def test_too_few_rows_are_told_with_what_was_skipped(tmp_path: Path) -> None:
     rows = [*diseases(5), *([row(answer="")] * 18)]
     plan = tiny(tmp_path, source="jsonl", data_path=str(write_table(tmp_path / "a.jsonl", rows)))
-    said = r"with seed 0\. .*or try another seed\. Loaded: 5 rows of 23 records; 18 x no answer"
+    said = r"with seed 0\. .*Another seed may do\. .*Loaded: 5 rows of 23 records; 18 x no answer"
     with pytest.raises(CourseError, match=said):
         data.prepare(plan)
 
