@@ -370,7 +370,8 @@ def attempt(one: Case, pristine: Path) -> tuple[str, list[str]]:
     for name, raw in one.files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
+        # An empty folder of an earlier case may be left: ``tree`` sees files only.
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         path.mkdir() if raw is None else path.write_bytes(raw)
     before, kept = tree(root), dict(os.environ)
     os.environ.update(one.environment)
