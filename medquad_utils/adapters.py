@@ -62,7 +62,10 @@ def check_same_base(adapters: Mapping[str, Path]) -> None:
 
 
 def check_adapter(plan: Plan, folder: Path) -> None:
-    """Check that an adapter's folder is complete and was trained on the plan's base model."""
+    """Check that an adapter's folder is complete and was trained on the plan's base model.
+
+    One that records neither base nor commit is believed.
+    """
     if not all((folder / f"adapter_{n}").is_file() for n in ("config.json", "model.safetensors")):
         raise CourseError(
             f"no adapter in {folder.name}/: lesson 04 trains one "
@@ -93,7 +96,7 @@ def _trained_on(folder: Path) -> str:
 
 
 def base_id(plan: Plan) -> str:
-    """Identify the base's weights: Hub id and commit, or a hash of all weights in a folder."""
+    """Identify a base: Hub id and commit, or a hash of a folder's weights, config and tokenizer."""
     folder = Path(plan.model_source)
     if not folder.is_dir():
         return f"{plan.model_id}@{plan.hub_revision or 'main'}"

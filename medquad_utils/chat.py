@@ -148,7 +148,10 @@ def _ids(
 def encode(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None
 ) -> Encoded:
-    """Tokenize a row, cut at ``max_length``; only the answer and its end of turn have labels."""
+    """Tokenize a row as TRL does: only the answer and its end of turn have labels.
+
+    ``max_length`` cuts; training leaves longer rows out instead (``training.select``).
+    """
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
     ids = _ids(tokenizer, example["prompt"] + example["completion"])

@@ -61,7 +61,9 @@ class Profile:
     lora_dropout: float = 0.0  # any would cost 5 to 8 % of a step at 8 B, 20 % on a CPU
 
 
-LLAMA = {"rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 8192}
+LLAMA: dict[str, Any] = {
+    "rows": 4000, "eval_rows": 200, "max_length": 1024, "tokens_per_step": 8192,
+}  # fmt: skip
 PROFILES = {p.name: p for p in (
     Profile("tiny", "embedded", None, Shape(256, 4, 640, 8, 4, 3072, tied=True), "sample",
             rows=0, eval_rows=150, max_length=256, tokens_per_step=1024,

@@ -170,9 +170,9 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         per_device_eval_batch_size=plan.pack_length // plan.max_length,
         gradient_accumulation_steps=plan.accumulation,
         completion_only_loss=True,  # TRL labels every token of a prompt -100
-        max_length=plan.pack_length,
+        max_length=plan.pack_length,  # of a packed row
         packing=True,
-        packing_strategy="bfd_split",
+        packing_strategy="bfd_split",  # splits nothing: ``select`` left longer rows out
         eval_packing=False,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="cosine",
@@ -319,7 +319,7 @@ def preflight(
     share = in_loss / int((ids != pad).sum())
     stops = Counter(sum(int((y == end).sum()) for end in ends) for _, y in examples)
     asked = {tuple(prompt_ids(tokenizer, to_example(row)["prompt"])) for row in rows}
-    fed = {tuple(x[: int((y != IGNORED).int().argmax())].tolist()) for x, y in examples}
+    fed = {tuple(x[: int((y != IGNORED).int().argmax())].tolist()) for x, y in examples}  # prompts
     # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
     turns = max(1, encode(tokenizer, rows[0]).ids.count(bos))
     begins = Counter(1.0 if bos is None else int((x == bos).sum()) / turns for x, _ in examples)
@@ -374,6 +374,9 @@ def recipe(plan: Plan) -> dict[str, Any]:
 
 def resumable(plan: Plan) -> Path | None:
     """Return the checkpoint to resume from, or ``None``; deletes newer ones, which a kill tore.
+
+    Where no record of a plan is, the checkpoints count as this plan's. A finished run left none:
+    training begins anew.
 
     Raises:
         CourseError: the checkpoints belong to another plan or base; names what differs.
@@ -511,14 +514,14 @@ def main_first(state: PartialState) -> Iterator[None]:
     done = [False]
     try:
         if state.is_main_process:
-            yield
+            yield  # the block, in process 0
             done = [True]
     finally:
-        broadcast_object_list(done)
+        broadcast_object_list(done)  # the others wait here until process 0 comes
     if not state.is_main_process:
         if not done[0]:
             raise CourseError("process 0 stopped.")
-        yield
+        yield  # the block, in the others
 
 
 def run(plan: Plan) -> None:

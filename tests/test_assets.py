@@ -95,7 +95,8 @@ def test_the_shipped_sample_is_what_its_tool_writes(tmp_path: Path) -> None:
         {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
         for folder in (tmp_path, data.SAMPLE)
     )
-    assert written == shipped and len(shipped) > 200
+    assert written == shipped, "run python tests/build_sample.py"
+    assert len(shipped) > 200
 
 
 def test_cleaning_gives_the_clean_rows_back(loaded: data.Loaded) -> None:

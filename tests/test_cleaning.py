@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -147,6 +148,13 @@ def test_cleaning_adds_up_adds_no_word_and_is_stable(rows: list[Row], off: list[
     kept, _ = clean(rows)
     assert not any(map(is_boilerplate, kept))
     assert clean(kept) == (kept, {name: Effect() for name in NAMES})
+
+
+def test_no_two_pieces_need_a_second_pass() -> None:
+    front = "Some advice for all people.\n"
+    rows = [row(f"{front}{one}\n{other}") for one, other in itertools.product(PIECES, repeat=2)]
+    kept, _ = clean(rows)
+    assert clean(kept)[0] == kept
 
 
 def test_damage_is_found_with_the_words_around_it_and_not_repaired() -> None:

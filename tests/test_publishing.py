@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from medquad_utils import CourseError, adapters, chat, cli, generation, publishing
 from medquad_utils.files import write_json
-from medquad_utils.profiles import TINY_MODEL, Plan
+from medquad_utils.profiles import BASES, TINY_MODEL, Plan
 
 Patch, Run = pytest.MonkeyPatch, tuple[Plan, Path]  # a run, and the folder made of it
 NAME, OPEN = "me/llama-3-medquad-qlora", "me/medquad-qlora"
@@ -337,6 +337,7 @@ def test_of_a_local_base_nothing_is_claimed_that_its_folder_does_not_say(
 ])  # fmt: skip
 def test_a_licence_is_known_or_unknown(base: str, licence: str) -> None:
     assert publishing.licence_of(base).id == licence
+    assert {profile.licence for profile in BASES.values()} <= publishing.LICENCES.keys()
 
 
 OLD_ONES = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.0",
