@@ -20,7 +20,7 @@ from typing import Any
 
 from medquad_utils import CourseError, files, machine, tables
 from medquad_utils.cleaning import clean, damage
-from medquad_utils.files import COLUMNS, LISTS, Row
+from medquad_utils.files import ASSETS, COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import (
     PARTS,
@@ -40,7 +40,6 @@ HUB = {  # data set on the Hub -> its table, and the commit to read; data.json r
 }
 GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
 
-ASSETS = Path(__file__).parent / "assets"
 SAMPLE = ASSETS / "medquad_sample"  # invented documents, in MedQuAD's layout
 MISSING = {"nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
 

@@ -18,7 +18,7 @@ import numpy
 
 from medquad_utils import CourseError, chat, scores
 from medquad_utils.evaluation import PASSAGE_WORDS, check_question, whole_archive
-from medquad_utils.files import whole_file
+from medquad_utils.files import ASSETS, whole_file
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
@@ -177,7 +177,7 @@ def explain(plan: Plan, question: str) -> Explanation:
 
 def write_page(explanation: Explanation, path: Path) -> Path:
     """Write one HTML page without scripts or links to load; every text in it is escaped."""
-    assets = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
+    assets = jinja2.FileSystemLoader(ASSETS)
     page = jinja2.Environment(loader=assets, autoescape=True, undefined=jinja2.StrictUndefined)
     largest = max(map(abs, explanation.values.tolist()), default=0.0)
     text = page.get_template("page.html.jinja").render(

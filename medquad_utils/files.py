@@ -23,7 +23,8 @@ Row = dict[str, Any]
 REQUIRED = ("qtype", "question", "answer")
 LISTS = ("synonyms", "cui", "semantic_type")
 COLUMNS = (*REQUIRED, "focus", *LISTS, "source", "url", "document_id")
-MEASURED = Path(__file__).parent / "assets" / "measured"  # JSON that tests/benchmarks write
+ASSETS = Path(__file__).parent / "assets"
+MEASURED = ASSETS / "measured"  # JSON that tests/benchmarks write
 
 
 def user_path(text: str | Path) -> Path:

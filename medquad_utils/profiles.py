@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, machine
-from medquad_utils.files import read_json, user_path
+from medquad_utils.files import ASSETS, read_json, user_path
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, training_memory
 from medquad_utils.memory import Shape as Shape  # part of this module's interface
 
-TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
+TINY_MODEL = ASSETS / "tiny"
 # Source -> what its data_path names.
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip

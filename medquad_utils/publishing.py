@@ -22,7 +22,7 @@ from medquad_utils import CourseError, merging
 from medquad_utils.adapters import adapter_id, check_adapter, save_with
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
-from medquad_utils.files import read_json, reason, whole_folder, write_json
+from medquad_utils.files import ASSETS, read_json, reason, whole_folder, write_json
 from medquad_utils.generation import load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import BASES, Plan
@@ -30,7 +30,6 @@ from medquad_utils.report import NOT_MEASURED, escaped, number, sentence, why_mi
 from medquad_utils.scores import SCORES
 from medquad_utils.splits import BOILERPLATE
 
-ASSETS = Path(__file__).with_name("assets")
 # The only names in a published folder: no pickle, no optimizer state, no file of another program.
 FILES = re.compile(
     r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors"

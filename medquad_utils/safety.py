@@ -13,16 +13,16 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from medquad_utils.files import ASSETS
 from medquad_utils.scores import wilson
 
 T = TypeVar("T")
 
 
 def _load(name: str) -> dict[str, Any]:
-    return tomllib.loads((Path(__file__).parent / "assets" / name).read_text(encoding="utf-8"))
+    return tomllib.loads((ASSETS / name).read_text(encoding="utf-8"))
 
 
 RULES = _load("safety_rules.toml")

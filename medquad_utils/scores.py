@@ -11,7 +11,6 @@ import math
 import random
 import tomllib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy
 from medquad_utils import CourseError
 from medquad_utils.assets.sample import SOURCE, article, conditions, facts_of
 from medquad_utils.chat import end_ids, prompt_ids, without_tokens
-from medquad_utils.files import Row
+from medquad_utils.files import ASSETS, Row
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import normalise
 
@@ -37,7 +36,7 @@ Interval = tuple[float, float, float]  # the value, and both ends of its 95 % in
 BATCH_TOKENS = 8192  # in one forward pass, padding included
 RESAMPLES = 2000  # of a bootstrap interval
 Z = NormalDist().inv_cdf(0.975)  # 1.96
-GENERAL = Path(__file__).parent / "assets" / "general.toml"
+GENERAL = ASSETS / "general.toml"
 
 
 class Score(NamedTuple):

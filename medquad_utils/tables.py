@@ -41,6 +41,7 @@ NAMES = {
     "document_id": ("document_id",),
 }  # fmt: skip
 CHATS = ("messages", "conversations")
+KNOWN = {*CHATS, *chain(*NAMES.values())}
 ROLES = {"user": "question", "human": "question", "assistant": "answer", "gpt": "answer"}
 CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -87,8 +88,7 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
             if not encoding.startswith("utf-8"):
                 notes.append(f"{file.name} is not in UTF-8: read as {encoding}")
             records = _csv(text) if ending in (".csv", ".tsv") else _json(text)
-        known = {*CHATS, *chain(*NAMES.values())}
-        if unread := sorted({name for record in records for name in record} - known - {""}):
+        if unread := sorted({name for record in records for name in record} - KNOWN - {""}):
             notes.append(f"{file.name} has columns that are not read: {', '.join(unread)}")
         # "Answer as a doctor" before every input is no part of a question.
         shared = len({str(r.get("instruction")) for r in records}) == 1 < len(records)
@@ -141,9 +141,9 @@ def _csv(text: str) -> list[Row]:
         raise ValueError("it is JSON: give its name the ending .json")
     hint = re.match(r"sep=(.)(?=[\r\n])", text)  # a first line for Excel
     text = text[hint.end() :] if hint else text
-    head, known = re.match(r"\s*([^\r\n]*)", text), {*CHATS, *chain(*NAMES.values())}
+    head = re.match(r"\s*([^\r\n]*)", text)
     names = {mark: map(_plain, head[1].split(mark)) if head else () for mark in ",;\t|"}
-    mark = hint[1] if hint else max(names, key=lambda mark: len(known.intersection(names[mark])))
+    mark = hint[1] if hint else max(names, key=lambda mark: len(KNOWN.intersection(names[mark])))
     rows, line = list[list[str]](), 1
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)

@@ -45,7 +45,7 @@ from medquad_utils.chat import (
     to_example,
     without_bars,
 )
-from medquad_utils.files import Row, locked, read_json, reason, whole_folder, write_json
+from medquad_utils.files import ASSETS, Row, locked, read_json, reason, whole_folder, write_json
 from medquad_utils.generation import load_base, load_tokenizer
 from medquad_utils.machine import peak_memory_gb, triton_needs, versions
 from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
 # For accelerate launch --config_file.
-CONFIGS = {p.stem: p for p in (Path(__file__).parent / "assets" / "accelerate").glob("*.yaml")}
+CONFIGS = {p.stem: p for p in (ASSETS / "accelerate").glob("*.yaml")}
 # By this step the warm-up, which begins at rate 0, is over, and so are the first steps that the
 # gradient scaler skips in fp16. An adapter that is still zero gets no gradient.
 WATCHED = 10
