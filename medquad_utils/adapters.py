@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medquad_utils import CourseError
+from medquad_utils import CourseError, machine
 from medquad_utils.chat import end_ids
-from medquad_utils.files import content_hash, read_json, value_hash, write_json
-from medquad_utils.profiles import Plan
+from medquad_utils.files import content_hash, read_json, user_path, value_hash, write_json
+from medquad_utils.profiles import Plan, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -48,6 +49,40 @@ def adapter_record(folder: Path) -> dict[str, Any]:
     """Read what an adapter's folder records: ``adapter_config.json``, then the course's plan."""
     files = [folder / "adapter_config.json", folder / "plan.json"]
     return {key: v for file in files if file.exists() for key, v in read_json(file).items()}
+
+
+def resolve_trained(
+    profile: str = "auto", *, model: str = "", out: str = "", adapter: Path | None = None
+) -> Plan:
+    """Resolve for an adapter: ``auto`` is the profile that it was trained with.
+
+    Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
+    ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
+    """
+    out = str(user_path(out or machine.default_out()))
+    if profile == "auto":
+        records = [adapter / "plan.json"] if adapter else Path(out).glob("*/adapter/plan.json")
+        trained = sorted((r for r in records if r.is_file()), key=lambda r: r.stat().st_mtime)
+        profile = read_json(trained[-1]).get("profile", profile) if trained else profile
+    plan = resolve(profile, model=model, out=out)
+    adapter = adapter or plan.folder / "adapter"
+    if not (adapter / "plan.json").is_file():
+        return plan
+    kinds = {"profile": str, "seed": int, "model_id": str, "model_path": str}
+    base = plan.as_dict() | read_json(adapter / "plan.json", **kinds)
+    plan = dataclasses.replace(plan, seed=base["seed"])
+    if model:
+        return plan
+    folder = adapter / base["model_path"] if base["model_path"] else None
+    if folder and not (folder / "config.json").is_file():
+        raise CourseError(
+            f"the adapter in {adapter.name}/ was trained on the model in {base['model_path']}, "
+            "which holds no config.json now. Say where the model is: --model DIR."
+        )
+    path = str(folder.resolve()) if folder else ""
+    return dataclasses.replace(
+        plan, model_id=base["model_id"], revision=base["revision"], model_path=path
+    )
 
 
 def check_same_base(adapters: Mapping[str, Path]) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from medquad_utils import CourseError, __version__, files, machine, profiles, tables
+from medquad_utils import CourseError, __version__, atomic, files, machine, profiles, tables
 from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
         for name in ("out", "runs", "space", "reference"):
             if path := getattr(options, name, None):
-                files.check_place(path.parent if path.suffix in (".html", ".png") else path)
+                atomic.check_place(path.parent if path.suffix in (".html", ".png") else path)
         return globals()[f"_{options.command}"](options) or 0
 
     return machine.guarded(work)
@@ -183,8 +183,10 @@ def _silence() -> None:
 
 def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
     """Resolve the plan of a command that uses an adapter."""
+    from medquad_utils import adapters
+
     _silence()
-    return profiles.resolve_trained(
+    return adapters.resolve_trained(
         options.profile, model=options.model, out=options.runs, adapter=adapter
     )
 
@@ -205,7 +207,7 @@ def _check_out(path: Path | None, suffix: str) -> None:
     if path and path.suffix != suffix:
         raise CourseError(f"--out {str(path)!r}: expected a file name that ends in {suffix}.")
     if path:
-        files.check_ours(path, MARKS[suffix])
+        atomic.check_ours(path, MARKS[suffix])
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -347,7 +349,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.out:
         written = ("answers.parquet", "report.html", "report.md", "figures")
         others = [options.out / name for name in written]
-        files.check_ours(options.out / "metrics.json", '"about_scores"', *others)
+        atomic.check_ours(options.out / "metrics.json", '"about_scores"', *others)
     if min(options.limit, options.batch) < 1:
         wrong = f"--limit {options.limit}, --batch {options.batch}"
         raise CourseError(f"{wrong}: expected whole numbers over 0.")
@@ -360,7 +362,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.archive:
         print(f"archive: {(loaded := data.load_table(options.archive))}")
         archive = loaded.rows
-    with files.locked(folder, wait=False):
+    with atomic.locked(folder, wait=False):
         metrics = evaluation.evaluate(
             plan, questions, rows.train, folder, adapter, archive, rows.validation,
             options.batch, options.safety,
@@ -395,7 +397,8 @@ def _demo(options: argparse.Namespace) -> None:
     plan = _plan(options)
     if options.space:
         app, *others = (options.space / name for name in demo.SPACE_FILES)
-        files.check_ours(app, "The chat of the QLoRA course as a Space; see medquad_utils", *others)
+        mark = "The chat of the QLoRA course as a Space; see medquad_utils"
+        atomic.check_ours(app, mark, *others)
         folder = demo.write_space(options.space, options.repo, plan)
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
@@ -418,7 +421,7 @@ def _publish(options: argparse.Namespace) -> None:
 
     plan = _plan(options)
     folder = options.out or plan.folder / "published"
-    files.check_ours(folder / "README.md", f"tags: [{publishing.TAG}, ", *folder.glob("*"))
+    atomic.check_ours(folder / "README.md", f"tags: [{publishing.TAG}, ", *folder.glob("*"))
     publishing.build(plan, options.repo, folder, options.merged, licence=options.licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:

@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 
 from medquad_utils import CourseError, plots, reference
-from medquad_utils.data import HUB, SPECIALTIES
-from medquad_utils.files import locked, read_json, user_path, value_hash, whole_file
+from medquad_utils.atomic import locked, whole_file
+from medquad_utils.data import HUB
+from medquad_utils.files import read_json, user_path, value_hash
 from medquad_utils.machine import default_out
 from medquad_utils.profiles import number, resolve
+from medquad_utils.specialties import SPECIALTIES
 
 STAMP = "medquad"  # key in a committed notebook's metadata: profile, versions and source_hash
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, files, machine, tables
+from medquad_utils import CourseError, atomic, files, machine, specialties, tables
 from medquad_utils.cleaning import clean, damage
 from medquad_utils.files import ASSETS, COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
@@ -26,7 +25,6 @@ from medquad_utils.splits import (
     PARTS,
     TYPES,
     Splits,
-    focus_of,
     leakage_report,
     split,
     template_of,
@@ -221,59 +219,11 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
     loaded.origins.append((place, texts["answer"]))
 
 
-@dataclass(frozen=True)
-class Specialty:
-    """A field of medicine: a pattern for the names of its diseases, and UMLS semantic types."""
-
-    names: str
-    semantic_types: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.names)
-        except re.error as error:
-            raise CourseError(
-                f"Specialty(names={self.names!r}) is no pattern: {error}. "
-                "Separate names by a bar: 'heart|cardi'."
-            ) from error
-
-    def holds(self, row: Row) -> bool:
-        """Return whether a row's focus, a synonym or a semantic type belongs to the field."""
-        if set(self.semantic_types) & set(row["semantic_type"] or ()):
-            return True
-        pattern = re.compile(rf"\b(?:{self.names})", re.IGNORECASE)
-        names = [focus_of(row), *(row["synonyms"] or ())]
-        return bool(self.names) and any(map(pattern.search, names))
-
-
-_TOML = (ASSETS / "specialties.toml").read_text(encoding="utf-8")
-SPECIALTIES = {
-    name: Specialty("|".join(entry["names"]), tuple(entry.get("semantic_types", ())))
-    for name, entry in tomllib.loads(_TOML).items()
-}
-
-
-def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> list[Row]:
-    """Select the rows of a specialty, at least ``least``: a name of ``SPECIALTIES``, or an own."""
-    chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
-    if chosen is None:
-        raise CourseError(
-            f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}. Take one of them."
-        )
-    selected = [row for row in rows if chosen.holds(row)]
-    if len(selected) < least:
-        name = specialty if isinstance(specialty, str) else specialty.names
-        raise CourseError(
-            f"{len(selected)} rows about {name!r} are too few to train on (at least {least}): "
-            "widen it or load more rows."
-        )
-    return selected
-
-
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, its files, code, seed and options."""
     sources, here = _files_of(plan), Path(__file__).parent
-    code = [here / name for name in ("data.py", "tables.py", "cleaning.py", "splits.py")]
+    names = ("data", "tables", "cleaning", "splits", "specialties")
+    code = [here / f"{name}.py" for name in names]
     return {
         "code": files.content_hash(code, here),  # a new rule makes the rows anew
         "source": plan.source,
@@ -291,7 +241,7 @@ def _check_replaced(plan: Plan, folder: Path) -> None:
     inputs = {file.resolve() for file in _files_of(plan)}
     if own := [path.name for path in parts if path.resolve() in inputs]:
         raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
-    files.check_ours(card, '"other_specialties"', folder / "leakage.json", *parts)
+    atomic.check_ours(card, '"other_specialties"', folder / "leakage.json", *parts)
 
 
 def _files_of(plan: Plan) -> list[Path]:
@@ -347,7 +297,7 @@ def make(
     _check_replaced(plan, folder)
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
-    chosen = select(rows, specialty) if specialty else rows
+    chosen = specialties.select(rows, specialty) if specialty else rows
     cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
     try:
         splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
@@ -358,14 +308,14 @@ def make(
     kept = sum(splits.sizes().values()) + card["other_specialties"]
     assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
     card |= {"splits": _hash(splits), "leakage": leakage_report(splits)}
-    with files.locked(folder), ExitStack() as stack:
+    with atomic.locked(folder), ExitStack() as stack:
         # All is written before anything is replaced, in the order of a stack: data.json first. It
         # says whose folder it is, and its hash tells parts that a kill left of another recipe.
         for part in PARTS:
-            path = stack.enter_context(files.whole_file(folder / f"{part}.parquet"))
+            path = stack.enter_context(atomic.whole_file(folder / f"{part}.parquet"))
             files.write_rows(path, getattr(splits, part))
         for name, value in {"leakage.json": card["leakage"], "data.json": card}.items():
-            files.dump_json(stack.enter_context(files.whole_file(folder / name)), value)
+            files.dump_json(stack.enter_context(atomic.whole_file(folder / name)), value)
     return splits, card
 
 

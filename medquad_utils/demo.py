@@ -27,10 +27,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation, machine
+from medquad_utils.atomic import whole_file
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
-from medquad_utils.files import ASSETS, whole_file
+from medquad_utils.files import ASSETS
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes

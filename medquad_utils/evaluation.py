@@ -21,10 +21,11 @@ import pandas
 
 from medquad_utils import CourseError, files, generation, retrieval, safety, scores
 from medquad_utils.adapters import adapter_id, adapter_record, base_id
+from medquad_utils.atomic import whole_file
 from medquad_utils.chat import grounded_messages, prompt_ids, prompt_messages
 from medquad_utils.cleaning import is_boilerplate
 from medquad_utils.data import Places, identity, listed, load_table, prepare, written
-from medquad_utils.files import Row, read_json, read_rows, value_hash, whole_file, write_json
+from medquad_utils.files import Row, read_json, read_rows, value_hash, write_json
 from medquad_utils.generation import Answer, generate
 from medquad_utils.profiles import Plan
 from medquad_utils.quantization import unpacked

@@ -17,8 +17,9 @@ import jinja2
 import numpy
 
 from medquad_utils import CourseError, chat, scores
+from medquad_utils.atomic import whole_file
 from medquad_utils.evaluation import PASSAGE_WORDS, check_question, whole_archive
-from medquad_utils.files import ASSETS, whole_file
+from medquad_utils.files import ASSETS
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan

@@ -16,8 +16,9 @@ import zipfile
 from pathlib import Path
 
 from medquad_utils import CourseError, machine
+from medquad_utils.atomic import whole_folder
 from medquad_utils.data import load_xml
-from medquad_utils.files import content_hash, whole_folder, write_json
+from medquad_utils.files import content_hash, write_json
 from medquad_utils.profiles import PROFILES
 
 SMALL = PROFILES["small"]

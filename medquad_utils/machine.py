@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError
-from medquad_utils.files import read_json, reason, user_path
+from medquad_utils.atomic import reason
+from medquad_utils.files import read_json, user_path
 
 PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive

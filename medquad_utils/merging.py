@@ -285,26 +285,3 @@ def worse(route: Drift) -> bool:
     """Return whether a route's model is measurably worse at its task than the model as trained."""
     low, high = route.bits_change["low"], route.rouge_l_change["high"]
     return (low is not None and low > 0) or (high is not None and high < 0)
-
-
-def best(report: Mapping[str, Drift]) -> str:
-    """Return the merged route to take: not measurably worse, and then the smallest divergence."""
-    merged = [route for route in MERGED if route in report]
-    return min(merged, key=lambda r: (worse(report[r]), report[r].kl["mean"]))
-
-
-def recommendation(report: Mapping[str, Drift]) -> str:
-    """Recommend a route for exactness, for size, and for a server that needs one plain folder."""
-    routes = {
-        "exactness": min(report, key=lambda r: report[r].kl["mean"]),
-        "size": min(report, key=lambda r: report[r].megabytes),
-        "a server that needs one plain folder": best(report),
-    }
-    lines = [
-        f"For {goal}: {ROUTES[route]} "
-        f"({report[route].megabytes:,.1f} MB, {report[route].kl['mean']:.2g} nats per token)."
-        for goal, route in routes.items()
-    ]
-    bad = [route for route in report if worse(report[route])]
-    lines.append(f"Measurably worse at the task: {', '.join(bad) or 'no route'}.")
-    return " ".join(lines)

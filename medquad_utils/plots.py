@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
-from medquad_utils.files import whole_file
+from medquad_utils.atomic import whole_file
 
 # The palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers can tell apart.
 # Its yellow is left out, because it vanishes on white.

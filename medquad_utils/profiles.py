@@ -348,40 +348,6 @@ def number(name: str, kind: type, text: str) -> Any:
     raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")
 
 
-def resolve_trained(
-    profile: str = "auto", *, model: str = "", out: str = "", adapter: Path | None = None
-) -> Plan:
-    """Resolve for an adapter: ``auto`` is the profile that it was trained with.
-
-    Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
-    ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
-    """
-    out = str(user_path(out or machine.default_out()))
-    if profile == "auto":
-        records = [adapter / "plan.json"] if adapter else Path(out).glob("*/adapter/plan.json")
-        trained = sorted((r for r in records if r.is_file()), key=lambda r: r.stat().st_mtime)
-        profile = read_json(trained[-1]).get("profile", profile) if trained else profile
-    plan = resolve(profile, model=model, out=out)
-    adapter = adapter or plan.folder / "adapter"
-    if not (adapter / "plan.json").is_file():
-        return plan
-    kinds = {"profile": str, "seed": int, "model_id": str, "model_path": str}
-    base = plan.as_dict() | read_json(adapter / "plan.json", **kinds)
-    plan = dataclasses.replace(plan, seed=base["seed"])
-    if model:
-        return plan
-    folder = adapter / base["model_path"] if base["model_path"] else None
-    if folder and not (folder / "config.json").is_file():
-        raise CourseError(
-            f"the adapter in {adapter.name}/ was trained on the model in {base['model_path']}, "
-            "which holds no config.json now. Say where the model is: --model DIR."
-        )
-    path = str(folder.resolve()) if folder else ""
-    return dataclasses.replace(
-        plan, model_id=base["model_id"], revision=base["revision"], model_path=path
-    )
-
-
 def look_and_choose(hardware: Hardware) -> tuple[str, str]:
     """Look for the Hub, a token and weights on this machine, then ``choose``."""
     if hardware.device != "cuda":  # nothing to choose from: nobody waits for the Hub

@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 
 from medquad_utils import CourseError, merging
 from medquad_utils.adapters import adapter_id, check_adapter, save_with
+from medquad_utils.atomic import reason, whole_folder
 from medquad_utils.chat import NOTICE, SYSTEM_PROMPT, THREE_QUESTIONS, end_ids
 from medquad_utils.data import HUB_DATASET
-from medquad_utils.files import ASSETS, read_json, reason, whole_folder, write_json
+from medquad_utils.files import ASSETS, read_json, write_json
 from medquad_utils.generation import load_tokenizer
 from medquad_utils.machine import free_memory, hub_token
 from medquad_utils.profiles import BASES, Plan

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, data
-from medquad_utils.files import Row, read_json, whole_folder, write_json
+from medquad_utils.atomic import whole_folder
+from medquad_utils.files import Row, read_json, write_json
 from medquad_utils.machine import versions
 from medquad_utils.profiles import PROFILES, Plan
 from medquad_utils.splits import NGRAM, ngrams

@@ -15,8 +15,8 @@ import pandas
 from markupsafe import Markup
 
 from medquad_utils import plots
+from medquad_utils.atomic import whole_file
 from medquad_utils.chat import NOTICE
-from medquad_utils.files import whole_file
 
 GROUPED = ("rougeL", "tfidf_cosine", "facts_complete", "bits_per_byte")  # shown by group
 NOT_MEASURED = "not measured"

@@ -41,7 +41,6 @@ from medquad_utils.safety import guarded, red_flag
 from medquad_utils.tables import clean_text, has_words
 
 if TYPE_CHECKING:
-    from openai import OpenAI
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOST = "127.0.0.1"  # loopback: no other machine can connect
@@ -131,37 +130,6 @@ def _healthy(port: int) -> bool:
         urlopen(f"http://{HOST}:{port}/health", timeout=5).close()  # raises if the status is bad
         return True
     return False
-
-
-def stream(
-    client: OpenAI, model: str, messages: Sequence[Mapping[str, str]], **settings: Any
-) -> Iterator[str]:
-    """Yield the pieces of one answer; ``settings`` go to ``chat.completions.create``.
-
-    Raises:
-        CourseError: the server refuses, is not there, or breaks off before the end of the answer.
-    """
-    import openai
-
-    create, pieces, complete = client.chat.completions.create, 0, False
-    reason = "the stream ended without a finish_reason"
-    try:
-        for chunk in create(model=model, messages=list(messages), stream=True, **settings):
-            for choice in chunk.choices[:1]:
-                complete = complete or choice.finish_reason is not None
-                if choice.delta.content:
-                    pieces += 1
-                    yield choice.delta.content
-    except openai.APIStatusError as error:
-        reason = " ".join(f"{error.status_code} {error.response.text}".split())[:200]
-        raise CourseError(f"the server refused the request ({reason}).") from error
-    except (openai.APIError, json.JSONDecodeError) as error:  # the latter: a line cut in half
-        complete, reason = False, " ".join(str(error).split())[:200]
-    if not complete:
-        raise CourseError(
-            f"no complete answer: it broke off after {pieces} pieces ({reason}). "
-            "Start the server, and check base_url."
-        )
 
 
 # ---- the guarded server: medquad serve ------------------------------------------------------

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medquad_utils import CourseError, data, generation, training
+from medquad_utils import CourseError, generation, preflight, training
 from medquad_utils.adapters import adapter_id, adapter_record
 from medquad_utils.files import Row, value_hash, write_json
 from medquad_utils.profiles import Plan
+from medquad_utils.specialties import SPECIALTIES, Specialty, select
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ class Parts(NamedTuple):
         return {name: len(rows) for name, rows in self._asdict().items()}
 
 
-def parts(
-    plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | data.Specialty
-) -> Parts:
+def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | Specialty) -> Parts:
     """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
 
     Validation rows select nothing here, so they are held-out rows as well as the test rows.
@@ -50,8 +49,8 @@ def parts(
     Raises:
         CourseError: no such specialty, too few rows to train on, or too few held out.
     """
-    own = data.select(splits.train, specialty)
-    field = data.SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
+    own = select(splits.train, specialty)
+    field = SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
     held_out = splits.validation + splits.test
     draw_rows = partial(training.draw_fitting, plan, tokenizer)
     most = math.ceil(plan.rows / FIELD)  # 0 stays 0: all rows
@@ -99,10 +98,10 @@ def ensure(
     settings = {"eval_strategy": "no", "save_strategy": "no"} | settings  # ``watch`` still saves
     trainer = training.build_trainer(plan, model, tokenizer, split, work, **settings)
     try:
-        training.require(training.preflight(plan, tokenizer, rows, trainer))
+        preflight.require(preflight.checks(plan, tokenizer, rows, trainer))
         _limit_steps(plan, trainer, settings.get("max_steps", 0))
         trainer.train(resume_from_checkpoint=training.last_checkpoint(work))
-        training.require_learning(trainer.model)
+        preflight.require_learning(trainer.model)
         steps, losses = trainer.state.global_step, training.curve(trainer, "loss")
         training.save_adapter(plan, trainer, folder, recipe=wanted, steps=steps, losses=losses)
     finally:

@@ -6,7 +6,7 @@
 - ``build_trainer`` gives them to TRL. ``chat.to_dataset`` makes a prompt and a completion of a row;
   TRL tokenizes both and labels the prompt -100, so that only the answer is in the loss
   (``chat.encode`` shows this label mask).
-- ``preflight`` checks what TRL made of the rows, before the first step.
+- ``preflight.checks`` looks at what TRL made of the rows, before the first step.
 - ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
 - ``finish`` saves the adapter with its record, and the metrics.
 
@@ -23,7 +23,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,21 +33,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from medquad_utils import CourseError, data, generation, lora
+from medquad_utils import CourseError, data, generation, lora, preflight
 from medquad_utils.adapters import adapter_record, base_id, save_with
-from medquad_utils.chat import (
-    IGNORED,
-    encode,
-    end_ids,
-    prompt_ids,
-    to_dataset,
-    to_example,
-    without_bars,
-)
-from medquad_utils.files import ASSETS, Row, locked, read_json, reason, whole_folder, write_json
+from medquad_utils.atomic import locked, reason, whole_folder
+from medquad_utils.chat import encode, to_dataset, without_bars
+from medquad_utils.files import ASSETS, Row, read_json, write_json
 from medquad_utils.generation import load_base, load_tokenizer
-from medquad_utils.machine import peak_memory_gb, triton_needs, versions
-from medquad_utils.memory import CPU_LOSS_COLUMNS, Shape, adapter_parameters
+from medquad_utils.machine import peak_memory_gb, versions
+from medquad_utils.memory import CPU_LOSS_COLUMNS
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import Splits, draw
 
@@ -83,7 +75,7 @@ def train(plan: Plan) -> dict[str, Any]:
             splits = data.prepare(plan)
         rows = select(plan, tokenizer, splits)
         trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
-        require(preflight(plan, tokenizer, rows.train, trainer))
+        preflight.require(preflight.checks(plan, tokenizer, rows.train, trainer))
         with main_first(state):
             checkpoint = resumable(plan)
         started = time.time()
@@ -256,7 +248,7 @@ def watch(trainer: SFTTrainer) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             step, last = state.global_step, state.max_steps
             if step == WATCHED:
-                require_learning(kwargs["model"])
+                preflight.require_learning(kwargs["model"])
             if step % math.ceil(last / 10) == 0 and step < last:
                 # At the end of an epoch the trainer validates first, then saves by itself. The
                 # checkpoint must hold that validation loss, so it is not saved here.
@@ -287,81 +279,6 @@ def ask_while_training(
 
     trainer.add_callback(Ask())
     return answers
-
-
-def require_learning(model: torch.nn.Module) -> None:
-    """Check that every ``lora_B`` is finite and has left zero; names the first that has not."""
-    norms = lora.lora_b_norms(model)
-    if broken := [name for name, norm in norms.items() if not math.isfinite(norm)]:
-        raise CourseError(
-            f"{len(broken)} adapters hold NaN, the first is {broken[0]}: "
-            "halve the learning rate, or compute in float32."
-        )
-    if idle := [name for name, norm in norms.items() if norm == 0]:
-        raise CourseError(
-            f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: "
-            "gradients do not reach them. With activation checkpointing call "
-            "model.enable_input_require_grads() first."
-        )
-
-
-# ---- pre-flight check ----------------------------------------------------------------------------
-
-
-def preflight(
-    plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], trainer: SFTTrainer
-) -> list[tuple[str, str, bool]]:
-    """Check what the trainer will really feed, before the first step: (what, value, passed)."""
-    examples = list(_examples(trainer))
-    ids, labels = map(torch.cat, zip(*examples, strict=True))
-    ends, pad, bos = end_ids(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id
-    padded, in_loss = int((labels[ids == pad] != IGNORED).sum()), int((labels != IGNORED).sum())
-    share = in_loss / int((ids != pad).sum())
-    stops = Counter(sum(int((y == end).sum()) for end in ends) for _, y in examples)
-    asked = {tuple(prompt_ids(tokenizer, to_example(row)["prompt"])) for row in rows}
-    fed = {tuple(x[: int((y != IGNORED).int().argmax())].tolist()) for x, y in examples}  # prompts
-    # In ChatML the BOS opens every turn; it counts as right if all examples have as many.
-    turns = max(1, encode(tokenizer, rows[0]).ids.count(bos))
-    begins = Counter(1.0 if bos is None else int((x == bos).sum()) / turns for x, _ in examples)
-    dtypes = list(lora.dtype_census(trainer.model)["trained"])
-    count = lora.trainable_parameters(trainer.model)
-    expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
-    memory = f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB"
-    return [
-        ("BOS tokens per example", _counts(begins), set(begins) == {1}),
-        ("end tokens in the loss per answer", _counts(stops), set(stops) == {1}),
-        ("pad tokens in the loss", str(padded), not padded),
-        ("pad token differs from the end tokens", str(tokenizer.pad_token), pad not in ends),
-        ("share of tokens in the loss", f"{share:.0%}", in_loss > 0),
-        ("prompts in training = prompts in use", f"{len(fed):,} prompts", fed <= asked),
-        ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
-        ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
-        ("predicted memory", memory, plan.memory_gb <= plan.card_gb),
-        *([("what Triton needs", *triton_needs())] if plan.device == "cuda" else []),
-    ]
-
-
-def _examples(trainer: SFTTrainer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (ids, labels) of each example in the first 256 packed rows, as collated."""
-    for row in itertools.islice(trainer.train_dataset, 256):
-        batch = trainer.data_collator([row])
-        # Position numbers begin anew with each example of a packed row.
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten()[1:]
-        split = (batch[name][0].tensor_split(starts) for name in ("input_ids", "labels"))
-        yield from zip(*split, strict=True)
-
-
-def _counts(counter: Counter[Any]) -> str:
-    """Write ``{1: 864}`` as "1 in each of 864", and anything else count by count."""
-    if len(counter) == 1:
-        return f"{next(iter(counter)):g} in each of {counter.total():,}"
-    return ", ".join(f"{value:g} in {times:,}" for value, times in sorted(counter.items()))
-
-
-def require(checks: Sequence[tuple[str, str, bool]]) -> None:
-    """Raise a ``CourseError`` that names each check of ``preflight`` that failed."""
-    if failed := [f"{what}: {value}" for what, value, passed in checks if not passed]:
-        raise CourseError(f"pre-flight check failed: {'; '.join(failed)}. Fix it before training.")
 
 
 # ---- resume and save -----------------------------------------------------------------------------
@@ -417,7 +334,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
     """Save the adapter and ``metrics/train.json`` if every adapter learned; returns the metrics."""
-    require_learning(trainer.model)
+    preflight.require_learning(trainer.model)
     trainer.accelerator.wait_for_everyone()  # the others may still write to a checkpoint
     save_adapter(plan, trainer)
     losses, validation = curve(trainer, "loss"), curve(trainer, "eval_loss")

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, course, estimate, plots, reference
-from medquad_utils.files import MEASURED, read_json, whole_file, whole_folder, write_json
+from medquad_utils.atomic import whole_file, whole_folder
+from medquad_utils.files import MEASURED, read_json, write_json
 from medquad_utils.machine import default_out, versions
 from medquad_utils.profiles import PROFILES
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import REPO
 
-from medquad_utils import cli, course, machine, profiles, safety
+from medquad_utils import adapters, cli, course, machine, profiles, safety
 from medquad_utils.machine import OK, PROBLEM, WARNING
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -132,7 +132,7 @@ def test_an_emergency_gets_what_to_do_and_loads_no_model(
     command: str, question: str, said: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiles, "resolve_trained", lambda *_, **__: pytest.fail("it loads"))
+    monkeypatch.setattr(adapters, "resolve_trained", lambda *_, **__: pytest.fail("it loads"))
     assert cli.main([command, question]) == 0
     assert capsys.readouterr().out == f"{said}\n" and [*tmp_path.iterdir()] == []
 

@@ -28,8 +28,7 @@ from conftest import REPO, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medquad_utils import CourseError, data, files, splits
-from medquad_utils.data import Specialty
+from medquad_utils import CourseError, atomic, data, files, specialties, splits
 from medquad_utils.files import COLUMNS, REQUIRED, Row
 from medquad_utils.profiles import Plan
 from medquad_utils.splits import PARTS
@@ -596,14 +595,15 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
     others = [row(focus=name) for name in ("Gout", "Heartburn", "Sweetheart disease")]
     growth = row(focus="Odd growth", semantic_type=["T047", "T191"])
     rows = [*hearts, *others, growth]
-    assert data.select(rows, "cardiology", least=1) == hearts
-    assert data.select(rows, "oncology", least=1) == [growth]
-    assert data.select(rows, Specialty("gout", ("T047",)), least=1) == [others[0], growth]
+    assert specialties.select(rows, "cardiology", least=1) == hearts
+    assert specialties.select(rows, "oncology", least=1) == [growth]
+    own = specialties.Specialty("gout", ("T047",))
+    assert specialties.select(rows, own, least=1) == [others[0], growth]
     for wrong, message in (("heart", "there are cardiology"), ("cardiology", "3 rows .* too few")):
         with pytest.raises(CourseError, match=message):
-            data.select(rows, wrong)
+            specialties.select(rows, wrong)
     with pytest.raises(CourseError, match=r"Specialty\(names='heart\('\) is no pattern"):
-        Specialty("heart(")
+        specialties.Specialty("heart(")
 
 
 def test_disk_that_fills_up_loses_no_written_data(tmp_path: Path) -> None:
@@ -705,13 +705,13 @@ def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undo
 ) -> None:
     (tmp_path / "link").symlink_to("disk/folder")
     for text in "ab":
-        with files.whole_folder(tmp_path / "link") as fresh:
+        with atomic.whole_folder(tmp_path / "link") as fresh:
             fresh.mkdir()
             (fresh / "file").write_text(text)
     folder = tmp_path / "disk" / "folder"
     assert (tmp_path / "link").is_symlink() and (folder / "file").read_text() == "b"
     folder.rename(folder.with_name(f".folder.{2**22 + 1}.old"))
-    with pytest.raises(KeyError), files.whole_folder(folder):
+    with pytest.raises(KeyError), atomic.whole_folder(folder):
         raise KeyError
     assert (folder / "file").read_text() == "b"
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
@@ -719,9 +719,9 @@ def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undo
 
 def test_two_writers_of_one_folder_leave_one_whole_folder(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from medquad_utils import files\n"
+        "import sys, pathlib; from medquad_utils import atomic\n"
         "for n in range(200):\n"
-        "    with files.whole_folder(pathlib.Path('folder')) as fresh:\n"
+        "    with atomic.whole_folder(pathlib.Path('folder')) as fresh:\n"
         "        fresh.mkdir()\n"
         "        for name in 'ab': (fresh / name).write_text(f'{sys.argv[1]} {n}')\n"
     )
@@ -736,9 +736,9 @@ def test_two_writers_of_one_folder_leave_one_whole_folder(tmp_path: Path) -> Non
 
 def test_a_folder_that_another_process_locks_is_waited_for_or_refused(tmp_path: Path) -> None:
     said = pytest.raises(CourseError, match="another run is writing to")
-    with files.locked(tmp_path), said, files.locked(tmp_path, wait=False):
+    with atomic.locked(tmp_path), said, atomic.locked(tmp_path, wait=False):
         pytest.fail("locked twice")
-    with files.locked(tmp_path, wait=False):
+    with atomic.locked(tmp_path, wait=False):
         pass
 
 

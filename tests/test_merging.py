@@ -97,7 +97,6 @@ def test_dequantising_drifts_least(tiny_adapter: Path, monkeypatch: pytest.Monke
         assert other.kl["mean"] > 100 * least.kl["mean"]
         change = other.bits_per_byte["mean"] - kept.bits_per_byte["mean"]
         assert other.bits_change["mean"] == pytest.approx(change, abs=1e-9) and change != 0
-    assert merging.best(report) == "dequantised"
     low = merging.drift(plan("bfloat16"), ROWS[:1], tiny_adapter, ["4-bit", "dequantised"])
     assert 0 < low["dequantised"].kl["mean"] < low["4-bit"].kl["mean"] / 3
 
@@ -111,22 +110,16 @@ def route(kl: float, bits: dict[str, Any], rouge: dict[str, Any]) -> merging.Dri
     return merging.Drift(cell(kl), *[cell(1.0)] * 3, bits, cell(1.0), rouge, 1.0, 1.0)
 
 
-def test_the_recommended_route_is_near_and_not_measurably_worse() -> None:
+def test_a_route_is_worse_if_an_interval_lies_on_the_worse_side() -> None:
     fine, unsure = route(0.3, cell(0.1), cell(0.0)), route(0.2, cell(0.1, 0.2), cell(-0.1, 0.2))
     bits, rouge = route(0.1, cell(0.2, 0.1), cell(0.0, 0.1)), route(0.1, cell(0), cell(-0.2, 0.1))
     assert [merging.worse(r) for r in (fine, unsure, bits, rouge)] == [False, False, True, True]
     report = {"adapter": route(0, cell(0), cell(0)), "dequantised": bits, "4-bit": fine}
-    assert merging.best(report) == "4-bit", "the nearer one is measurably worse"
     rows, header = merging.table({"mine": {r: vars(found) for r, found in report.items()}})
     assert header[:4] == ["run", "route", "KL, nats", "same answers"]
     assert rows[1] == ["mine", "dequantised", "0.100", "1.000", "0.200 [0.100, 0.300]",
                        "0.000 [-0.100, 0.100]", 1.0, 1.0]  # fmt: skip
     assert [list(spans) for spans in merging.changes(report).values()] == [["dequantised"]] * 2
-    assert merging.best(report | {"16-bit": unsure}) == "16-bit", "of the others the nearest"
-    said = merging.recommendation(report)
-    assert "For size: keep the adapter" in said
-    assert "one plain folder: merge into the 4-bit base (1.0 MB, 0.3 nats" in said
-    assert said.endswith("Measurably worse at the task: dequantised.")
 
 
 def test_the_distance_of_logits_against_a_count_by_hand() -> None:

@@ -16,7 +16,7 @@ from conftest import Markup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from medquad_utils import CourseError, files, machine, profiles
+from medquad_utils import CourseError, adapters, files, machine
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import training_memory
 from medquad_utils.profiles import PROFILES, Shape, choose, resolve
@@ -101,11 +101,11 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
     adapter = tmp_path / "runs" / "adapter"
     adapter.mkdir(parents=True)
     files.write_json(adapter / "plan.json", plan.as_dict() | {"model_path": "../.."})
-    trained = profiles.resolve_trained("tiny", adapter=adapter)
+    trained = adapters.resolve_trained("tiny", adapter=adapter)
     assert (trained.model_source, trained.model_id) == (str(tmp_path), plan.model_id)
     (tmp_path / "config.json").unlink()
     with pytest.raises(CourseError, match=r"trained on the model in \.\./\.\., which holds no"):
-        profiles.resolve_trained("tiny", adapter=adapter)
+        adapters.resolve_trained("tiny", adapter=adapter)
 
 
 def test_auto_is_the_profile_of_the_newest_adapter_with_its_seed(tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_auto_is_the_profile_of_the_newest_adapter_with_its_seed(tmp_path: Path)
         plan = resolve(name, hardware=T4, out=str(tmp_path), seed=age)
         files.write_json(record := plan.folder / "adapter" / "plan.json", plan.as_dict())
         os.utime(record, (1000 - age, 1000 - age))
-    newest = profiles.resolve_trained(out=str(tmp_path))
+    newest = adapters.resolve_trained(out=str(tmp_path))
     assert (newest.profile, newest.seed) == ("tiny", 0)
-    named = profiles.resolve_trained("small", out=str(tmp_path))
+    named = adapters.resolve_trained("small", out=str(tmp_path))
     assert (named.profile, named.seed) == ("small", 2)
-    elsewhere = profiles.resolve_trained(adapter=tmp_path / "llama-1b" / "adapter")
+    elsewhere = adapters.resolve_trained(adapter=tmp_path / "llama-1b" / "adapter")
     assert (elsewhere.profile, elsewhere.seed) == ("llama-1b", 1)
 
 
@@ -129,11 +129,11 @@ def test_a_hub_model_is_taken_by_the_plan_and_by_its_adapters_users(
     assert (plan.revision, plan.shape, plan.on_hub) == (llama.revision, llama.shape, True)
     plan = resolve("tiny", hardware=T4, model=other, out=str(tmp_path))
     assert (plan.model_source, plan.hub_revision, plan.on_hub) == (other, None, True)
-    assert profiles.resolve_trained("tiny", out=str(tmp_path)).model_id == "embedded"
+    assert adapters.resolve_trained("tiny", out=str(tmp_path)).model_id == "embedded"
     files.write_json(plan.folder / "adapter" / "plan.json", plan.as_dict() | {"revision": "abc"})
-    trained = profiles.resolve_trained("tiny", out=str(tmp_path))
+    trained = adapters.resolve_trained("tiny", out=str(tmp_path))
     assert (trained.model_source, trained.hub_revision) == (other, "abc")
-    assert profiles.resolve_trained("tiny", out=str(tmp_path), model="a/b").model_id == "a/b"
+    assert adapters.resolve_trained("tiny", out=str(tmp_path), model="a/b").model_id == "a/b"
 
 
 def test_an_argument_replaces_the_profiles_value_and_zero_keeps_it() -> None:
@@ -273,9 +273,9 @@ def test_a_cpu_computes_in_bf16_only_if_that_was_clearly_faster(
 
 # A module imports only those before it. A new module takes its place here.
 ORDER = """
-medquad_utils files memory machine profiles attention assets assets.sample chat cleaning
-splits tables data fetch reference retrieval scores safety estimate quantization lora plots checks
-adapters generation training specialise
+medquad_utils atomic files memory machine profiles attention assets assets.sample chat cleaning
+splits specialties tables data fetch reference retrieval scores safety estimate quantization lora
+plots checks adapters generation preflight training specialise
 evaluation report merging explanation publishing serving demo course
 cli"""
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import openai
 import pytest
 import torch
 import transformers
@@ -140,7 +139,6 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.training.save_adapter": {"recipe", "steps", "losses"},  # go into the record
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
-    "medquad_utils.serving.stream": taken(openai.resources.chat.completions.Completions.create),
     "jupyter_client.kernelspec.KernelSpec": {"resource_dir"},
     "medquad_utils.files.read_json": {"profile", "model_id", "model_path", "seed"},
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter

@@ -34,9 +34,11 @@ from medquad_utils import (
     lora,
     machine,
     merging,
+    preflight,
     profiles,
     scores,
     specialise,
+    specialties,
     splits,
     training,
 )  # fmt: skip
@@ -77,17 +79,17 @@ class Saves(TrainerCallback):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One whole run of four steps: its parts, its weights before, its checkpoints, its metrics."""
     made = SimpleNamespace(plan=small_plan(tmp_path_factory.mktemp("run"), max_steps=4))
-    preflight, made.saves = training.preflight, Saves()
+    checks, made.saves = preflight.checks, Saves()
 
     def look(plan: Plan, tokenizer: Any, rows: list[files.Row], trainer: Any) -> Any:
         made.tokenizer, made.rows, made.trainer = tokenizer, rows, trainer
         (plan.folder / "checkpoints" / "copy of checkpoint-3").mkdir()  # somebody's
-        made.before, made.checks = weights(trainer.model), preflight(plan, tokenizer, rows, trainer)
+        made.before, made.checks = weights(trainer.model), checks(plan, tokenizer, rows, trainer)
         trainer.add_callback(made.saves)
         return made.checks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "preflight", look)
+        patch.setattr(preflight, "checks", look)
         made.metrics = training.train(made.plan)
     return made
 
@@ -145,13 +147,13 @@ def test_the_seed_decides_the_first_weights_and_the_order(run: Any, tmp_path: Pa
 
 def test_trls_own_labels_equal_those_that_the_lesson_shows(run: Any) -> None:
     shown = [chat.encode(run.tokenizer, row) for row in run.rows]
-    given = training._examples(run.trainer)
+    given = preflight._examples(run.trainer)
     expected = sorted((list(e.ids), list(e.labels)) for e in shown)
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in given) == expected
 
 
 def test_preflight_passes_on_the_sample(run: Any) -> None:
-    training.require(run.checks)
+    preflight.require(run.checks)
     counts = {what: text for what, text, _ in run.checks}
     assert (counts[BEGINS], counts[ENDS]) == ("1 in each of 14", "1 in each of 14")
     assert counts["adapter dtype"] == run.plan.adapter_dtype == "float32", "TRL casts to bf16"
@@ -165,10 +167,10 @@ def test_preflight_on_a_gpu_looks_for_what_triton_needs(
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_config_var", lambda name: str(tmp_path))
-    checks = training.preflight(plan, run.tokenizer, run.rows, run.trainer)
+    checks = preflight.checks(plan, run.tokenizer, run.rows, run.trainer)
     said = "pre-flight check failed: what Triton needs: no C compiler and no Python.h: apt-get"
     with pytest.raises(CourseError, match=said):
-        training.require(checks)
+        preflight.require(checks)
     (tmp_path / "gcc").touch(0o755)
     (tmp_path / "Python.h").touch()
     assert machine.triton_needs() == ("C compiler, Python.h", True)
@@ -191,7 +193,7 @@ def test_preflight_finds_one_bad_example(run: Any, spoil: Any, what: str, text: 
     ids, labels = spoil(pack["input_ids"][:first], pack["labels"][:first])
     spoiled = {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
     trainer = SimpleNamespace(**vars(run.trainer) | {"train_dataset": [spoiled, *others]})
-    checks = training.preflight(run.plan, run.tokenizer, run.rows, trainer)
+    checks = preflight.checks(run.plan, run.tokenizer, run.rows, trainer)
     failed = {w: t for w, t, right in checks if not right}
     assert failed.pop(what) == text
     assert not failed or (what, set(failed)) == (BEGINS, {PROMPTS}), (
@@ -460,7 +462,7 @@ def record(folder: Path) -> dict[str, Any]:
 def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: training.Parts) -> None:
     everything, split = dataclasses.replace(plan, rows=0, eval_rows=0), data.prepare(plan)
     whole = specialise.parts(everything, tiny_tokenizer, split, "cardiology")
-    field = data.SPECIALTIES["cardiology"]
+    field = specialties.SPECIALTIES["cardiology"]
     assert all(map(field.holds, whole.own + whole.inside))
     assert not any(map(field.holds, whole.general + whole.outside))
     train, held_out = whole.own + whole.general, whole.inside + whole.outside
