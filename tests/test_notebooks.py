@@ -116,7 +116,7 @@ def test_the_course_leaves_a_reference_run_with_every_key_figure(
     monkeypatch.setattr(reference, "REAL", ["tiny"])
     for name, keys in TWINS.items():
         yours, theirs = reference.beside(name, metrics(course_run, f"{name}.json")).values()
-        assert keys <= theirs.keys() and theirs["headline"] == yours["headline"]
+        assert keys <= theirs.keys() and theirs.get("headline") == yours.get("headline")
     about = json.loads((reference.FOLDER / "tiny" / "reference.json").read_text("utf-8"))
     assert [title.replace(" ", "_") for title in about["seconds"]] == list(LESSONS)
     said = json.loads((reference.FOLDER / "tiny" / "answers.json").read_text("utf-8"))
