@@ -312,17 +312,17 @@ def resolve(
     if profile == "auto":
         profile, why = look_and_choose(hardware)
     source, data_path = find_data(source, data_path, PROFILES[profile].source)
-    recipe = sized(PROFILES[profile], source)
+    chosen = sized(PROFILES[profile], source)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
-    rank = lora_r or recipe.lora_r
+    rank = lora_r or chosen.lora_r
     return Plan(
-        profile=profile, **find_base(recipe, model), source=recipe.source, data_path=data_path,
+        profile=profile, **find_base(chosen, model), source=chosen.source, data_path=data_path,
         device=hardware.device, hardware=str(hardware), compute_dtype=compute_dtype(hardware),
         optimizer=optimizer(hardware, sharded), attention=attention(hardware),
-        lora_r=rank, lora_alpha=2 * rank, lora_dropout=recipe.lora_dropout,
-        learning_rate=recipe.learning_rate, epochs=recipe.epochs, max_steps=max_steps,
-        rows=rows or recipe.rows, eval_rows=min(recipe.eval_rows, rows or recipe.eval_rows),
-        max_new_tokens=recipe.max_new_tokens, seed=seed,
+        lora_r=rank, lora_alpha=2 * rank, lora_dropout=chosen.lora_dropout,
+        learning_rate=chosen.learning_rate, epochs=chosen.epochs, max_steps=max_steps,
+        rows=rows or chosen.rows, eval_rows=min(chosen.eval_rows, rows or chosen.eval_rows),
+        max_new_tokens=chosen.max_new_tokens, seed=seed,
         out=str(user_path(out or machine.default_out())),
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
@@ -476,18 +476,18 @@ def fit_step(plan: Plan) -> Fit:
     packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
     comes last: it computes the forward pass a second time.
     """
-    recipe, shape, counts = plan.sized, plan.shape, shares(plan.sized)
+    profile, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:
         raise CourseError(
-            f"{plan.processes} processes cannot share a step of {recipe.tokens_per_step:,} tokens "
-            f"evenly, and its size is part of the recipe: launch {', '.join(map(str, counts))}."
+            f"{plan.processes} processes cannot share a step of {profile.tokens_per_step:,} tokens "
+            f"evenly, and its size decides what is learned: launch {', '.join(map(str, counts))}."
         )
 
     def need(tokens: int, checkpoint: int) -> float:
         return sum(training_memory(shape, plan.micro(tokens, checkpoint)).values())
 
-    share = recipe.tokens_per_step // plan.processes
-    for length in (recipe.max_length >> n for n in range(3)):  # all sizes are powers of two
+    share = profile.tokens_per_step // plan.processes
+    for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
         most = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
         most = max(length, min(share, most))
         packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
@@ -496,7 +496,7 @@ def fit_step(plan: Plan) -> Fit:
                 return Fit(share // tokens, length, tokens, bool(checkpoint), memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {recipe.name} needs about {need(recipe.max_length // 4, 1):.1f} GB even for "
+        f"profile {profile.name} needs about {need(profile.max_length // 4, 1):.1f} GB even for "
         f"its shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller "
         f"profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )

@@ -186,8 +186,9 @@ def split(rows: Sequence[Row], fractions: Fractions = FRACTIONS, seed: int = 0) 
     fractions that do not add up to 1, raise a CourseError.
     """
     numbers, names = groups(rows), held_out_by(rows)
-    pairs = sorted(zip(numbers, names, strict=True), reverse=True)
-    first = dict(pairs)  # of each group the last pair stays: its first focus in the alphabet
+    first: dict[int, str] = {}  # group -> its first focus in the alphabet
+    for number, name in sorted(zip(numbers, names, strict=True)):
+        first.setdefault(number, name)
     limit = max(1, min(fractions[1:]) * len(rows))
     large = {n: size for n, size in Counter(numbers).items() if size > limit}
     place = {n: _place(f"{SALT}:{focus}", seed) for n, focus in first.items()}

@@ -114,9 +114,9 @@ def record_of(plan: Plan, fit: bool = True) -> dict[str, Any]:
     return plan.as_dict(fit) | {"revision": plan.hub_revision, "base": base_id(plan), "data": rows}
 
 
-def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """Say which of ``keys`` have another value in two records; "" if none has."""
-    pairs = {key: (before.get(key), now[key]) for key in keys}
+def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str] = ()) -> str:
+    """Say which of ``keys`` (default: all) have another value in two records; "" if none has."""
+    pairs = {key: (before.get(key), now[key]) for key in keys or now}
     changed = [f"{key} was {a!r}, now {b!r}" for key, (a, b) in pairs.items() if a != b]
     return "; ".join(changed) if before else "there is none yet"
 
@@ -302,7 +302,7 @@ def resumable(plan: Plan) -> Path | None:
     record, now = folder / "plan.json", recipe(plan)
     before = read_json(record, "processes") if record.is_file() else now
     checkpoint = last_checkpoint(folder, before["processes"])
-    if checkpoint and (changed := differs(before, now, now)):
+    if checkpoint and (changed := differs(before, now)):
         raise CourseError(
             f"the checkpoints in {plan.profile}/checkpoints are of another plan "
             f"({changed}). Delete the folder to start afresh, or set the plan back."
