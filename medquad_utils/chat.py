@@ -145,13 +145,8 @@ def _ids(
     return list(encoded["input_ids"])
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int | None = None
-) -> Encoded:
-    """Tokenize a row as TRL does: only the answer and its end of turn have labels.
-
-    ``max_length`` cuts; training leaves longer rows out instead (``training.select``).
-    """
+def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Encoded:
+    """Tokenize a row as TRL does: only the answer and its end of turn have labels."""
     example = to_example(row)
     prompt = prompt_ids(tokenizer, example["prompt"])
     ids = _ids(tokenizer, example["prompt"] + example["completion"])
@@ -159,7 +154,7 @@ def encode(
     # A label stands at the place of its own token. The model shifts the labels when it computes
     # the loss.
     labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-    return Encoded(ids[:max_length], labels[:max_length])
+    return Encoded(ids, labels)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

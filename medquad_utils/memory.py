@@ -85,11 +85,9 @@ class Micro:
     adam_bytes: int = 4  # of each of Adam's two averages
 
 
-def bits_per_parameter(
-    double_quant: bool, block: int = BLOCK, super_block: int = SUPER_BLOCK
-) -> float:
+def bits_per_parameter(double_quant: bool) -> float:
     """Return the stored bits of a 4-bit weight with its scales (QLoRA, arXiv 2305.14314)."""
-    return NF4_CODE_BITS + (8 / block + 32 / (block * super_block) if double_quant else 32 / block)
+    return NF4_CODE_BITS + (8 + 32 / SUPER_BLOCK if double_quant else 32) / BLOCK
 
 
 def adapter_parameters(shape: Shape, rank: int, modules: tuple[str, ...] = ALL_LINEAR) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +171,7 @@ class Drift:
 
 def drift(
     plan: Plan, rows: Sequence[Row], adapter: Path | None = None, routes: Sequence[str] = MERGED,
-    most: int = 64, report: Callable[[str], None] = lambda line: None,
+    most: int = 64,
 ) -> dict[str, Drift]:  # fmt: skip
     """Measure ``routes`` against the model as trained, and how well each does its task.
 
@@ -182,7 +182,6 @@ def drift(
     tokenizer, results = load_tokenizer(plan), {}
     trained: tuple[list[torch.Tensor], list[str], dict[str, Any]] | None = None
     for route in ("adapter", *routes):
-        report(f"{route}: {ROUTES.get(route)}")
         model = merge(plan, route, adapter)
         logits = [_answer_logits(model, tokenizer, row, most) for row in rows]
         columns, texts, speed = _task(model, tokenizer, rows, plan.max_new_tokens)
