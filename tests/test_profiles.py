@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -79,6 +80,11 @@ def test_a_plan_fits_or_names_smaller_profiles(profile: str, hardware: Hardware)
 def test_shapes_add_up_to_the_published_parameter_counts() -> None:
     published = {"llama-8b": 8_030_261_248, "llama-1b": 1_235_814_400, "small": 134_515_008}
     assert {name: PROFILES[name].shape.parameters for name in published} == published
+
+
+def test_every_base_of_the_hub_is_pinned_to_a_commit() -> None:
+    pins = [profile.revision or "" for profile in PROFILES.values() if profile.name != "tiny"]
+    assert all(re.fullmatch("[0-9a-f]{40}", pin) for pin in pins), pins
 
 
 def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> None:
