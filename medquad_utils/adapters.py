@@ -57,7 +57,8 @@ def resolve_trained(
     """Resolve for an adapter: ``auto`` is the profile that it was trained with.
 
     Without ``adapter`` it is the profile's, and for ``auto`` the newest under ``out``. Its
-    ``plan.json`` gives the seed and, without ``model``, the base; a folder is relative to it.
+    ``plan.json`` gives the seed and, without ``model``, the base. The path of a base in a folder is
+    relative to the adapter's folder.
     """
     out = str(user_path(out or machine.default_out()))
     if profile == "auto":

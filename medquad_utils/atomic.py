@@ -51,7 +51,10 @@ def refuse_link(path: Path) -> None:
 
 
 def _temporary(path: Path, ending: str = "part") -> Path:
-    """Name a file beside ``path`` for this process; remove those that killed processes left."""
+    """Name a file beside ``path`` for this process; remove those that killed processes left.
+
+    A folder that stepped aside, and whose successor never came, takes its place again.
+    """
     import psutil
 
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
@@ -128,6 +131,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 shutil.rmtree(older, ignore_errors=True)
+        else:
+            raise OSError(errno.EEXIST, "others replace it again and again", folder.name)
     except BaseException:
         if older.exists() and not folder.exists():
             older.rename(folder)

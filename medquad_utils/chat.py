@@ -169,8 +169,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Set a pad token that differs from the end tokens, without adding one, and return it.
 
-    Llama 3.1 reserves a pad token, Llama 3.0 has unused reserved tokens. Raises ``ValueError`` if
-    the vocabulary has neither.
+    It is the tokenizer's own, or one of ``PAD_TOKENS``: Llama 3.1 reserves one, Llama 3.0 has
+    unused tokens. Raises ``ValueError`` if the vocabulary has none.
     """
     # A collator may mask padding by its id. With the id of an end token it would mask the end of
     # every answer too, and the tuned model would never stop.

@@ -19,8 +19,8 @@ HEADING = re.compile(
     r"(?![^?\n]{0,250}\byour?\b)(?:[^?.\n]|\.(?!\s)){2,250}\?(?:\s+|$))+",
     re.IGNORECASE,
 )
-# Each pattern below has a word that its matches contain. A search for the word comes first, which
-# keeps the time of cleaning linear in the length of a text.
+# A pattern that is a pair has a word that its matches contain. A search for the word comes first,
+# which keeps the time of cleaning linear in the length of a text.
 # The table of the Human Phenotype Ontology, from its announcement to the last sentence below it.
 PHENOTYPES = (
     "Human Phenotype Ontology provides",
@@ -28,7 +28,7 @@ PHENOTYPES = (
     r".*?(?:the sign or symptom may be rare or common\.|\Z))",
 )
 KEY_POINTS = ("Key Points", r"(?s:\AKey Points\s*-.*?\n\s*\n\s*)")
-INSTITUTE = ("NIH:", r"(?:NIH: *[^.\n]{3,120}\s*)+\Z")  # a second one shows once the first is cut
+INSTITUTE = re.compile(r"NIH: *+[^.\n]{3,120}+\s*+")  # possessive: nothing is tried twice
 NAVIGATION = (
     ("Espaol", r"\AEspaol\s*\n"),  # the name of a link, its n with a tilde lost
     ("Summary", r"\ASummary *: *"),
@@ -50,10 +50,11 @@ NAVIGATION = (
 
 
 def _cut(answer: str, *patterns: tuple[str, str]) -> str:
-    matching = [pattern for word, pattern in patterns if word in answer]
-    for pattern in matching:
-        answer = re.sub(pattern, "", answer)
-    return answer.strip() if matching else answer
+    left = answer
+    for word, pattern in patterns:
+        if word in left:
+            left = re.sub(pattern, "", left)
+    return answer if left == answer else left.strip()
 
 
 def _drop_link_list(answer: str) -> str:
@@ -77,7 +78,15 @@ def _drop_heading(answer: str) -> str:
 
 def _cut_heading(answer: str) -> str:
     match = HEADING.match(answer)
-    return answer[match.end() :] or answer if match else answer
+    return answer[match.end() :] if match and match.end() < len(answer) else answer
+
+
+def _cut_institutes(answer: str) -> str:
+    end = len(answer)
+    # A second one shows once the last is cut. From the back, each is looked at once.
+    while (start := answer.rfind("NIH:", 0, end)) >= 0 and INSTITUTE.fullmatch(answer, start, end):
+        end = start
+    return answer if end == len(answer) else answer[:end].strip()
 
 
 def _drop_short(answer: str) -> str:
@@ -110,8 +119,8 @@ RULES = (
     ),
     Rule("Key Points", "bullets that repeat the text: cut", lambda text: _cut(text, KEY_POINTS)),
     Rule("heading alone", "a heading without a text: dropped", _drop_heading),
-    Rule("heading repeated", "a first sentence that repeats the question: cut", _cut_heading),
-    Rule("institute tail", "the institute's name: cut", lambda text: _cut(text, INSTITUTE)),
+    Rule("heading repeated", "a question at the beginning: cut", _cut_heading),
+    Rule("institute tail", "the institute's name: cut", _cut_institutes),
     Rule("white space", "several spaces or empty lines: one", tidy_space),
     Rule("under five words", "too short to answer anything: dropped", _drop_short),
 )

@@ -32,7 +32,7 @@ from medquad_utils.splits import (
 from medquad_utils.tables import ENDINGS, clean_text, has_words, list_files
 
 HUB_DATASET = "keivalya/MedQuad-MedicalQnADataset"
-HUB = {  # data set on the Hub -> its table, and the commit to read; data.json records the commit
+HUB = {  # data set on the Hub -> its table, and the commit or branch; data.json records the commit
     HUB_DATASET: ("medDataset_processed.csv", "5b0961fbaa6d7f9c344c5d59c29943fb900c2eca"),
     "lavita/MedQuAD": ("*.parquet", "main"),
 }
@@ -44,7 +44,7 @@ MISSING = {"nan", "null", "none", "n/a", "#n/a"}  # what programs write for an e
 Place = int | str  # the number of a record in a table, from 1; or the name of a document
 Places = dict[str, list[Place]]  # what happened to records -> which
 
-NO_ANSWER = "no answer"
+NO_ANSWER = "no answer"  # as ``_problem`` says it
 CLEANED = "control characters removed, or letters composed (NFC)"
 FOREIGN = "HTML, or letters that were decoded wrongly; kept"
 MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|&(?:amp|nbsp|lt|gt|quot|#\d+);|â€|[ÂÃ][\x80-\xbf]")
@@ -185,23 +185,29 @@ def load_table(path: Path) -> Loaded:
     return _with_rows(loaded, path.name)
 
 
+def _problem(column: str, cell: Sequence[str] | None, found: Sequence[str]) -> str:
+    """Say why a cell holds no question or no answer, or ""."""
+    if cell is None:
+        return f"{column} is not text"
+    if column == "question" and len(found) > 1:
+        return "several questions in one record"
+    return "" if found else f"no {column}"
+
+
 def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
     """Add the row of a record to ``loaded``, or the reason why it has none."""
     cells = {column: tables.texts(record.get(column)) for column in COLUMNS}
-    clean = {column: list(map(clean_text, cell or ())) for column, cell in cells.items()}
+    tidied = {column: list(map(clean_text, cell or ())) for column, cell in cells.items()}
     texts = {
         column: [text for text in found if has_words(text) and text.lower() not in MISSING]
-        for column, found in clean.items()
+        for column, found in tidied.items()
     }
     for column in ("question", "answer"):
-        if cells[column] is None or (column == "question" and len(texts[column]) > 1):
-            loaded.skipped[f"{column} is not text"].append(place)
-            return
-        if not texts[column]:
-            loaded.skipped[f"no {column}"].append(place)
+        if problem := _problem(column, cells[column], texts[column]):
+            loaded.skipped[problem].append(place)
             return
     row: Row = {column: next(iter(found), None) for column, found in texts.items()}
-    for column in LISTS:  # lavita/MedQuAD parts several values by a bar
+    for column in LISTS:  # lavita/MedQuAD separates several values by a bar
         parts = [part.strip() for text in texts[column] for part in text.split("|")]
         row[column] = list(filter(None, parts)) or None
     if not row["qtype"]:
@@ -209,7 +215,7 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
         row["qtype"] = TYPES[match[0]] if match else "information"
         how = "from the question's template" if match else "'information', for want of a template"
         loaded.notes[f"question type {how}"].append(place)
-    if any(clean[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
+    if any(tidied[c] != [text.strip() for text in cell or ()] for c, cell in cells.items()):
         loaded.notes[CLEANED].append(place)
     if MARKUP.search(row["question"] + texts["answer"][0]):
         loaded.notes[FOREIGN].append(place)
@@ -363,8 +369,7 @@ def summary(card: Mapping[str, Any]) -> str:
         f"an answer + {sum(card['skipped'].values()):,} skipped",
         f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
         f"{card['dropped']:,} dropped by cleaning"
-        + f" + {card['other_specialties']:,} of other fields"
-        * bool(card["specialty"]),
+        + (f" + {card['other_specialties']:,} of other fields" if card["specialty"] else ""),
         "\n".join(card["reading"]),
         _table("source", card["by_source"]),
         _table("question type", card["by_qtype"]),

@@ -52,6 +52,7 @@ def value_hash(value: Any) -> str:
 def read_json(path: Path, *keys: str, **kinds: type) -> Any:
     """Read an object from a JSON file that this package wrote; a damaged one raises a CourseError.
 
+    A file that is not there raises ``FileNotFoundError``.
     ``keys`` must be in it; ``kinds`` are types of values that may be in it.
     """
     try:

@@ -134,7 +134,7 @@ def load_adapters(
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
-    in fp32, others in the compute dtype, in which training multiplied by them, too. ``base`` is a
+    in fp32, others in the compute dtype, which training multiplied in. ``base`` is a
     loaded base to put them on; ``unload`` takes them off again. An adapter that is missing, damaged
     or trained on another base raises a CourseError.
     """

@@ -1,4 +1,4 @@
-"""LoRA adapters: the config, the parameter count in closed form, where adapters sit, their dtypes.
+"""LoRA adapters: the config, and counts, norms, spectra and dtypes of their matrices.
 
 LoRA, arXiv 2106.09685: a frozen weight W gets a trained low-rank update,
 y = W x + (alpha / r) B A x. B starts at 0, so an untrained adapter changes nothing.
@@ -73,7 +73,7 @@ def singular_values(model: torch.nn.Module) -> list[float]:
 
 
 def cast_adapters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the adapters to ``dtype`` in place, for training *after* ``SFTTrainer`` is built.
+    """Cast the adapters to ``dtype`` in place; for training do it *after* ``SFTTrainer`` is built.
 
     The trainer casts the adapters of a 4-bit model to bf16, whatever the config says. Then a CPU
     without AVX512-BF16 trains 15 to 20 times slower, and fp16 training on a GPU before Ampere

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def checks(
     plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], trainer: SFTTrainer
 ) -> list[tuple[str, str, bool]]:
-    """Check what the trainer will really feed, before the first step: (what, value, passed)."""
+    """Check the first 256 packed rows as the trainer will feed them: (what, value, passed)."""
     examples = list(_examples(trainer))
     ids, labels = map(torch.cat, zip(*examples, strict=True))
     ends, pad, bos = end_ids(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id
@@ -47,7 +47,7 @@ def checks(
         ("pad tokens in the loss", str(padded), not padded),
         ("pad token differs from the end tokens", str(tokenizer.pad_token), pad not in ends),
         ("share of tokens in the loss", f"{share:.0%}", in_loss > 0),
-        ("prompts in training = prompts in use", f"{len(fed):,} prompts", fed <= asked),
+        ("prompts in training are those of use", f"{len(fed):,} prompts", fed <= asked),
         ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
         ("predicted memory", memory, plan.memory_gb <= plan.card_gb),
@@ -83,7 +83,7 @@ def require_learning(model: torch.nn.Module) -> None:
     norms = lora.lora_b_norms(model)
     if broken := [name for name, norm in norms.items() if not math.isfinite(norm)]:
         raise CourseError(
-            f"{len(broken)} adapters hold NaN, the first is {broken[0]}: "
+            f"{len(broken)} adapters are not finite, the first is {broken[0]}: "
             "halve the learning rate, or compute in float32."
         )
     if idle := [name for name, norm in norms.items() if norm == 0]:

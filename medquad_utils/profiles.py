@@ -30,6 +30,7 @@ TINY_MODEL = ASSETS / "tiny"
 SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "file",
            "parquet": "file"}  # fmt: skip
 LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
+ROOM = 0.92  # share of the memory that is planned with; fragments take some
 MOST_RANK = 4096  # of an adapter: the width of the largest base
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
@@ -55,7 +56,7 @@ class Profile:
     epochs: int
     max_new_tokens: int
     licence: str  # of the base: an id of assets/licences.toml
-    gpu_gb: int = 0  # of a card that ``auto`` takes it for
+    gpu_gb: int = 0  # of the smallest card on which ``auto`` takes it
     gated: bool = False  # the Hub asks for a token
     lora_r: int = 16
     lora_dropout: float = 0.0  # any would cost 5 to 8 % of a step at 8 B, 20 % on a CPU
@@ -122,8 +123,8 @@ class Plan:
     max_new_tokens: int
     seed: int
     out: str
-    card_gb: float
-    why: str  # this profile was taken
+    card_gb: float  # memory of the card, or of the machine on a CPU
+    why: str  # why this profile was taken
     # fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
     # schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
     adapter_dtype: str = "float32"
@@ -336,7 +337,9 @@ def check_ranges(**given: int) -> None:
     if given["lora_r"] > MOST_RANK:
         raise CourseError(f"lora_r={given['lora_r']}: expected a rank of at most {MOST_RANK:,}.")
     if given["max_steps"] == 1:
-        raise CourseError("max_steps=1: the first step only warms up, at rate 0. Expected 0 or 2.")
+        raise CourseError(
+            "max_steps=1: the first step only warms up, at rate 0. Expected 0, or at least 2."
+        )
 
 
 def number(name: str, kind: type, text: str) -> Any:
@@ -373,7 +376,7 @@ def choose(
         )
     gb, card, obstacle = hardware.memory_gb, f"a GPU with {hardware.memory_gb:.0f} GB", ""
     hub = "the Hugging Face Hub is out of reach"
-    accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept the Llama 3 licence on the Hub first"
+    accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept its licence on the Hub first"
     for name, profile in reversed(PROFILES.items()):  # the largest first
         loads = name in here or (reachable and (token or not profile.gated))
         if gb >= profile.gpu_gb and loads:
@@ -384,21 +387,21 @@ def choose(
 
 
 def compute_dtype(hardware: Hardware) -> str:
-    """Choose bf16 where it is native (CUDA 8.0) or fast (CPU), fp16 on older cards, else fp32."""
+    """Choose bf16 on GPUs of capability 8.0 and CPUs where it is fast, fp16 on older GPUs."""
     if hardware.device == "cuda":
         return "bfloat16" if (hardware.capability or (0, 0)) >= (8, 0) else "float16"
     return "bfloat16" if hardware.bf16_cpu else "float32"
 
 
 def attention(hardware: Hardware) -> str:
-    """Choose torch's variable-length kernel where it runs (CUDA 8.0, torch 2.12), else SDPA."""
+    """Choose torch's variable-length kernel from capability 8.0 and torch 2.12 on, else SDPA."""
     major, minor, *_ = importlib.metadata.version("torch").split(".")
     new = (int(major), int(minor)) >= (2, 12) and (hardware.capability or (0, 0)) >= (8, 0)
     return VARLEN if new else "sdpa"
 
 
 def optimizer(hardware: Hardware, sharded: bool) -> str:
-    """Choose AdamW: fused on a GPU, in 8 bits on one too small to spare 0.25 GB, plain elsewhere.
+    """Choose AdamW: fused on a GPU, paged and in 8 bits on one of 20 GB or less, plain elsewhere.
 
     FSDP2 cuts the tensors, which the 8-bit one of bitsandbytes 0.50 refuses.
     """
@@ -470,7 +473,7 @@ def find_base(profile: Profile, model: str) -> dict[str, Any]:
 
 
 def fit_step(plan: Plan) -> Fit:
-    """Return the fastest training step that fits in memory.
+    """Return the first training step that fits in memory, in the order of what is faster.
 
     The longest examples come first: longer ones are left out of the data. Then come the longest
     packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
@@ -487,12 +490,12 @@ def fit_step(plan: Plan) -> Fit:
         return sum(training_memory(shape, plan.micro(tokens, checkpoint)).values())
 
     share = profile.tokens_per_step // plan.processes
+    limit = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
     for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
-        most = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
-        most = max(length, min(share, most))
+        most = max(length, min(share, limit))
         packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
         for checkpoint, tokens in itertools.product((0, 1), packs):
-            if (memory := need(tokens, checkpoint)) <= 0.92 * plan.card_gb:
+            if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
                 return Fit(share // tokens, length, tokens, bool(checkpoint), memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(

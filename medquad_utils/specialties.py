@@ -45,7 +45,7 @@ SPECIALTIES = {
 
 
 def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> list[Row]:
-    """Select the rows of a specialty, at least ``least``: a name of ``SPECIALTIES``, or an own."""
+    """Select the rows of a specialty, a name of ``SPECIALTIES`` or your own; ``least`` or more."""
     chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
     if chosen is None:
         raise CourseError(

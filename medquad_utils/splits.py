@@ -72,7 +72,7 @@ def focus_of(row: Row) -> str:
 
 
 def held_out_by(rows: Sequence[Row]) -> list[str]:
-    """Return what each row is held out by: its disease, and intervals resample it.
+    """Return what the parts keep together and intervals resample, for each row: its disease.
 
     Where most rows name no disease, as in a table of questions and answers alone, a row without
     one is held out by its question.
@@ -168,9 +168,9 @@ class Splits:
         return {t: {p: counts[p][t] / n for p in PARTS} for t, n in total.most_common()}
 
 
-# The part of a group depends only on its name and the seed, so it stays when rows are added. Such
-# a split cannot balance question types as well. This prefix was therefore chosen, by those counts
-# alone, so that with seed 0 every type of MedQuAD has about its share in each part.
+# The part of a group depends on its name and the seed, so it mostly stays when rows are added. Such
+# a split cannot balance question types. So this prefix was chosen, by their counts alone, to give
+# every type of MedQuAD about its share in each part with seed 0.
 SALT = "medquad-468655"
 
 
@@ -227,8 +227,9 @@ def _divide(
             f"fractions {fractions} must be positive and add up to 1, for example (0.8, 0.1, 0.1)."
         )
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    borders = list(accumulate(fractions[:2]))
     for row, place in zip(rows, places, strict=True):
-        parts[bisect(list(accumulate(fractions[:2])), place)].append(row)
+        parts[bisect(borders, place)].append(row)
     return Splits(*parts, notes=notes)
 
 

@@ -125,19 +125,20 @@ def differs(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[st
 
 
 def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
-    """Draw the rows that the plan trains and validates on, of those that fit into ``max_length``.
+    """Draw the rows that the plan trains, validates and tests on, of those that fit.
 
     A row that is too long is left out, not cut: a cut answer has no end for the model to learn.
     """
     train = draw_fitting(plan, tokenizer, splits.train, plan.rows)
     held_out = (splits.validation, splits.test)
     validation, test = (draw_fitting(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
-    if not (train and validation and test):
+    drawn = Splits(train, validation, test, splits.cleaning, splits.notes)
+    if empty := [part for part, count in drawn.sizes().items() if not count]:
         raise CourseError(
-            f"no row of {plan.source!r} fits into {plan.max_length} tokens: "
+            f"no row of the {empty[0]} part of {plan.source!r} fits into {plan.max_length} tokens: "
             "choose a profile with a larger max_length."
         )
-    return Splits(train, validation, test, splits.cleaning, splits.notes)
+    return drawn
 
 
 def draw_fitting(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: int) -> list[Row]:
@@ -230,7 +231,7 @@ def build_trainer(
 
 
 def watch(trainer: SFTTrainer) -> None:
-    """Add a callback: ten checkpoints a run, and a stop as soon as the run is of no use.
+    """Add a callback: a checkpoint about every tenth of a run, and a stop if it is of no use.
 
     It stops on a loss that is not finite, and on an adapter that is still zero at ``WATCHED``.
     """
@@ -333,7 +334,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
-    """Save the adapter and ``metrics/train.json`` if every adapter learned; returns the metrics."""
+    """Save the adapter and ``metrics/train.json`` if every adapter learned; returns the metrics.
+
+    Then the checkpoints are deleted.
+    """
     preflight.require_learning(trainer.model)
     trainer.accelerator.wait_for_everyone()  # the others may still write to a checkpoint
     save_adapter(plan, trainer)

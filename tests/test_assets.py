@@ -119,7 +119,6 @@ def test_each_rule_finds_most_of_its_defects_and_none_is_perfect(loaded: data.Lo
         planted = set(defects[name])
         precision, recall = (len(found & planted) / len(of) for of in (found, planted))
         assert 0.6 < precision <= 1 and 0.6 < recall < 1, name
-    assert planted - found and found - planted
 
 
 def test_a_split_by_row_of_the_sample_buys_the_look_up_a_score(loaded: data.Loaded) -> None:

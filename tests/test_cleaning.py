@@ -55,7 +55,10 @@ CHANGED = {
     "Key Points": {f"Key Points\n - Gout. - Toes.\n   \n \n {PROSE}\n\nRest.": f"{PROSE}\n\nRest."},
     "heading alone": {"What causes gout?": "", "What is gout? Is it inherited? ": ""},
     "heading repeated": {f"What is gout? Is type 2.5 gout inherited?\n\n{PROSE}": PROSE},
-    "institute tail": {f"{PROSE}\n\nNIH: National Institute on Aging": PROSE},
+    "institute tail": {
+        f"{PROSE}\n\nNIH: National Institute on Aging": PROSE,
+        f"{PROSE}\nNIH: National Eye Institute NIH: An eye\n NIH: An ear \n": PROSE,
+    },
     "white space": {"  One \t two\r\n \n\n  three\u00a0four five \n": "One two\nthree four five"},
     "under five words": {"Only four words here.": ""},
 }  # fmt: skip
@@ -69,7 +72,7 @@ LEFT_ALONE = {
         "Summary of the trial: it failed. In summary : gout hurts.",
         "On this Page nothing is asked. Write your name on this page, you may need it.",
         "The top of page three shows a toe. There is More on: this line than one may think.",
-        "(Watch the video of which nobody closed the bracket",
+        "(Watch the video of which nobody closed the bracket", f" {PROSE} ",
     ],
     "Key Points": [f"Key Points\n - Toes. {PROSE}", f"{PROSE}\nKey Points\n - A.\n\n Rest."],
     "heading alone": ["Gout is what?", "Have you ever felt pain in your toe?", "What causes gout"],
@@ -78,7 +81,10 @@ LEFT_ALONE = {
         "Can be had at any age. Who would not be afraid? Rest it.",
         f"What {'very ' * 60}long heading is this? {PROSE} What causes gout? Crystals do.",
     ],
-    "institute tail": ["NIH: National Eye Institute says that it hurts.", f"NIH: An eye\n{PROSE}"],
+    "institute tail": [
+        "NIH: National Eye Institute says that it hurts.", f"NIH: An eye\n{PROSE}",
+        f"{PROSE} {'NIH: abcd ' * 30}x.",
+    ],
     "white space": [f"{PROSE}\nRest it."],
     "under five words": ["There are five words here."],
 }  # fmt: skip
@@ -196,7 +202,8 @@ def test_cleaning_the_real_data_does_what_was_counted(real_rows: Any, real_clean
 
 CODE = """import json, sys
 from medquad_utils.cleaning import clean, damage
-answers = [h + f * (500_000 // len(f)) + "two" for h, f in json.loads(sys.argv[1])]
+pairs = [(h, f * (500_000 // len(f))) for h, f in json.loads(sys.argv[1])]
+answers = [h + f + end for end in ("two", "x.") for h, f in pairs]
 rows = [{"question": "What is a ?", "answer": answer} for answer in answers]
 clean(rows), damage(rows)"""
 
@@ -204,7 +211,8 @@ clean(rows), damage(rows)"""
 @pytest.mark.full
 def test_long_answers_are_cleaned_in_linear_time() -> None:
     """A pattern that starts again at every place would take hours."""
-    fills = (*PIECES, *SPACES, ".", "?", "a? ", "a ", "1,", "1", "()", "doesnt ", "Click here\n")
+    marks = (".", "?", "a? ", "a ", "1,", "1", "()", "doesnt ", "Click here\n", "NIH: abcd ")
+    fills = (*PIECES, *SPACES, *marks, "NIH: abcd\n")
     heads = (*FRONTS[3:], "(Watch the video ", "A More on:", "NIH:", "Topics", "Summary")
     pairs = [*product(("", "One"), fills), *product(heads, (" ", "\n", "()", "a? ", "NIH: "))]
-    subprocess.run([sys.executable, "-c", CODE, json.dumps(pairs)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", CODE, json.dumps(pairs)], check=True, timeout=120)

@@ -202,13 +202,15 @@ EMPTY = [{"answer": value} for value in (None, NAN, "", " \u200b", "N/A", "-", [
 
 def test_every_record_is_a_row_or_counted_with_its_reason(tmp_path: Path) -> None:
     others = [{"question": " "}, {"qtype": " "}, {"answer": ["c", "d"], "question": ["Why ?"]}]
+    # The question of record 3 is a list of two.
     records = [GOOD, *(GOOD | wrong for wrong in [*WRONG, *EMPTY, *others])]
     loaded = data.load_table(write_table(tmp_path / "rows.jsonl", records))
     assert loaded.rows == [
         BARE | GOOD, BARE | GOOD | {"qtype": "causes"}, BARE | GOOD | {"question": "Why ?"}
     ]  # fmt: skip
     assert loaded.skipped == {
-        "answer is not text": [2, 4, 5, 6, 7], "question is not text": [3], "no question": [15],
+        "answer is not text": [2, 4, 5, 6, 7], "several questions in one record": [3],
+        "no question": [15],
         "no answer": [8, 9, 10, 11, 12, 13, 14],
     }  # fmt: skip
     assert loaded.records == len(records)

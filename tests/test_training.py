@@ -51,7 +51,7 @@ T4 = Hardware("cuda", "Tesla T4", 15.6, (7, 5), gpus=1)
 A100 = Hardware("cuda", "NVIDIA A100", 42.4, (8, 0), gpus=1)
 WEIGHTS = Path("adapter", "adapter_model.safetensors")
 BEGINS, ENDS = "BOS tokens per example", "end tokens in the loss per answer"
-PROMPTS = "prompts in training = prompts in use"
+PROMPTS = "prompts in training are those of use"
 
 
 def small_plan(out: Path, **changes: Any) -> Plan:
