@@ -40,8 +40,8 @@ PASSAGES = 3  # under an answer, at most
 SUPPORT = 0.6
 WORD = r"\w+"  # single letters and digits count: hepatitis C, type 1
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
-DOSE = re.compile(
-    r"\b\d[\d.,]*(?:\s?(?:-|–|to)\s?\d[\d.,]*)?\s?(?:mg|mcg|[µμ]g|g|ml|cc|i\.?u\.?|units?"
+DOSE = re.compile(  # a number has 20 digits at most, or the search would take quadratic time
+    r"\b\d[\d.,]{0,20}(?:\s?(?:-|–|to)\s?\d[\d.,]{0,20})?\s?(?:mg|mcg|[µμ]g|g|ml|cc|i\.?u\.?|units?"
     r"|(?:milli|micro)?grams?|millilit(?:er|re)s?|tablets?|pills?|capsules?|drops?|puffs?"
     r"|(?:tea|table)spoons?)\b(?:\s?/\s?\w+)?",
     re.IGNORECASE,
@@ -63,7 +63,7 @@ def sentences(text: str) -> list[str]:
     """Split ``text`` into sentences; a line break ends one, an abbreviation such as "e.g." none."""
     parts: list[str] = []
     for part in filter(None, map(str.strip, SENTENCE_END.split(text))):
-        if parts and ABBREVIATION.search(parts[-1]):
+        if parts and ABBREVIATION.search(parts[-1][-8:]):  # the longest is "approx."
             parts[-1] += f" {part}"
         else:
             parts.append(part)

@@ -6,6 +6,8 @@ import itertools
 import math
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -216,3 +218,10 @@ def test_a_dose_has_its_source_or_says_that_there_is_none() -> None:
     assert retrieval.dose_notes("It began in 1998.", lambda: pytest.fail("looked up")) == []
     units = "5 ml, 2-3 tablets, 1,000 IU, 0.5 mg/kg and 10 to 20 drops"
     assert len(retrieval.DOSE.findall(units)) == 5
+
+
+def test_long_answers_are_searched_in_linear_time() -> None:
+    """A pattern that starts again at every place would take minutes."""
+    code = "from medquad_utils.retrieval import DOSE, sentences\n"
+    code += "for part in ('1,', 'Dr. '): DOSE.findall(part * 40_000), sentences(part * 40_000)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
