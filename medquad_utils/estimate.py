@@ -287,7 +287,11 @@ def estimate(
     shape, shortest = plan.shape, plan.sized.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
     with suppress(CourseError):
-        longest, pack, checkpoint = plan.max_length, plan.pack_length, int(plan.checkpointing)
+        longest, pack, checkpoint = (
+            plan.fit.max_length,
+            plan.fit.pack_length,
+            int(plan.fit.checkpointing),
+        )
     length = length or (pack if packing else longest)
     micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
     longest = longest if packing else length

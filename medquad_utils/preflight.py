@@ -40,7 +40,7 @@ def checks(
     dtypes = list(lora.dtype_census(trainer.model)["trained"])
     count = lora.trainable_parameters(trainer.model)
     expected = adapter_parameters(Shape.of(trainer.model.config), plan.lora_r)
-    memory = f"{plan.memory_gb:.2f} of {plan.card_gb:.0f} GB"
+    memory = f"{plan.fit.memory_gb:.2f} of {plan.card_gb:.0f} GB"
     return [
         ("BOS tokens per example", _counts(begins), set(begins) == {1}),
         ("end tokens in the loss per answer", _counts(stops), set(stops) == {1}),
@@ -50,7 +50,7 @@ def checks(
         ("prompts in training are those of use", f"{len(fed):,} prompts", fed <= asked),
         ("adapter dtype", ", ".join(dtypes), dtypes == [plan.adapter_dtype]),
         ("trainable parameters", f"{count:,} (closed form {expected:,})", count == expected),
-        ("predicted memory", memory, plan.memory_gb <= plan.card_gb),
+        ("predicted memory", memory, plan.fit.memory_gb <= plan.card_gb),
         *([("what Triton needs", *triton_needs())] if plan.device == "cuda" else []),
     ]
 

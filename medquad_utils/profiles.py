@@ -147,13 +147,6 @@ class Plan:
         """Return a copy in which some sizes of a step (fields of ``Fit``) are set by hand."""
         return dataclasses.replace(self, fixed_fit=dataclasses.replace(self.fit, **sizes))
 
-    # Read as if they were fields of the plan.
-    accumulation = property(lambda self: self.fit.accumulation)
-    max_length = property(lambda self: self.fit.max_length)
-    pack_length = property(lambda self: self.fit.pack_length)
-    checkpointing = property(lambda self: self.fit.checkpointing)
-    memory_gb = property(lambda self: self.fit.memory_gb)
-
     @property
     def sized(self) -> Profile:
         """The profile, sized for the plan's source."""
@@ -238,10 +231,10 @@ class Plan:
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         others = f"this process takes 1 of {self.gpus}; to train on more: {self.launch}"
         try:
-            step = f"{self.accumulation} x {self.pack_length} tokens, "
-            step += f"packed with rows of up to {self.max_length}{each}"
-            memory = f"{self.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
-            again = ", activation checkpointing" if self.checkpointing else ""
+            step = f"{self.fit.accumulation} x {self.fit.pack_length} tokens, "
+            step += f"packed with rows of up to {self.fit.max_length}{each}"
+            memory = f"{self.fit.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
+            again = ", activation checkpointing" if self.fit.checkpointing else ""
             again += ", FlashAttention on packed rows" if self.attention == VARLEN else ""
         except CourseError as error:  # a machine too small to train may still ask and serve
             step, memory, again = "none: this machine cannot train it", str(error), ""

@@ -62,7 +62,7 @@ def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | Spe
     )
     if not (divided.own and divided.general) or min(map(len, divided[2:])) < HELD_OUT:
         raise CourseError(
-            f"{specialty!r} leaves too few rows that fit into {plan.max_length} tokens: "
+            f"{specialty!r} leaves too few rows that fit into {plan.fit.max_length} tokens: "
             f"{divided.sizes()}, and inside and outside need {HELD_OUT} each. "
             "Choose another specialty, more rows, or another seed."
         )
@@ -118,7 +118,7 @@ def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # transformers' replacement of the progress bar
     if plan.max_steps:
-        needed = len(trainer.train_dataset) / plan.accumulation * trainer.args.num_train_epochs
+        needed = len(trainer.train_dataset) / plan.fit.accumulation * trainer.args.num_train_epochs
         trainer.args.max_steps = min(steps or math.ceil(needed), plan.max_steps)
 
 

@@ -135,8 +135,8 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     drawn = Splits(train, validation, test, splits.cleaning, splits.notes)
     if empty := [part for part, count in drawn.sizes().items() if not count]:
         raise CourseError(
-            f"no row of the {empty[0]} part of {plan.source!r} fits into {plan.max_length} tokens: "
-            "choose a profile with a larger max_length."
+            f"no row of the {empty[0]} part of {plan.source!r} fits into {plan.fit.max_length} "
+            "tokens: choose a profile with a larger max_length."
         )
     return drawn
 
@@ -145,7 +145,7 @@ def draw_fitting(plan: Plan, tokenizer: Tokenizer, rows: Sequence[Row], count: i
     """Draw at most ``count`` rows (0 = all) that fit into ``max_length``, by the plan's seed."""
 
     def fits(row: Row) -> bool:
-        return len(encode(tokenizer, row).ids) <= int(plan.max_length)
+        return len(encode(tokenizer, row).ids) <= plan.fit.max_length
 
     return draw(rows, count, plan.seed, fits)
 
@@ -160,10 +160,10 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder or plan.folder / "checkpoints"),
         per_device_train_batch_size=1,
-        per_device_eval_batch_size=plan.pack_length // plan.max_length,
-        gradient_accumulation_steps=plan.accumulation,
+        per_device_eval_batch_size=plan.fit.pack_length // plan.fit.max_length,
+        gradient_accumulation_steps=plan.fit.accumulation,
         completion_only_loss=True,  # TRL labels every token of a prompt -100
-        max_length=plan.pack_length,  # of a packed row
+        max_length=plan.fit.pack_length,  # of a packed row
         packing=True,
         packing_strategy="bfd_split",  # splits nothing: ``select`` left longer rows out
         eval_packing=False,
@@ -175,7 +175,7 @@ def sft_config(plan: Plan, folder: Path | None = None) -> SFTConfig:
         optim=plan.optimizer,
         bf16=plan.compute_dtype == "bfloat16",  # by default on, even where it is only emulated
         fp16=plan.compute_dtype == "float16",
-        activation_checkpointing=plan.checkpointing,
+        activation_checkpointing=plan.fit.checkpointing,
         use_cpu=plan.device == "cpu",
         # Every adapter gets a gradient in every step, so DDP need not look for those without.
         # Not ddp_static_graph: with accumulation torch 2.13 stops at an internal assertion.

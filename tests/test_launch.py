@@ -144,9 +144,12 @@ def test_a_step_is_as_large_on_several_processes_as_on_one(
     alone = profiles.resolve(name, hardware=hardware, out="runs")
     under(processes, monkeypatch)
     shared = profiles.resolve(name, hardware=hardware, out="runs")
-    tokens = [plan.processes * plan.accumulation * plan.pack_length for plan in (alone, shared)]
+    tokens = [
+        plan.processes * plan.fit.accumulation * plan.fit.pack_length for plan in (alone, shared)
+    ]
     assert tokens == [profiles.PROFILES[name].tokens_per_step] * 2
-    for field in ("max_length", "learning_rate", "rows"):
+    assert alone.fit.max_length == shared.fit.max_length
+    for field in ("learning_rate", "rows"):
         assert getattr(shared, field) == getattr(alone, field)
 
 

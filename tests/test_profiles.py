@@ -53,7 +53,7 @@ def test_a_plan_has_bfloat16_only_where_units_are(profile: str, hardware: Hardwa
     assert plan.compute_dtype == ("bfloat16" if native else other)
     assert plan.adapter_dtype == "float32", "fp16 breaks the scaler, bf16 the resume"
     if hardware in (T4, H100):
-        assert plan.max_length == PROFILES[profile].max_length, "no row is lost to a small card"
+        assert plan.fit.max_length == PROFILES[profile].max_length, "no row is lost to a small card"
 
 
 @given(names, machines)
@@ -68,13 +68,13 @@ def test_a_plan_fits_or_names_smaller_profiles(profile: str, hardware: Hardware)
         assert f"{hardware.memory_gb:.1f} GB" in str(error)
         assert smaller or hardware.memory_gb < 1, "tiny fits wherever Python and torch do"
         return
-    assert plan.memory_gb <= hardware.memory_gb == plan.card_gb
-    assert plan.memory_gb > 0.5 * chosen.shape.block_parameters / 1e9, "the 4-bit codes alone"
-    assert 0 < plan.max_length <= min(chosen.max_length, plan.pack_length)
-    assert plan.accumulation * plan.pack_length == chosen.tokens_per_step
-    least = sum(training_memory(chosen.shape, plan.micro(plan.max_length)).values())
+    assert plan.fit.memory_gb <= hardware.memory_gb == plan.card_gb
+    assert plan.fit.memory_gb > 0.5 * chosen.shape.block_parameters / 1e9, "the 4-bit codes alone"
+    assert 0 < plan.fit.max_length <= min(chosen.max_length, plan.fit.pack_length)
+    assert plan.fit.accumulation * plan.fit.pack_length == chosen.tokens_per_step
+    least = sum(training_memory(chosen.shape, plan.micro(plan.fit.max_length)).values())
     tight = least > 0.92 * hardware.memory_gb
-    assert plan.checkpointing <= tight, "checkpointing costs time: only where nothing else fits"
+    assert plan.fit.checkpointing <= tight, "checkpointing costs time: only where nothing else fits"
 
 
 def test_shapes_add_up_to_the_published_parameter_counts() -> None:
@@ -103,7 +103,7 @@ def test_a_model_path_is_planned_by_the_shape_in_its_folder(tmp_path: Path) -> N
     plan = resolve("llama-8b", hardware=small, model=str(tmp_path / "config.json"))
     assert plan == resolve("llama-8b", hardware=small, model=str(tmp_path))
     assert plan.model_source == str(tmp_path)
-    assert plan.memory_gb < 2.0
+    assert plan.fit.memory_gb < 2.0
     adapter = tmp_path / "runs" / "adapter"
     adapter.mkdir(parents=True)
     files.write_json(adapter / "plan.json", plan.as_dict() | {"model_path": "../.."})

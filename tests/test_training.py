@@ -467,7 +467,7 @@ def test_parts_keep_the_split(plan: Plan, tiny_tokenizer: Any, rows: training.Pa
     assert not any(map(field.holds, whole.general + whole.outside))
     train, held_out = whole.own + whole.general, whole.inside + whole.outside
     for found, given in ((train, split.train), (held_out, split.validation + split.test)):
-        fit = [r for r in given if len(chat.encode(tiny_tokenizer, r).ids) <= plan.max_length]
+        fit = [r for r in given if len(chat.encode(tiny_tokenizer, r).ids) <= plan.fit.max_length]
         assert sorted(map(str, found)) == sorted(map(str, fit)) and len(fit) < len(given)
     assert splits.leakage(train, held_out)["focus"] == 0
     assert rows.sizes() == {"own": 7, "general": 7, "inside": 6, "outside": 6}

@@ -171,7 +171,7 @@ class Session:
         trainer = train_speed.our_trainer({}, moved, [*first, *rows], base.train())
         try:
             made = train_speed.train(trainer, generation.load_tokenizer(moved).pad_token_id, 60)
-            micro = moved.micro(moved.pack_length, int(moved.checkpointing))
+            micro = moved.micro(moved.fit.pack_length, int(moved.fit.checkpointing))
             made |= {"rows": len(rows), "row_tokens": sum(len(r["input_ids"]) for r in rows)}
             made["figures"] = train_speed.figures(made, moved.shape, self.rate)
             made["adapters"] = lora.dtype_census(trainer.model)["trained"]
@@ -187,13 +187,16 @@ class Session:
         plan, made = self.plan(), self.train()
         shape = train_speed.shape_of(plan)
         self.run = common.record() | {
-            "steps": STEPS, "max_length": plan.max_length, "shape": dataclasses.asdict(shape),
+            "steps": STEPS, "max_length": plan.fit.max_length, "shape": dataclasses.asdict(shape),
             "flops_per_token": flops_per_token(shape), "ratios": {}, "levers": [],
             "rate": {"dtype": "bfloat16" if CUDA else "float32", "flops": self.rate},
             "plan": plan.as_dict(fit=True) | {"out": ""}, "arms": {"c": made},
             "ours": [made["figures"]["tokens_per_s"]],
         }  # fmt: skip
-        return made | {"predicted_gb": round(plan.memory_gb, 3), "plan": plan.table()["one step"]}
+        return made | {
+            "predicted_gb": round(plan.fit.memory_gb, 3),
+            "plan": plan.table()["one step"],
+        }
 
     def t4(self) -> Result:
         """The T4's plan under the memory of a T4."""

@@ -75,8 +75,8 @@ def draw_lengths(table: dict[str, Any], rows: int, most: int, seed: int) -> list
 
 def rows_per_step(plan: Plan, mean: float, config: dict[str, Any]) -> int:
     """Return the rows of one optimizer step; packed rows hold ``mean`` tokens each."""
-    in_batch = config.get("per_device_train_batch_size", plan.pack_length / mean)
-    return round(config.get("gradient_accumulation_steps", plan.accumulation) * in_batch) or 1
+    in_batch = config.get("per_device_train_batch_size", plan.fit.pack_length / mean)
+    return round(config.get("gradient_accumulation_steps", plan.fit.accumulation) * in_batch) or 1
 
 
 def drawn_rows(
@@ -86,7 +86,7 @@ def drawn_rows(
 
     They are random ids with the prompt masked. ``config`` is a lever's change of the SFTConfig.
     """
-    lengths = draw_lengths(table, 1000, plan.max_length, plan.seed)
+    lengths = draw_lengths(table, 1000, plan.fit.max_length, plan.seed)
     mean = statistics.mean(map(sum, lengths))
     measured = steps * rows_per_step(plan, mean, {})
     before = {"a": 4, "b": 8}.get(arm) or rows_per_step(plan, mean, config)
@@ -155,7 +155,7 @@ def plan_for(profile: str, folder: str = "", most: int = MAX_LENGTH, **more: Any
     """Return the plan for real MedQuAD, rows of at most ``most`` tokens; "20m" has tiny's."""
     settings = {"source": "xml", "data_path": "MedQuAD", "out": tempfile.gettempdir()} | more
     plan = resolve(profile.replace("20m", "tiny"), model=folder, **settings)
-    return plan.with_fit(max_length=min(most, plan.max_length))
+    return plan.with_fit(max_length=min(most, plan.fit.max_length))
 
 
 def shape_of(plan: Plan) -> Shape:
@@ -166,11 +166,15 @@ def shape_of(plan: Plan) -> Shape:
 def levers(plan: Plan) -> dict[str, tuple[Plan, dict[str, Any]]]:
     """Return one change each: the plan, and fields of the ``SFTConfig``."""
     # As many real tokens a micro-batch as in the packed row: padded rows are half full.
-    batch = 2 * plan.pack_length // plan.max_length
-    padded = {"packing": False, "per_device_train_batch_size": batch, "max_length": plan.max_length}
+    batch = 2 * plan.fit.pack_length // plan.fit.max_length
+    padded = {
+        "packing": False,
+        "per_device_train_batch_size": batch,
+        "max_length": plan.fit.max_length,
+    }
     one = {
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": batch * plan.accumulation,
+        "gradient_accumulation_steps": batch * plan.fit.accumulation,
     }
     dtypes = (
         ("adapter", "float32"), ("adapter", "bfloat16"),
