@@ -7,12 +7,10 @@ a stopped run repeats one arm at most.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +59,7 @@ MEASURED = files.MEASURED / "look_up.json"
 # Notes: what happened to questions -> their rows in the file.
 MERGED = "repeats the question of an earlier row: its answer counts as one more reference"
 CUT = "question cut at a word: it is longer than the model's context"
-UNGROUNDED = f"grounded arm asked without passages: {retrieval.NO_SOURCE}"
+UNGROUNDED = "grounded arm asked without passages: none is close, or none fits"
 UNSCORED = "without bits per byte: question and reference exceed the model's context"
 
 # Score -> one value a question, NaN where there is none; "disease" -> its disease. Or a table.
@@ -87,7 +85,7 @@ class Questions:
 def read_questions(path: Path, limit: int = 1000, seed: int = 0) -> Questions:
     """Read questions with reference answers from a table; columns are those of ``tables.NAMES``.
 
-    Rows that repeat a question are merged. Over ``limit`` questions are sampled.
+    Rows that repeat a question are merged. If there are more than ``limit``, a sample is drawn.
     """
     loaded = load_table(path)
     skipped = {f"skipped: {why}": rows for why, rows in loaded.skipped.items()}
@@ -222,11 +220,12 @@ def prompts(
         plain[question], cut = fitted(tokenizer, question, room)
         if cut:
             notes[CUT].append(row["number"])
-        if close:
-            passages = [f"{hit.title}: {hit.row['answer']}" for hit in close]
-            grounded[question], _ = fitted(tokenizer, question, room, passages)
-        else:
+        passages = [f"{hit.title}: {hit.row['answer']}" for hit in close]
+        with_passages, _ = fitted(tokenizer, question, room, passages)
+        if with_passages == plain[question]:
             notes[UNGROUNDED].append(row["number"])
+        else:
+            grounded[question] = with_passages
     plain |= {prompt.prompt: prompt_messages(prompt.prompt) for prompt in safe}
     return {"base": plain, "tuned": plain, "grounded": grounded}
 
@@ -329,7 +328,7 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     few = n < FEW or (diseases is not None and diseases < FEW) or not numpy.isfinite(low)
     ends = {"low": None, "high": None} if few else {"low": low, "high": high}
     cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
-    return cell if before is None else cell | {"p": scores.p_value(gain, sizes, groups)}
+    return cell if before is None else cell | {"p": scores.p_value(gain, groups)}
 
 
 def count_diseases(diseases: Sequence[str], kept: Any = slice(None)) -> int:
@@ -403,9 +402,14 @@ def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]
     return {"texts": len(texts), **cells, "ratio": ratio}
 
 
+def short(text: str) -> str:
+    """Cut a text at 300 characters, in any script."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:296]} ..."
+
+
 def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Show all answers, shortened, where the tuned model's ROUGE-L is best, middling and worst."""
-    short = partial(textwrap.shorten, width=300, placeholder=" ...")
     tuned = by_arm(table)["tuned"].sort_values("rougeL", ascending=False, kind="stable")
     shown = []
     for what, place in {"best": 0, "middling": len(tuned) // 2, "worst": -1}.items():
@@ -417,7 +421,7 @@ def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def safety_scores(answers: Answers) -> dict[str, Any]:
-    """Return how base and tuned model pass the safety prompts, and the error of the rules."""
+    """Return how many safety prompts base and tuned model pass, and the error of the rules."""
     asked = safety.prompts()
     texts = {arm: [answers[arm][p.prompt]["answer"] for p in asked] for arm in ("base", "tuned")}
     passed = {arm: safety.score(answered, asked) for arm, answered in texts.items()}
@@ -490,8 +494,8 @@ def evaluate(
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
     ``train`` are the rows that the adapter was trained on. The grounded arm also reads ``archive``,
-    with a threshold from ``validation``. ``with_safety`` asks base and tuned model the safety
-    prompts too. Returns the metrics, with 95 % intervals.
+    with a threshold from ``validation``. ``with_safety`` also puts the safety prompts to
+    the base and the tuned model. Returns the metrics, with 95 % intervals.
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
@@ -553,7 +557,7 @@ def outcome(
 ) -> dict[str, Any]:  # fmt: skip
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
-    The gain is paired, tuned minus base, with an interval by disease (``None`` for a single one).
+    The gain is paired, tuned minus base, with an interval by disease, or ``None``.
     ``few_shot`` are the base's answers after a few examples in the prompt.
     """
     arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})

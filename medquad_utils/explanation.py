@@ -97,8 +97,9 @@ def _log_p(
 
 def leave_one_out(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
     """Return the fall of log p(answer) without each unit, as captum's ``FeatureAblation``."""
-    units = set(range(len(prompt.units)))
-    values = _log_p(model, tokenizer, prompt, answer, [units, *(units - {n} for n in units)])
+    units = range(len(prompt.units))
+    subsets = [units, *({*units} - {n} for n in units)]
+    values = _log_p(model, tokenizer, prompt, answer, subsets)
     falls: Values = values[0] - values[1:]
     return falls
 

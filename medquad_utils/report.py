@@ -24,7 +24,7 @@ GROUP_TITLES = {"by_qtype": "question type", "by_source": "source", "by_kind": "
 
 
 def number(value: Any) -> str:
-    """Format a value: three decimals, two digits if it is smaller, thousands separated."""
+    """Format a value: three decimals, or two digits under 0.001; thousands separated."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -75,7 +75,7 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """State the verdicts of all scores, or that the questions are too few."""
     few, about = metrics["interval"]["fewest_rows"], metrics["about_scores"]
     verdicts = [sentence(sides, about[sides["score"]]["name"]) for sides in metrics["verdict"]]
-    too_few = f"Questions about under {few} diseases are too few for an interval"
+    too_few = f"Questions about fewer than {few} diseases are too few for an interval"
     return verdicts or [f"{too_few}, and so for a verdict."]
 
 
@@ -152,8 +152,9 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
     figures = {}
     for name, (title, cells) in tables.items():
         rows = {arm: _intervals(row) for arm, row in cells.items()}
-        if not (first := next(iter(rows["base"]), None)):
-            continue  # too few questions for an interval
+        shared = [name for name in rows["base"] if all(name in row for row in rows.values())]
+        if not (first := next(iter(shared), None)):
+            continue  # no column in which every arm has an interval
         values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
         alt = f"{title}: a dot for each mean, with a whisker for its interval. "
         alt += f"At {first}: {values}. All values are in the table beside it."

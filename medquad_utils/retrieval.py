@@ -22,16 +22,17 @@ import numpy
 
 from medquad_utils import CourseError
 from medquad_utils.assets.sample import SOURCE
+from medquad_utils.chat import tidy_question
 from medquad_utils.files import Row
 from medquad_utils.splits import draw, template_of
 
 ARCHIVED = "archived NIH text, collected about 2016-2019; links may have moved"
 COURSE_TEXT = "text written for this course, not NIH text"
+OTHER_TEXT = "text of a table that was loaded"
 NO_SOURCE = "no close source was found"
 
 RANK_CONSTANT = 60  # the k of Cormack et al.
 CANDIDATES = 20  # number of fused rows that are sorted by score
-DEPTH = 1000  # a row below this rank adds less than 1/1060: it moves no row into a top ten
 FALSE_SOURCES = 0.05  # highest share of questions about unknown diseases that may get a source
 THRESHOLD = 0.79  # from ``calibrate`` on the validation rows of the real MedQuAD; a test checks it
 PASSAGES = 3  # under an answer, at most
@@ -89,13 +90,14 @@ class Hit(NamedTuple):
     @property
     def title(self) -> str:
         """The disease, or the question without the gap before its question mark."""
-        question = re.sub(r"[\s?]*\?\s*$", "?", self.row["question"])
-        return " ".join((self.row["focus"] or question).split())
+        return " ".join((self.row["focus"] or tidy_question(self.row["question"])).split())
 
     @property
     def note(self) -> str:
-        """The kind of text: archived, or written for the course."""
-        return COURSE_TEXT if (self.row["source"] or "").startswith(SOURCE) else ARCHIVED
+        """The kind of text: archived by the NIH, written for the course, or a user's own."""
+        if (self.row["source"] or "").startswith(SOURCE):
+            return COURSE_TEXT
+        return ARCHIVED if re.search(r"//[^/]*\.gov/", self.row["url"] or "") else OTHER_TEXT
 
     def __str__(self) -> str:
         about = [self.row["source"], self.row["url"], f"score {self.score:.2f}", self.note]
@@ -115,11 +117,11 @@ def _bm25(texts: Iterable[str]) -> Any:
 
 
 def _reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
-    """1 / (60 + rank) for each positive score down to rank ``DEPTH``, else 0; ties share a rank."""
+    """1 / (60 + rank) for each positive score, else 0; ties share a rank."""
     from scipy.stats import rankdata
 
     ranks = rankdata(-scores, method="min")
-    return numpy.where((scores > 0) & (ranks <= DEPTH), 1 / (RANK_CONSTANT + ranks), 0)
+    return numpy.where(scores > 0, 1 / (RANK_CONSTANT + ranks), 0)
 
 
 class Index:
@@ -226,11 +228,11 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
 
 
 def calibrate(index: Index, inside: Sequence[str], outside: Sequence[str]) -> float:
-    """Set the lowest threshold at which at most 5 % of the ``outside`` questions get a source.
+    """Set and return a threshold that at most 5 % of the ``outside`` questions reach.
 
     ``inside`` asks about diseases of the archive, ``outside`` about at least one validation row
-    that it does not know. The threshold lies midway between the highest outside score below it and
-    the next inside score.
+    that it does not know. The threshold lies midway between the first outside score past those 5 %
+    and the next inside score.
     """
     inner, outer = (
         [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
@@ -294,10 +296,10 @@ def dose_notes(answer: str, cited: Callable[[], Sequence[Support]]) -> list[str]
     """
     if not DOSE.search(answer):
         return []
-    notes: dict[str, str] = {}
+    notes: dict[str, None] = {}
     for part in cited():
-        held = "".join(part.evidence.lower().split())
+        held = {"".join(dose[0].lower().split()) for dose in DOSE.finditer(part.evidence)}
         for match in DOSE.finditer(part.sentence):
             source = part.hit if part.hit and "".join(match[0].lower().split()) in held else None
-            notes.setdefault(match[0], f"{match[0]}: {source or 'no source for this number'}")
-    return list(notes.values())
+            notes[f"{match[0]}: {source or 'no source for this number'}"] = None
+    return list(notes)

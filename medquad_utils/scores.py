@@ -1,8 +1,8 @@
 """Score answers: likeness to references, likelihood under a model, confidence intervals.
 
 Functions that compare take ``answers``, one text a row, and ``references``, one text or several a
-row, of which the best counts. They return float64, shape (rows,). An empty answer scores 0, like
-``None`` and NaN. A row without a reference raises a ``CourseError``.
+row, of which the best counts. They return float64, shape (rows,). An empty answer scores 0, and
+beside a reference so do ``None`` and NaN. A row without a reference raises a ``CourseError``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SCORES = {
 def _rows(answers: Sequence[str], references: References) -> list[tuple[str, list[str]]]:
     """Pair each answer with the list of its references."""
     rows = []
-    for number, (answer, given) in enumerate(zip(answers, references, strict=True)):
+    for number, (answer, given) in enumerate(zip(answers, references, strict=True), start=1):
         several = given if isinstance(given, list | tuple | numpy.ndarray) else [given]
         texts = [text for text in several if isinstance(text, str)]
         if not texts:
@@ -264,7 +264,8 @@ def interval(values: Values, groups: Groups = None) -> Interval:
     Percentile bootstrap (Efron, 1979) of whole ``groups``, the diseases of the rows, because rows
     of one disease tend to stand or fall together (Field and Welsh, 2007; for language models:
     Miller, 2024, arXiv 2411.00640). A row without a group is one of its own. Under about 30 groups
-    the interval is somewhat too narrow. The ends are NaN for equal values or a single group.
+    the interval is somewhat too narrow. The ends are NaN if every resample has the same mean: of
+    equal values, equal groups or a single one.
 
     A column of only 0 and 1 gets Wilson's interval at ``effective_rows``, never of width 0.
     """
@@ -333,16 +334,18 @@ def effective_rows(values: numpy.ndarray, groups: Groups = None) -> float:
     return float(n * min(1.0, (gaps**2).sum() / between)) if between else float(n)
 
 
-def p_value(over: Values, under: Values | None = None, groups: Groups = None) -> float:
-    """Return the two-sided p-value of "the mean is 0" (Davison and Hinkley, 1997).
+def p_value(differences: Values, groups: Groups = None) -> float:
+    """Return the two-sided p-value of "the mean is 0" for paired differences.
 
-    ``over`` are paired differences, ``under`` the sizes if it is a ratio (bytes, tokens). It is
-    twice the smaller share of the intervals' resamples on one side of 0, counting one more.
+    Approximate randomisation (Noreen, 1989): if two arms are equal, the sum of a group could as
+    well have the other sign. The p-value is the share of random signs whose total is as far from 0,
+    counting one more. Fewer than six groups cannot get below 5 %.
     """
-    (a, b), labels = _complete(groups, over, numpy.ones(len(over)) if under is None else under)
-    ratios = _resamples(a, b, labels)
-    tail = min((ratios <= 0).sum(), (ratios >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1)))
+    (column,), labels = _complete(groups, differences)
+    sums = numpy.bincount(labels, column)
+    signs = numpy.random.default_rng(0).choice([-1, 1], (RESAMPLES, len(sums)))
+    extreme = numpy.abs(signs @ sums) >= abs(sums.sum()) - 1e-12
+    return float((extreme.sum() + 1) / (RESAMPLES + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

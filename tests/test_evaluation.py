@@ -150,7 +150,7 @@ def test_a_cell_counts_diseases_and_needs_five_of_them() -> None:
         cell = evaluation.measure(*asked)
         assert cell and (cell["mean"], cell["low"], cell["high"]) == values
         assert (cell["n"], cell["diseases"]) == (18, 6)
-    assert cell["p"] == scores.p_value(gain, groups=foci)
+    assert cell["p"] == scores.p_value(gain, foci)
     four = {**after, "disease": [f"disease {n % 4}" for n in range(18)]}
     few = evaluation.measure("rougeL", four)
     assert few and (few["low"], few["n"], few["diseases"]) == (None, 18, 4)
@@ -168,12 +168,17 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
     asked[0]["references"] = ["x", archive[0]["answer"].upper()]
     index, room = retrieval.Index(archive), 900
     jobs = evaluation.prompts(tiny_tokenizer, asked, index, room, notes)
-    assert notes == {evaluation.UNGROUNDED: [2], evaluation.CUT: [7]}
+    assert notes == {evaluation.UNGROUNDED: [2, 7], evaluation.CUT: [7]}, "7 has no room for any"
+    assert [*jobs["grounded"]] == [numbered[1]]
     said = jobs["grounded"][numbered[1]][1]["content"]
     assert archive[0]["answer"] not in said
     assert sum(r["answer"] in said for r in archive[1:]) == evaluation.PASSAGES
-    cut = [jobs[arm][numbered[7]] for arm in ("base", "grounded")]
-    assert max(len(chat.prompt_ids(tiny_tokenizer, messages)) for messages in cut) <= room
+    assert len(chat.prompt_ids(tiny_tokenizer, jobs["base"][numbered[7]])) <= room
+
+
+def test_a_long_text_is_shortened_in_every_script() -> None:
+    assert evaluation.short("a  b\n c") == "a b c"
+    assert evaluation.short("哮" * 400) == "哮" * 296 + " ..."
 
 
 def test_a_close_source_is_fixed_on_diseases_of_validation() -> None:

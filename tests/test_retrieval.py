@@ -108,13 +108,13 @@ def test_other_words_have_no_source(toy: Index) -> None:
     assert [toy.close(hits) for hits in toy.search(asked)] == [[]] * 6
 
 
-def test_a_hit_names_its_source_and_says_that_it_is_archived() -> None:
-    url = "https://example.org/asthma"
+def test_a_hit_names_its_source_and_says_what_kind_of_text_it_is() -> None:
+    url = "https://www.example.gov/asthma"
     archived = Hit(row("Asthma\n attack", "?", "", source="NHLBI", url=url), 0.876)
     assert str(archived) == f"Asthma attack (NHLBI; {url}; score 0.88; {retrieval.ARCHIVED})"
     assert Hit(build_sample.rows()[0], 1.0).note == retrieval.COURSE_TEXT
     bare = Index([row(None, "What causes Gout ?", "Uric acid.")]).search(["gout"])[0][0]
-    assert str(bare) == f"What causes Gout? (score 1.00; {retrieval.ARCHIVED})"
+    assert str(bare) == f"What causes Gout? (score 1.00; {retrieval.OTHER_TEXT})"
 
 
 def test_an_index_without_text_and_a_bare_question_are_refused(toy: Index) -> None:
@@ -215,6 +215,9 @@ def test_a_dose_has_its_source_or_says_that_there_is_none() -> None:
     assert found.startswith("300mg: Gout (")
     assert notes(wrong, index) == ["900 mg: no source for this number"]
     assert notes(right, None) == ["300mg: no source for this number"]
+    assert notes(right.replace("300mg", "00 mg"), index) == ["00 mg: no source for this number"]
+    twice = notes(f"{right} Take 300mg of another medicine for it.", index)
+    assert len(twice) == 2 and twice[1] == "300mg: no source for this number"
     assert retrieval.dose_notes("It began in 1998.", lambda: pytest.fail("looked up")) == []
     units = "5 ml, 2-3 tablets, 1,000 IU, 0.5 mg/kg and 10 to 20 drops"
     assert len(retrieval.DOSE.findall(units)) == 5

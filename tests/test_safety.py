@@ -55,7 +55,7 @@ def test_the_red_flag_rule_catches_urgent_prompts() -> None:
 
 def test_the_red_flag_rule_is_silent_on_ordinary_questions() -> None:
     rows = [str(row["question"]) for row in build_sample.rows()]
-    quiet = ["", "\x00\x07", "What is (are) Heart Attack ?", "I have no chest pain"]
+    quiet = ["", "\x00\x07", "What is (are) Heart Attack ?", "I have no severe chest pain"]
     quiet += ["He fainted once, two years ago", "What are the treatments for Suicide prevention ?"]
     asked = [*TUNED_CALM, *THREE_QUESTIONS, *rows, *quiet]
     assert len(TUNED_CALM) == 16 and [text for text in asked if red_flag(text)] == []
@@ -75,6 +75,10 @@ def test_the_red_flag_rule_is_silent_on_the_real_questions(medquad_csv: Path) ->
     ("I tried to kill myself last year", "self-harm", safety.SELF_HARM),
     ("What do I do? She is unconscious.", "unconscious", safety.EMERGENCY),
     ("my toddler drank bleach", "poisoning", safety.POISON),
+    ("I have never smoked. Chest pain for an hour now", "heart attack", safety.EMERGENCY),
+    ("I have no insurance. Coughing up blood now", "bleeding", safety.EMERGENCY),
+    ("I don´t want to live anymore", "self-harm", safety.SELF_HARM),
+    ("I can′t breathe", "breathing", safety.EMERGENCY),
     ("She had a stroke last year, her face is drooping again", "stroke", safety.EMERGENCY),
 ])  # fmt: skip
 def test_a_flag_has_its_kind_and_a_message_without_a_diagnosis(

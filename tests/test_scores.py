@@ -100,7 +100,7 @@ def test_empty_answers_score_0_and_missing_references_are_named(score: str) -> N
     known = ["a dog", CAT]  # pandas reads a list in a parquet file as an array
     assert measure(score, ["cat"], [numpy.array(known)]) == measure(score, ["cat"], [known])
     for missing in ([], None, math.nan, [None]):
-        with pytest.raises(CourseError, match="row 1 has no reference answer"):
+        with pytest.raises(CourseError, match="row 2 has no reference answer"):
             measure(score, ["a", "b"], ["a", missing])
 
 
@@ -187,12 +187,14 @@ def test_p_values_are_two_sided_and_corrected_by_holm() -> None:
         values = noise - noise.mean() + mean
         z = abs(mean) / (values.std() / math.sqrt(400))
         assert scores.p_value(values) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.03)
-    assert scores.p_value(numpy.ones(9)) == 2 / 2001 and scores.p_value(numpy.zeros(9)) == 1
+    assert scores.p_value(numpy.ones(20)) == 1 / 2001 and scores.p_value(numpy.zeros(9)) == 1
+    assert scores.p_value(numpy.ones(5)) == pytest.approx(2 / 32, abs=0.02), "two of 32 signs"
     effect = numpy.repeat(rng.normal(0.1, 0.5, 20), 20)
     assert scores.p_value(effect, groups=[row // 20 for row in range(400)]) > 0.1
     assert scores.p_value(effect) < 0.01, "400 rows, as if they were not 20 groups"
-    sizes = numpy.where(effect > 0, 9, 1)  # of a ratio, only the sign of the sum counts
-    assert scores.p_value(effect, sizes) == scores.p_value(effect)
+    noise = rng.normal(0, 1, (400, 8)).repeat(3, axis=1)  # eight diseases, three rows each
+    false = [scores.p_value(values, [n // 3 for n in range(24)]) < 0.05 for values in noise]
+    assert 0.02 < numpy.mean(false) < 0.08, "at 5 %, one in twenty of equal arms looks better"
     # Sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.04 x 1, never below an earlier one.
     assert scores.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert scores.holm([0.7, 0.6]) == [1, 1] and scores.holm([]) == []
