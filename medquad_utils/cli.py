@@ -16,7 +16,12 @@ from medquad_utils import CourseError, __version__, atomic, files, machine, prof
 from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
-RUNS = ("--runs", "DIR", "", "where results are, and are written (default: runs)")
+RUNS = (
+    "--runs",
+    "DIR",
+    "",
+    "folder of the results (default: $MEDQUAD_OUT, or runs in the checkout)",
+)
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)
@@ -105,7 +110,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         *SHARED,
         ("--repo", "USER/NAME", None, "the repository; for a Llama 3 NAME begins with llama-3"),
         ("--out", "DIR", "", "where the folder goes (default: <runs>/<profile>/published)"),
-        ("--merged", None, False, "publish base and adapter as one model (always so for tiny)"),
+        ("--merged", None, False, "publish one merged model (always so if the base is local)"),
         ("--licence", "FILE", "", "a copy of the base's agreement, if its licence asks for one"),
         ("--dry-run", None, False, "build and check the folder, send nothing"),
     )),
@@ -228,8 +233,8 @@ def _doctor(options: argparse.Namespace) -> int:
     with suppress(Exception):  # a finding says why
         print(f"\n{auto()}")
     problems, warnings = (sum(f.state == s for f in findings) for s in (PROBLEM, WARNING))
-    verdict = f"not ready: {problems} to fix" if problems else "ready for class"
-    print(f"\n{verdict}, {warnings} to know of" if warnings else f"\n{verdict}")
+    print(f"\n{'not ready' if problems else 'ready'} for class: "
+          f"{problems} problems, {warnings} warnings")  # fmt: skip
     return int(problems > 0)
 
 
@@ -280,7 +285,8 @@ def _run(options: argparse.Namespace) -> None:
         *(n for n, v in given.items() if v not in (None, "", "auto")),
     ]
     if len(names) > len(set(names)):
-        raise CourseError(f"a parameter is given twice ({', '.join(options.p)}): keep one value.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CourseError(f"parameter {twice} is given twice: keep one value.")
     parameters |= {"model": options.model} if options.model else {}
     only = [number for number in options.only.split(",") if number.strip()]
     if options.only and not only:
@@ -325,11 +331,14 @@ def _ask(options: argparse.Namespace) -> None:
         context = model.config.max_position_embeddings
         evaluation.check_question(asked, tokenizer, context, plan.max_new_tokens)
         given = yield from generation.stream(model, tokenizer, asked, plan.max_new_tokens)
-        notes = retrieval.dose_notes(
-            given.text,
-            lambda: retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1],
+        yield "\n".join(["\n", NOTICE, *filter(None, [plan.origin])])
+        yield from (
+            f"\n{note}"
+            for note in retrieval.dose_notes(
+                given.text,
+                lambda: retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1],
+            )
         )
-        yield "\n".join(["\n", *notes, NOTICE, *filter(None, [plan.origin])])
 
     _show(options.question, answer)
 
@@ -403,17 +412,17 @@ def _demo(options: argparse.Namespace) -> None:
         print(f"written to {folder}: {', '.join(demo.SPACE_FILES)}")
         print(f"to create the Space: hf upload {options.repo}-demo {folder} --repo-type space")
         return
-    serving.check_port(options.host, options.port)  # before a model is loaded
-    demo.serve(demo.load(plan), options.host, options.port)
+    port = serving.check_port(options.host, options.port)  # before a model is loaded
+    demo.serve(demo.load(plan), options.host, port)
 
 
 def _serve(options: argparse.Namespace) -> None:
     from medquad_utils import generation, serving
 
-    serving.check_port(options.host, options.port)  # before a model is loaded
+    port = serving.check_port(options.host, options.port)  # before a model is loaded
     plan = _plan(options)
     model, tokenizer = generation.load_tuned(plan), generation.load_tokenizer(plan)
-    serving.serve(serving.Guard(plan, model, tokenizer), options.host, options.port)
+    serving.serve(serving.Guard(plan, model, tokenizer), options.host, port)
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -425,11 +434,10 @@ def _publish(options: argparse.Namespace) -> None:
     publishing.build(plan, options.repo, folder, options.merged, licence=options.licence)
     print(f"written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     for note in publishing.read_metrics(plan, plan.folder / "adapter").notes:
-        print(
-            f"{note}: there the card says '{report.NOT_MEASURED}'. Lessons 01, 04 and 06 measure."
-        )
+        print(f"{note}: the card says '{report.NOT_MEASURED}'. Lessons 01, 04 and 06 measure.")
     if options.dry_run:
-        print(f"nothing was sent; without --dry-run it goes to {options.repo}")
+        print("nothing was sent; without --dry-run the folder is made again, without your edits,")
+        print(f"and goes to {options.repo}")
     else:
         print(f"published: {publishing.push(folder, options.repo)}")
 

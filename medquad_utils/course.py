@@ -51,10 +51,10 @@ def notebooks_folder() -> Path:
 def lessons(only: Sequence[str] = ()) -> list[Path]:
     """List the lessons in order, or only those with the numbers in ``only`` ("02", "4")."""
     paths = {path.name[:2]: path for path in sorted(notebooks_folder().glob("0*_*.ipynb"))}
-    wanted = list(dict.fromkeys(number.strip().zfill(2) for number in only)) or list(paths)
-    if unknown := [number for number in wanted if number not in paths]:
+    wanted = list(dict.fromkeys(n.strip().zfill(2) for n in only)) or list(paths)
+    if unknown := [n for n in wanted if n not in paths]:
         raise CourseError(f"no lesson {', '.join(unknown)}: there are {', '.join(paths)}.")
-    return [paths[number] for number in wanted]
+    return [paths[n] for n in wanted]
 
 
 def title(notebook: Path) -> str:
@@ -212,7 +212,7 @@ def _peak_memory() -> Iterator[list[float]]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Run kernels in this Python, whatever is installed, with an encrypted connection if possible.
+    """Return papermill's settings for kernels of this Python, encrypted if possible.
 
     Newer kernels warn without it.
     """

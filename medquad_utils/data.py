@@ -41,7 +41,7 @@ GIT_CLONE = "git clone https://github.com/abachaa/MedQuAD"
 SAMPLE = ASSETS / "medquad_sample"  # invented documents, in MedQuAD's layout
 MISSING = {"nan", "null", "none", "n/a", "#n/a"}  # what programs write for an empty cell
 
-Place = int | str  # the number of a record in a table, from 1; or the name of a document
+Place = int | str  # number of a record, from 1, over all files of a source; or a document's name
 Places = dict[str, list[Place]]  # what happened to records -> which
 
 NO_ANSWER = "no answer"  # as ``_problem`` says it
@@ -206,6 +206,8 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
         if problem := _problem(column, cells[column], texts[column]):
             loaded.skipped[problem].append(place)
             return
+    for column in (column for column, cell in cells.items() if cell is None):
+        loaded.notes[f"{column} is not text: left out"].append(place)
     row: Row = {column: next(iter(found), None) for column, found in texts.items()}
     for column in LISTS:  # lavita/MedQuAD separates several values by a bar
         parts = [part.strip() for text in texts[column] for part in text.split("|")]
@@ -255,7 +257,7 @@ def _files_of(plan: Plan) -> list[Path]:
     if plan.source == "sample":
         return list_files(SAMPLE, [".xml"])
     path = Path(plan.data_path)
-    return [] if plan.source == "hub" else list_files(path, [path.suffix, ".xml", *ENDINGS])
+    return [] if plan.source == "hub" else list_files(path, [".xml", *ENDINGS])
 
 
 def prepare(plan: Plan) -> Splits:

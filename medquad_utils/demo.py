@@ -31,7 +31,7 @@ from medquad_utils.atomic import whole_file
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
-from medquad_utils.files import ASSETS
+from medquad_utils.files import ASSETS, read_json
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
@@ -183,7 +183,9 @@ class Bot:
 def load(plan: Plan, adapter: Path | None = None) -> Bot:
     """Load the tuned model and its archive; ``adapter`` may hold a merged model instead."""
     folder = adapter or plan.folder / "adapter"
-    if (folder / "config.json").is_file():  # a whole model, as medquad publish makes one of tiny
+    if (
+        folder / "config.json"
+    ).is_file():  # a whole model, which medquad publish makes of a base that is not on the Hub
         plan = replace(plan, model_path=str(folder))
         model = generation.load_base(plan, quantized=plan.device == "cuda")
     else:
@@ -215,7 +217,7 @@ def page(bot: Bot) -> gradio.Blocks:
     limit, model = bot.plan.max_new_tokens, bot.plan.model_id
     name = "" if model == "embedded" else f"{model}, tuned on MedQuAD. "
     about = escape(f"{name}{bot.plan.origin}".strip())
-    notice = escape(f"{NOTICE} {licence_of(model).built}".strip())
+    notice = escape(f"{NOTICE} {licence_of(bot.plan).built}".strip())
     with gradio.Blocks(title="Ask the tuned model") as app:
         head = f"<h1>Ask the tuned model</h1><p>{about} It does not see earlier questions.</p>"
         gradio.HTML(head, elem_id="head")
@@ -341,7 +343,7 @@ def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:
     try:
         with running(bot, host, port) as address:
             print(f"The demo runs at {address} (Ctrl-C stops it).", flush=True)
-            if host not in (HOST, "localhost", "::1"):
+            if host not in (HOST, "localhost"):
                 print("Everyone who reaches it can use it: there is no password.", flush=True)
             while True:
                 time.sleep(1)
@@ -354,12 +356,17 @@ def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:
 SPACE_FILES = ("app.py", "requirements.txt", "README.md")
 
 
-def serve_space(repo: str, profile: str) -> None:
-    """Fetch the published ``repo`` from the Hub and serve it to everybody; app.py calls this."""
+def serve_space(repo: str, profile: str, model: str = "") -> None:
+    """Fetch the published ``repo`` from the Hub and serve it to everybody; app.py calls this.
+
+    Its base is ``model``, or the profile's, at the commit that the adapter names.
+    """
     from huggingface_hub import snapshot_download
 
-    bot = load(resolve(profile), Path(snapshot_download(repo)))
-    serve(bot, "0.0.0.0", int(os.environ.get("GRADIO_SERVER_PORT", PORT)))
+    folder, plan = Path(snapshot_download(repo)), resolve(profile, model=model)
+    if (config := folder / "adapter_config.json").is_file():
+        plan = replace(plan, revision=read_json(config).get("revision") or plan.revision)
+    serve(load(plan, folder), "0.0.0.0", int(os.environ.get("GRADIO_SERVER_PORT", PORT)))
 
 
 def write_space(folder: Path, repo: str, plan: Plan) -> Path:

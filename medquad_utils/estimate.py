@@ -13,7 +13,7 @@ from medquad_utils import CourseError, memory
 from medquad_utils.files import MEASURED, read_json
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape
-from medquad_utils.profiles import micro_of, resolve
+from medquad_utils.profiles import ROOM, micro_of, resolve
 
 # MedQuAD's training part (13,351 rows kept of 16,423, split by disease group): how many rows fit
 # into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
@@ -25,7 +25,7 @@ TRAINING_PART = {
 # Keys that a token of MedQuAD's rows of up to 1,024 tokens meets in its own example, on average
 # (lengths.json). They decide the cost of attention where packed examples are computed alone.
 CONTEXT = 215
-LAUNCH_SECONDS = 0.004  # of one pass of a block in Python and kernel launches, at least; _AMPERE
+LAUNCH_SECONDS = 0.004  # at least, for Python and kernel launches in one pass of a block: _AMPERE
 BANDWIDTH = 0.9  # share of the data sheet's that element-wise kernels reach; an assumption
 ATTENTION = 0.25  # share of tflops that attention is taken to reach, of short examples or masked
 LIBRARIES_GB = 3.0  # of RAM that Python, torch and the CUDA libraries take; an assumption
@@ -216,16 +216,16 @@ class Estimate:
     def micro_words(self) -> str:
         """The micro-batch in words."""
         n, length = self.micro.checkpoint, f"{self.micro.length:,}"
-        rows = f"1 packed row of {length}" if self.packed else f"1 x {length}, padded"
+        packed, alone = f"1 packed row of {length} tokens", f"1 example of up to {length} tokens"
         again = {0: "off", 1: "every block"}.get(n, f"every {n} blocks")
-        return f"{rows} tokens, activation checkpointing {again}"
+        return f"{packed if self.packed else alone}, activation checkpointing {again}"
 
     def __str__(self) -> str:
         card, micro, total, basis = self.card, self.micro, self.memory_gb, f"[{self.basis}]"
         plain, again = (flops_per_token(self.shape, part) / 1e9 for part in (0, self.recomputed))
         times = ", ".join(f"{name} {1000 * part:.0f}" for name, part in self.seconds.items())
         does_not = "does not fit: try --length, --rank or --checkpointing full, or another card"
-        verdict = "fits" if total <= card.memory_gb else does_not
+        verdict = "fits" if total <= ROOM * card.memory_gb else does_not
         row = ("  {:<24} {:7.2f} GB" if total > 5 else "  {:<24} {:7.3f} GB").format
         lines = [
             f"{self.name}, {self.shape.parameters / 1e6:,.0f} M parameters, "
@@ -294,7 +294,7 @@ def estimate(
         )
     length = length or (pack if packing else longest)
     micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
-    longest = longest if packing else length
+    longest = min(longest, length) if packing else length  # longer rows are left out
     rows, known = next(part for most, part in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
     context = min(CONTEXT, mean / 2) if micro.varlen else mean

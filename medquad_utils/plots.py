@@ -83,17 +83,22 @@ def _said(values: Any) -> str:
     if isinstance(values, str):
         return values
     if isinstance(values, tuple) and len(values) == 3:
-        form = "{:,.3g} (no interval)" if values[1] is None else "{:,.3g} [{:,.3g}, {:,.3g}]"
-        return form.format(*values)
+        form = "{} (no interval)" if values[1] is None else "{} [{}, {}]"
+        return form.format(*(None if v is None else _figures(v) for v in values))
     several = numpy.asarray(values, dtype=float)
     if several.size == 1:
-        return f"{several.item():,.3g}"
-    return f"({several.size} values from {several.min():,.3g} to {several.max():,.3g})"
+        return _figures(several.item())
+    return f"({several.size} values from {_figures(several.min())} to {_figures(several.max())})"
+
+
+def _figures(value: float) -> str:
+    """Write three figures, or all of a large number: "1,024", never "1.02e+03"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # One meaning, one colour through the course: by the beginning of a series' name.
 ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "nearest": GREEN,
-         "baseline": GREEN, "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
+         "look-up": GREEN, "grounded": VERMILION, "another disease": PURPLE,
          "by row": GREY, "by disease": INK, "validation": PURPLE,
          "learning rate": VERMILION, "layers": SKY, "rank": PURPLE, "name": INK,
          "your run": INK, "smollm2": PURPLE, "llama": PURPLE, "meta-llama": PURPLE}  # fmt: skip
@@ -290,9 +295,13 @@ def histogram(
     series: Mapping[str, Sequence[float]], title: str, unit: str, lines: Mapping[str, float] = {},
     bins: int = 60, top: float | None = None, y: str = "rows"
 ) -> None:  # fmt: skip
-    """Draw outlined histograms on one axis, 0 to ``top``; ``lines`` draws named limits."""
+    """Draw outlined histograms on one axis, from 0 or a smaller value to ``top``.
+
+    ``lines`` draws named limits.
+    """
     _, ax = _figure(8, 3.4)
-    edges = numpy.linspace(0, top or max(max(values) for values in series.values()), bins)
+    least = min(0.0, *(min(values) for values in series.values()))
+    edges = numpy.linspace(least, top or max(map(max, series.values())), bins + 1)
     for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
@@ -316,8 +325,8 @@ def curves(
         look = {"color": colours[number], "marker": "o" if name in (*markers, *points) else ""}
         dash = "none" if name in points else DASHES[number % 4]
         ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
-        said = "from {1:,.3g} at {0:,.3g} to {3:,.3g} at {2:,.3g}"
-        ends[name] = said.format(*values[0], *values[-1])
+        said = "from {1} at {0} to {3} at {2}"
+        ends[name] = said.format(*map(_figures, (*values[0], *values[-1])))
     whole = all(float(place).is_integer() for values in series.values() for place, _ in values)
     ax.xaxis.get_major_locator().set_params(integer=whole)  # no step 2.5
     _finish(ax, title, ends, x, y)
@@ -439,7 +448,8 @@ def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str) -> N
             (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
             for word, value in pairs
         ]
-    values = {name: dict(pairs) for name, pairs in lines.items()}
+    said = {n: ", ".join(f"{word} {value:+z.2f}" for word, value in p) for n, p in lines.items()}
+    values = "; ".join(f"{name} {words}" for name, words in said.items())  # a word may stand twice
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
     _boxes(shaded, title, legend, values, pitch=0.78)
 
@@ -516,4 +526,6 @@ class Table:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "✓" if value else "✗"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

@@ -93,7 +93,7 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     model_id = base if isinstance(base, str) else "" if base.model_path else base.model_id
     if model_id in BASES:
         return LICENCES[BASES[model_id].licence]
-    if llama := re.search(r"/.*llama-?3(\.\d)?(?!\d)", model_id.lower()):
+    if llama := re.search(r"/.*llama-?3(\.\d)?(?![\db])", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
     folder = Path(getattr(base, "model_path", "") or "nowhere")
     for file in (*texts, *(folder / name for name in LICENCE_FILES)):
@@ -190,7 +190,9 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     """
     train, data = (_json(plan.folder / "metrics" / f"{n}.json") for n in ("train", "explore"))
     evaluation = _json(plan.folder / "evaluation" / "metrics.json", recipe=dict)
-    trained, earlier, notes = _json(adapter / "plan.json"), train.get("plan", {}), []
+    parts = {"training": train, "data": data, "evaluation": evaluation}
+    notes = [f"no metrics of the {name}" for name, values in parts.items() if not values]
+    trained, earlier = _json(adapter / "plan.json"), train.get("plan", {})
     folders = {"model_path", "data_path", "out"}  # may be written in two ways
     if any(trained[key] != earlier[key] for key in (earlier.keys() & trained.keys()) - folders):
         train = {}
@@ -204,8 +206,6 @@ def read_metrics(plan: Plan, adapter: Path) -> Metrics:
     if data and told != counted:
         data = {}
         notes.append("metrics/explore.json is not of the rows that the adapter was trained on")
-    parts = {"training": train, "data": data, "evaluation": evaluation}
-    notes += [f"no metrics of the {name}" for name, values in parts.items() if not values]
     return Metrics(trained or earlier, train, data, evaluation, tuple(notes))
 
 
@@ -328,7 +328,8 @@ PATHS = (
     r"var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
 # User names that are common words, or shared by many machines: in a text they identify nobody.
-COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may"}
+COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may",
+          "test", "research", "python", "base", "health", "default", "course"}  # fmt: skip
 
 
 def scan(folder: Path, repo: str) -> None:
@@ -346,13 +347,14 @@ def scan(folder: Path, repo: str) -> None:
         everywhere["a path of this machine"] = "|".join(escaped_paths)
     with suppress(OSError, KeyError):  # a container without a user database
         if len(user := getpass.getuser()) > 2 and user.lower() not in COMMON:
-            words["your user name"] = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
+            named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
+            words |= {} if re.search(named, repo) else {"your user name": named}  # public anyway
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
             text = f"{name} does not belong in a published model: remove it from {folder.name}/."
             raise CourseError(text)
-        text = _text(file).replace(repo, "")
+        text = _text(file)
         patterns = everywhere if name in ("tokenizer.json", "LICENSE") else everywhere | words
         for what, pattern in patterns.items():
             if match := re.search(pattern, text):
@@ -382,7 +384,11 @@ def check(folder: Path, repo: str) -> None:
         )
     scan(folder, repo)
     text, credits = ((folder / n).read_text(encoding="utf-8") for n in ("README.md", "NOTICE"))
-    data, config = ModelCard(text).data, _json(folder / "adapter_config.json")
+    try:
+        data = ModelCard(text).data
+    except Exception as error:  # of YAML: somebody wrote into its header
+        raise CourseError(f"README.md has no readable header ({error}): build again.") from error
+    config = _json(folder / "adapter_config.json")
     base, named = data.get("base_model"), config.get("base_model_name_or_path")
     licence = LICENCES.get(str(data.get("license")))
     if licence is None or TAG not in (data.get("tags") or []):
@@ -408,6 +414,7 @@ def _end_problems(folder: Path) -> dict[str, bool]:
     """Return whether answers run past an end token or are padded with one."""
     from transformers import AutoTokenizer, GenerationConfig
 
+    read_json(folder / "generation_config.json")  # a damaged one is one message
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = GenerationConfig.from_pretrained(folder)
     given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -504,13 +511,13 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     from huggingface_hub.errors import HTTPError
 
     check(folder, repo)
-    kept = f"{folder.name}/ is kept: repeat the command to resume."
+    kept = f"{folder.name}/ is kept: repeat the command. What has arrived is not sent again."
     if (folder / "LICENSE").read_text(encoding="utf-8").startswith(INCOMPLETE):
         raise CourseError(f"LICENSE lacks the agreement: give it with --licence FILE. {kept}")
     if not (token := hub_token()):
         raise CourseError(f"no Hub token: make a write token {TOKENS}. {kept}")
     api = HfApi(endpoint=endpoint, token=token)
-    names = sorted((p.name for p in folder.iterdir()), key=lambda n: (n == "README.md", n))
+    names = sorted(path.name for path in folder.iterdir())
     try:
         before, parent = _claim(api, repo)
         stale = sorted(before - {*names, ".gitattributes"})

@@ -43,7 +43,8 @@ def folder_with(file: str) -> Path | None:
 
 def label(about: Mapping[str, Any]) -> str:
     """Name a run: "SmolLM2-135M-Instruct on MedQuAD, CPU, 2026-11-30"."""
-    rows = "the course's sample" if about["data"]["source"] == "sample" else "MedQuAD"
+    names = {"sample": "the course's sample", "hub": "MedQuAD", "xml": "MedQuAD"}
+    rows = names.get(about["data"]["source"], "a table of rows")
     model, chip = about["model"].split("/")[-1], about["hardware"].split(",")[0]
     return f"{model} on {rows}, {chip}, {about['date']}"
 

@@ -54,10 +54,14 @@ def check_port(host: str = HOST, port: int = 0) -> int:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
         todo = "Stop the other program, or take another port with --port."
+        if isinstance(error, OverflowError):
+            todo = "Take another port with --port."
         not_here = getattr(error, "errno", 0) == errno.EADDRNOTAVAIL
         if not_here or isinstance(error.__context__, socket.gaierror):  # create_server hides it
             todo = f"Expected an address of this machine after --host: {HOST}, or 0.0.0.0 for all."
-        raise CourseError(f"cannot listen on {host}:{port}: {error}. {todo}") from error
+        raise CourseError(
+            f"cannot listen on {host}:{port}: {str(error).rstrip('.')}. {todo}"
+        ) from error
 
 
 # ---- a bare server in a child process: transformers serve -----------------------------------
@@ -228,7 +232,7 @@ class Guard:
             text = f"the conversation is too long: {needed}, and the model reads {context:,}."
             raise HTTPException(400, text)
         if not self.places.acquire(blocking=False):
-            text = f"{MAX_WAITING} conversations wait already. Ask again in a minute."
+            text = f"{MAX_WAITING} conversations wait or are answered. Ask again in a minute."
             raise HTTPException(503, text, {"Retry-After": "60"})
         loop, ready, gone = asyncio.get_running_loop(), asyncio.Queue[Any](), Event()
 
@@ -260,14 +264,15 @@ class Guard:
         stream = generation.stream(self.model, self.tokenizer, question, limit, history)
         try:
             with closing(stream):
-                while not gone.is_set():
-                    yield next(stream), None
-        except StopIteration as end:
-            text = end.value.text
-            notes = dose_notes(text, lambda: cite(self.index, question, text)[1])
-            notice = "\n".join(["\n", *notes, NOTICE])
-            yield notice, "stop" if end.value.stopped else "length"
-        except Exception as error:  # whatever a model can raise: the server goes on
+                try:
+                    while not gone.is_set():
+                        yield next(stream), None
+                except StopIteration as end:
+                    text = end.value.text
+                    notes = dose_notes(text, lambda: cite(self.index, question, text)[1])
+                    notice = "\n".join(["\n", *notes, NOTICE])
+                    yield notice, "stop" if end.value.stopped else "length"
+        except Exception as error:  # of the model, or of the archive: the server goes on
             print(f"medquad: an answer failed: {error!r}", file=sys.stderr, flush=True)
             yield HTTPException(500, "the model failed. Ask again.")
 
@@ -344,7 +349,7 @@ def serve(guard: Guard, host: str, port: int) -> None:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
-        """Close a connection that has no request under way, again and again."""
+        """Every ``PATIENCE`` seconds, close the connection if no request is under way."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -364,7 +369,7 @@ def serve(guard: Guard, host: str, port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(f"{guard.name} answers at http://{host}:{port}/v1 (Ctrl-C stops it).", flush=True)
-        if host not in (HOST, "localhost", "::1"):
+        if host not in (HOST, "localhost"):
             print("Everyone who reaches it can use it: there is no password.", flush=True)
         uvicorn.Server(config).run()
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 HELD_OUT = 5  # rows: evaluation gives no interval for fewer
-FIELD = 6  # lesson 09 trains often: it takes one in six of the plan's rows, on each side
+ONE_IN = 6  # lesson 09 trains often: it takes one in six of the plan's rows, on each side
 
 
 class Parts(NamedTuple):
@@ -53,7 +53,7 @@ def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | Spe
     field = SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
     held_out = splits.validation + splits.test
     draw_rows = partial(training.draw_fitting, plan, tokenizer)
-    most = math.ceil(plan.rows / FIELD)  # 0 stays 0: all rows
+    most = math.ceil(plan.rows / ONE_IN)  # 0 stays 0: all rows
     divided = Parts(
         own=draw_rows(own, most),
         general=draw_rows([row for row in splits.train if not field.holds(row)], most),
@@ -118,8 +118,9 @@ def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # transformers' replacement of the progress bar
     if plan.max_steps:
-        needed = len(trainer.train_dataset) / plan.fit.accumulation * trainer.args.num_train_epochs
-        trainer.args.max_steps = min(steps or math.ceil(needed), plan.max_steps)
+        needed = math.ceil(len(trainer.train_dataset) / plan.fit.accumulation)  # in an epoch
+        needed *= int(trainer.args.num_train_epochs)
+        trainer.args.max_steps = min(steps or needed, plan.max_steps)
 
 
 def mixed(own: Sequence[Row], general: Sequence[Row], share: float, seed: int = 0) -> list[Row]:

@@ -21,7 +21,7 @@ class Specialty:
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.names)
+            self._pattern()
         except re.error as error:
             raise CourseError(
                 f"Specialty(names={self.names!r}) is no pattern: {error}. "
@@ -32,9 +32,11 @@ class Specialty:
         """Return whether a row's focus, a synonym or a semantic type belongs to the field."""
         if set(self.semantic_types) & set(row["semantic_type"] or ()):
             return True
-        pattern = re.compile(rf"\b(?:{self.names})", re.IGNORECASE)
-        names = [focus_of(row), *(row["synonyms"] or ())]
-        return bool(self.names) and any(map(pattern.search, names))
+        names = [row["focus"] or "", focus_of(row), *(row["synonyms"] or ())]
+        return bool(self.names) and any(map(self._pattern().search, names))
+
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(rf"\b(?:{self.names})", re.IGNORECASE)  # re keeps it compiled
 
 
 _TOML = (ASSETS / "specialties.toml").read_text(encoding="utf-8")

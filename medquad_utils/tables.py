@@ -58,9 +58,11 @@ Error = (OSError, ValueError, EOFError, KeyError, RecursionError, zlib.error, zi
 
 def list_files(path: Path, endings: Collection[str]) -> list[Path]:
     """List the file, or the files below a folder, that have one of the endings, in any case."""
-    # Hidden files are left out: macOS writes some beside its own.
-    below = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-    return [file for file in below if file.is_file() and _ending(file) in endings]
+    # Hidden files and folders are left out: macOS and Jupyter keep copies in some.
+    below = sorted(path.rglob("*")) if path.is_dir() else [path]
+    hidden = [any(p.startswith(".") for p in file.relative_to(path).parts) for file in below]
+    pairs = zip(below, hidden, strict=True)
+    return [f for f, hides in pairs if not hides and f.is_file() and _ending(f) in endings]
 
 
 def _ending(path: Path) -> str:
@@ -91,7 +93,8 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
         if unread := sorted({name for record in records for name in record} - KNOWN - {""}):
             notes.append(f"{file.name} has columns that are not read: {', '.join(unread)}")
         # "Answer as a doctor" before every input is no part of a question.
-        shared = len({str(r.get("instruction")) for r in records}) == 1 < len(records)
+        told_all = {str(record.get("instruction")) for record in records}
+        shared = told_all != {"None"} and len(told_all) == 1 < len(records)
         if shared := shared and all(record.get("input") for record in records):
             notes.append(f"{file.name} repeats one instruction: the questions are the inputs")
         return _named([_unfolded(record, shared) for record in records]), notes
@@ -141,8 +144,8 @@ def _csv(text: str) -> list[Row]:
         raise ValueError("it is JSON: give its name the ending .json")
     hint = re.match(r"sep=(.)(?=[\r\n])", text)  # a first line for Excel
     text = text[hint.end() :] if hint else text
-    head = re.match(r"\s*([^\r\n]*)", text)
-    names = {mark: map(_plain, head[1].split(mark)) if head else () for mark in ",;\t|"}
+    head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    names = {mark: map(_plain, head.split(mark)) for mark in ",;\t|"}
     mark = hint[1] if hint else max(names, key=lambda mark: len(KNOWN.intersection(names[mark])))
     rows, line = list[list[str]](), 1
     try:

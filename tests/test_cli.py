@@ -62,8 +62,8 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "-p", "rows=1_000"], "rows=1_000: expected a whole number"),
     ([*RUN, "-p", "max_steps=1"], "max_steps=1: the first step only warms up"),
     ([*RUN, "-p", "specialty=magic", "--only", "09"], "specialty=magic: expected one of cardio"),
-    ([*RUN, "-p", "rows=1", "-p", "rows=2"], "given twice (rows=1, rows=2)"),
-    ([*RUN, "-p", "profile=small"], "given twice (profile=small)"),
+    ([*RUN, "-p", "rows=1", "-p", "rows=2"], "parameter rows is given twice"),
+    ([*RUN, "-p", "profile=small"], "parameter profile is given twice"),
     ([*RUN, "-p", "data_path=a file"], "'sample' reads no file, and data_path is 'a file'"),
     ([*RUN, "--reference", "a file/kept"], "cannot write to kept: Not a directory"),
     ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
@@ -176,7 +176,10 @@ def test_doctor_finds_all_problems(tmp_path: Path, monkeypatch: Patch, capsys: C
         assert cli.main(["doctor"]) == 1
     found = capsys.readouterr().out
     problems = set(re.findall(r"(?m)^problem  (\w+)", found))
-    assert problems == {"packages", "model", "memory", "disk"} and "not ready: 4 to fix" in found
+    assert (
+        problems == {"packages", "model", "memory", "disk"}
+        and "not ready for class: 4 problems" in found
+    )
     assert re.search(r"(?m)^warning  lessons .*: 02 changed\n +-> git checkout", found)
     assert re.search(rf"(?m)^warning  port {port}  taken\n +-> do this$", found)
 

@@ -219,7 +219,9 @@ def test_an_emergency_passes_the_queue_and_asks_no_model(
         else:
             assert said(reply) == message
     (refused,) = post(full, load.question(SHINGLES))
-    assert refused.status_code == 503 and "wait already" in refused.json()["error"]["message"]
+    assert (
+        refused.status_code == 503 and "wait or are answered" in refused.json()["error"]["message"]
+    )
 
 
 def test_a_failing_model_is_a_message_and_the_server_goes_on(

@@ -23,6 +23,9 @@ ex_01_2 = Exercise(NUMBER, "It gets one list of names for each row.", [
     (([["gout"], ["podagra"], ["asthma"], ["gout", "podagra"]],), 2, [
         (3, "The last row joins two groups that were opened before: merge them."),
     ]),
+    (([["gout"], ["podagra"], ["urate"], ["asthma"], ["gout", "podagra", "urate"]],), 2, [
+        (3, "The last row joins three groups that were opened before: merge all of them."),
+    ]),
     (([],), 0, [(1, "Without rows there is no group.")]),
 ], "Right: a new row merges every group that it touches.")  # fmt: skip
 

@@ -32,6 +32,7 @@ _ROWS = [
     (lambda block: (block / block.abs().max() * 7).round() / 7 * block.abs().max(), "That is "
      "int4 of this lesson. Here the smallest weight gets code 0, even if it is above zero."),
     (lambda block: block, "These are the exact weights. Round them to a whole code in between."),
+    (lambda block: block * 0, "Check each step: shift, scale, round to the nearest code, back."),
 ]  # fmt: skip
 ex_02_2 = Exercise(TENSOR, "It takes a tensor of weights and returns a tensor of the same shape: "
     "shift, scale, round, and the way back.", [

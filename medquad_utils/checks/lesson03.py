@@ -31,6 +31,7 @@ ex_03_2 = Exercise(TENSOR, "The layer computes W x + (alpha / r) B (A x). "
         (lambda w, a, b, alpha: w + alpha / 5 * b @ a, "Which side of A is the rank?"),
         (lambda w, a, b, alpha: w + 3 / alpha * b @ a, "The scale is upside down."),
         (lambda w, a, b, alpha: alpha / 3 * (w + b @ a), "The scale is of the update, not of W."),
+        (lambda w, a, b, alpha: 0 * w, "Add the scaled product of B and A to W."),
     ]),
 ], "Right: this is what merging an adapter means. Lesson 08 does it with 4-bit weights.",
     on_tensors, tolerance=1e-4)  # fmt: skip

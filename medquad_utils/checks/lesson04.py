@@ -32,6 +32,7 @@ ex_04_2 = Exercise(NUMBER, "The function returns the number of steps.", [
         (6000, "Too many: accumulated batches share one step."),
     ]),
     ((64, 8, 2, 1), 4, [(5, "64 rows in batches of 8, two batches a step: nothing is left over.")]),
+    ((9, 4, 1, 1), 3, [(2, "The last batch is not full, and counts, too.")]),
 ], "Rounded up twice within an epoch, then times the epochs: so the trainer counts.",
     stub="Replace the dots with your answer. {about}")  # fmt: skip
 

@@ -29,6 +29,7 @@ ex_07_1 = Exercise(NUMBERS, "Return two numbers: the share of questions with an 
         ([1 / 2, 3 / 7], "Divide by the questions with (without) an answer, not by the refusals "
          "(answers)."),
         ([1, 3], "These are counts. Divide each by the questions of its kind."),
+        ([0.5, 0.5], "Count each kind of error apart, and divide by the questions of that kind."),
     ]),
     (([0, 1], [0, 1]), [1, 1], [([0, 0], "To refuse is an error only where the answer is.")]),
 ], "Right: a model that always refuses has the errors 1 and 0.")  # fmt: skip

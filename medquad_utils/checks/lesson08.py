@@ -2,7 +2,7 @@
 
 from medquad_utils.checks.common import TEXTS, Exercise, items, letters
 
-_RUN = {"rouge": 0.6123, "rows": 1042, "seconds": 98.0, "safety": {"all": {"share": 0.0833}}}
+_RUN = {"rouge": 0.6167, "rows": 1042, "seconds": 98.0, "safety": {"all": {"share": 0.0833}}}
 
 
 def _stream(*pieces: tuple[str | None, str | None]) -> tuple[list[dict[str, str | None]]]:
@@ -22,13 +22,13 @@ ex_08_1 = letters("bceg", 'Give the letters of all allowed names, for example "a
 ex_08_2 = Exercise(TEXTS,
     "It gets a text and a dict, and returns a list; an empty one if all is proven.", [
     (("ROUGE-L 0.99", _RUN), ["0.99"], [([], "0.99 is in no metric.")]),
-    (("ROUGE-L 0.6123", _RUN), [], [(["0.6123"], "A number of the metrics is proven.")]),
-    (("0.61 or 0.612", _RUN), [], [(["0.61", "0.612"], "Round the metric as the text does.")]),
+    (("ROUGE-L 0.6167", _RUN), [], [(["0.6167"], "A number of the metrics is proven.")]),
+    (("0.62 or 0.617", _RUN), [], [(["0.62", "0.617"], "Round the metric as the text does.")]),
     (("a share of 0.08", _RUN), [], [(["0.08"], "A metric can be a dict: look into each.")]),
     (("1,042 rows", _RUN), [], [(["1", "042"], "1,042 is one number, with a comma in it.")]),
     (("98 seconds", _RUN), [], [(["98"], "98 and 98.0 are the same number.")]),
-    (("ROUGE-L 0.62", _RUN), ["0.62"], [([], "0.62 is near 0.6123: nearness is no proof.")]),
-    (("0.5 of 3 in 0.61", _RUN), ["0.5", "3"], [(["3", "0.5"], "Keep the order of the text.")]),
+    (("ROUGE-L 0.61", _RUN), ["0.61"], [([], "0.61 is near 0.6167: nearness is no proof.")]),
+    (("0.5 of 3 in 0.62", _RUN), ["0.5", "3"], [(["3", "0.5"], "Keep the order of the text.")]),
     (("no numbers here", _RUN), [], [(["0"], "A text without numbers has no unproven one.")]),
 ], "Right: every number of an honest card comes from a file.")  # fmt: skip
 
