@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -216,3 +217,36 @@ def test_one_bad_input_of_every_kind_is_refused() -> None:
     command = [sys.executable, str(REPO / "tests" / "bad_inputs.py"), "1", "1"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(12, "Cannot allocate memory"), "Cannot allocate memory."),
+    (OSError(28, "No space left on device"), "No space left on device. Free some space"),
+    (ValueError("expected approximately 3 rows"), "unexpected ValueError: expected approximately"),
+    (ValueError("proxy refused"), "proxy refused (the environment sets HTTPS_PROXY)"),
+])  # fmt: skip
+def test_an_error_blames_what_is_to_blame(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    for name in machine.STEERING:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert machine.guarded(Mock(side_effect=error)) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_port_0_is_a_free_port_for_the_server_too(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medquad_utils import demo, generation, serving
+
+    loaded, serve = Mock(), Mock()
+    monkeypatch.setattr(generation, "load_tuned", loaded)
+    monkeypatch.setattr(generation, "load_tokenizer", loaded)
+    monkeypatch.setattr(demo, "load", loaded)
+    monkeypatch.setattr({"serve": serving, "demo": demo}[command], "serve", serve)
+    assert cli.main([command, "--profile", "tiny", "--port", "0"]) == 0
+    assert serve.call_args.args[-1] > 1000

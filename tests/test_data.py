@@ -327,6 +327,8 @@ def test_folder_is_read_as_one_table_and_longer_chats_are_named(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(written(more, "a.jsonl"))
     (tmp_path / "read me.md").write_text("no table")
     (tmp_path / "._a.jsonl").write_text("of a Mac")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a.jsonl").write_text(written([GOOD], "a.jsonl"))
     loaded = data.load_table(tmp_path)
     assert loaded.rows == [GOUT, BARE | GOOD, BARE | GOOD]
     assert loaded.skipped == {"a chat that is not one question and its answer": [1, 2]}
@@ -601,11 +603,15 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
     assert specialties.select(rows, "oncology", least=1) == [growth]
     own = specialties.Specialty("gout", ("T047",))
     assert specialties.select(rows, own, least=1) == [others[0], growth]
+    crohn = row(focus="Crohn's Disease")
+    assert specialties.Specialty("crohn's").holds(crohn), "a name as it is written"
     for wrong, message in (("heart", "there are cardiology"), ("cardiology", "3 rows .* too few")):
         with pytest.raises(CourseError, match=message):
             specialties.select(rows, wrong)
     with pytest.raises(CourseError, match=r"Specialty\(names='heart\('\) is no pattern"):
         specialties.Specialty("heart(")
+    with pytest.raises(CourseError, match="is no pattern"):
+        specialties.Specialty("(?i)heart")
 
 
 def test_disk_that_fills_up_loses_no_written_data(tmp_path: Path) -> None:
@@ -655,6 +661,17 @@ def test_prepare_writes_once_and_reads_back_the_same(tmp_path: Path) -> None:
     part, _ = data.make(plan, folder, specialty="infectious diseases")
     assert sum(part.sizes().values()) < sum(made.sizes().values())
     assert data.prepare(plan) == made, "a specialty is not taken for the whole"
+
+
+def test_files_that_no_reader_reads_do_not_make_the_rows_anew(tmp_path: Path) -> None:
+    (folder := tmp_path / "MedQuAD").mkdir()
+    (folder / "a.xml").write_text(DOCUMENT)
+    plan = replace(tiny(tmp_path), source="xml", data_path=str(folder))
+    before = data._recipe(plan)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index").write_text("changes at each git status")
+    (folder / "LICENSE").write_text("of the data")
+    assert data._recipe(plan) == before
 
 
 def test_prepare_starts_again_for_another_seed_rule_or_content(tmp_path: Path) -> None:

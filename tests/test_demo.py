@@ -193,6 +193,7 @@ def test_a_space_of_a_llama_says_what_its_licence_asks(tmp_path: Path) -> None:
     llama = resolve("llama-8b", hardware=Hardware("cuda", "T4", 16.0, (7, 5)), out=str(tmp_path))
     demo.write_space(tmp_path / "space", "me/llama-3-medquad", llama)
     text = (tmp_path / "space" / "README.md").read_text()
+    assert f'"llama-8b", "{llama.model_id}")' in (tmp_path / "space" / "app.py").read_text()
     assert "license: llama3" in text and "Built with Meta Llama 3" in text and "HF_TOKEN" in text
 
 

@@ -267,6 +267,17 @@ def test_eight_billion_parameters_by_hand() -> None:
     assert estimate.estimate("llama-8b", "T4", runs=[]).memory_gb < 15
 
 
+def test_rows_that_no_packed_row_holds_are_not_billed() -> None:
+    for length in (128, 512):
+        bill = estimate.estimate("llama-8b", "A100-80", length=length, runs=[])
+        assert bill.tokens == estimate.TRAINING_PART[length][1]
+
+
+def test_what_fits_is_what_a_plan_would_take() -> None:
+    full = estimate.estimate("llama-8b", "T4", length=1088, runs=[])
+    assert profiles.ROOM * 15 < full.memory_gb < 15 and "does not fit" in str(full)
+
+
 def test_a_measured_run_is_shown_on_its_own_card() -> None:
     from transformers import LlamaConfig
 

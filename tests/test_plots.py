@@ -76,6 +76,21 @@ def test_a_figure_has_alt_text_is_opaque_and_is_not_cut_off(name: str, monkeypat
     assert 300 < pixels.shape[1] <= 1200
 
 
+def test_large_numbers_and_repeated_words_are_told_whole(monkeypatch: Any) -> None:
+    _, alt = draw("histogram", monkeypatch, series={"a": [-2, -1, 1, 2]}, lines={"limit": 1024})
+    assert "from -2 to 2" in alt and "limit 1,024" in alt
+    _, alt = draw("word_heat", monkeypatch, lines={"q": [("is", 0.5), ("gout", 1), ("is", -0.75)]})
+    assert "q is +0.50, gout +1.00, is -0.75" in alt
+    assert str(plots.Table([(12345.6, 0.12345)])) == "12,346  0.1235"
+
+
+def test_negative_values_are_drawn(monkeypatch: Any) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda ax, v, edges, **_: drawn.append(edges))
+    draw("histogram", monkeypatch, series={"a": [-2, -1, 1, 2, 3]}, lines={}, bins=5)
+    assert (drawn[0][0], drawn[0][-1], len(drawn[0])) == (-2, 3, 6)
+
+
 def test_a_saved_figure_is_the_one_shown_and_outside_a_notebook_not_displayed(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -334,6 +334,7 @@ def test_of_a_local_base_nothing_is_claimed_that_its_folder_does_not_say(
     (LLAMA, "llama3"), ("meta-llama/Llama-3.1-8B", "llama3.1"), ("someone/else", "unknown"),
     ("meta-llama/Llama-3.9-1B", "unknown"), ("x/Hermes-Llama-3.1-8B", "llama3.1"),
     ("huggyllama/llama-30b", "unknown"), ("someone/tiny-llama", "unknown"),
+    ("a/open-llama-3b-v2", "unknown"),
 ])  # fmt: skip
 def test_a_licence_is_known_or_unknown(base: str, licence: str) -> None:
     assert publishing.licence_of(base).id == licence
@@ -365,6 +366,15 @@ def test_an_older_transformers_answers_the_same(published: Path, tmp_path: Path)
     assert old == new and any(new)
 
 
+def test_a_user_of_the_hub_may_have_the_same_name_here(copy: Path, monkeypatch: Patch) -> None:
+    card = copy / "README.md"
+    card.write_text(card.read_text().replace(NAME, "lovelace/tiny") + "\nMade by lovelace.\n")
+    monkeypatch.setattr("getpass.getuser", lambda: "lovelace")
+    publishing.check(copy, "lovelace/tiny")
+    with pytest.raises(CourseError, match="your user name"):
+        publishing.check(copy, "byron/tiny")
+
+
 EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
 
 
@@ -377,6 +387,8 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "model.safetensors", '"format":"pt"', '"made":"/home/ada"', "a local path"),
     ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
+    ("tiny", "README.md", "tags:", "tags: a: b", "README.md has no readable header"),
+    ("tiny", "generation_config.json", r"\}", "", "generation_config.json is damaged"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
     ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
     ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),

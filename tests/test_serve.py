@@ -242,6 +242,23 @@ def test_a_failing_model_is_a_message_and_the_server_goes_on(
     assert post(guard, asked)[0].status_code == 200
 
 
+def test_an_archive_that_cannot_be_read_ends_the_answer(
+    guard: serving.Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dose(*_: Any) -> Any:
+        yield "Take 5 mg."
+        return generation.Answer("Take 5 mg.", 4, True)
+
+    def damaged(plan: Any) -> Any:
+        raise CourseError("data.json is damaged")
+
+    monkeypatch.setattr(generation, "stream", dose)
+    monkeypatch.setattr(serving, "archive_of_run", damaged)
+    fresh = serving.Guard(guard.plan, guard.model, guard.tokenizer)
+    (reply,) = post(fresh, load.question("What are the treatments for gout?"))
+    assert reply.status_code == 500 and "the model failed" in reply.text
+
+
 def test_a_dose_in_an_answer_is_marked(
     guard: serving.Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

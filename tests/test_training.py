@@ -598,6 +598,18 @@ def test_a_trained_base_is_gone_before_the_next_one_comes(
     assert record(two)["steps"] < 9, "a limit of steps makes no run longer than its epochs"
 
 
+@pytest.mark.parametrize(("rows", "accumulation", "epochs"), [(5, 2, 3), (9, 4, 2), (8, 2, 1)])
+def test_a_limit_far_above_a_run_leaves_its_steps(
+    rows: int, accumulation: int, epochs: int
+) -> None:
+    """The trainer rounds up within each epoch."""
+    plan = dataclasses.replace(tiny(), max_steps=1000).with_fit(accumulation=accumulation)
+    args = SimpleNamespace(disable_tqdm=False, num_train_epochs=float(epochs), max_steps=-1)
+    trainer: Any = SimpleNamespace(args=args, train_dataset=range(rows))
+    specialise._limit_steps(plan, trainer, 0)
+    assert args.max_steps == math.ceil(rows / accumulation) * epochs
+
+
 def test_columns_hold_the_scores_of_the_answers(
     plan: Plan, tiny_tokenizer: Any, rows: training.Parts, tiny_adapter: Path
 ) -> None:
