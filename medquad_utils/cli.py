@@ -24,10 +24,16 @@ RUNS = (
 )
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
-SHARED = (PROFILE, MODEL, RUNS)
+SHARED = (PROFILE, MODEL, RUNS)  # of commands that use an adapter
+NEW = (PROFILE, ("--model", "OWNER/NAME|DIR", "", "the base (default: the profile's)"), RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
 SOURCE = f"{', '.join(SOURCES)} (default: "
-DATA_PATH = ("--data-path", "PATH", "", "folder of an xml source, or file of any other")
+DATA_PATH = (
+    "--data-path",
+    "PATH",
+    "",
+    "xml: a folder; hub: OWNER/NAME; others: a file or a folder of files",
+)
 QUESTION = ("question", None, "", "in quotes")
 
 
@@ -48,7 +54,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("what", None, ("small", "medquad"), "SmolLM2-135M-Instruct, or the XML of MedQuAD"),
     )),
     "run": ("run the lessons with papermill", (
-        *SHARED,
+        *NEW,
         ("--only", "02,04", "", "numbers of the lessons to run (default: all)"),
         ("-p", "NAME=VALUE", [], "a notebook parameter, for example -p source=xml"),
         ("--reference", "DIR", "", "also write the numbers of all lessons to DIR, to be committed"),
@@ -57,13 +63,13 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         RUNS,
         ("--source", "S", "", f"{SOURCE}sample)"),
         DATA_PATH,
-        ("--out", "DIR", "", "where the parts go (default: <runs>/tiny/data, or <runs>/data)"),
+        ("--out", "DIR", "", "where the parts go (default: <runs>/data; sample: <runs>/tiny/data)"),
         ("--without", "RULE", [], "a cleaning rule to leave out; may be repeated"),
         ("--specialty", "NAME", "", "only one field, for example cardiology"),
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
     "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
-        *SHARED,
+        *NEW,
         ("--source", "S", "", f"{SOURCE}the profile's own)"),
         DATA_PATH,
         ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
@@ -114,7 +120,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--licence", "FILE", "", "a copy of the base's agreement, if its licence asks for one"),
         ("--dry-run", None, False, "build and check the folder, send nothing"),
     )),
-    "estimate": ("estimate memory, tokens/s, minutes and price of training, on any card", (
+    "estimate": ("estimate memory, tokens/s, minutes and price of training, on a listed card", (
         ("--profile", "P", "llama-8b", f"{', '.join(PROFILES)} (default: llama-8b)"),
         ("--model", "OWNER/NAME|DIR", "", "another Llama, or the path of its config.json"),
         ("--gpu", "CARD", "T4", "T4, L4, A10G, A100-40, A100-80, H100, H200, RTX 4090 or CPU"),

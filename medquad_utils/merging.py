@@ -244,12 +244,12 @@ def distance(expected: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 
 def saved_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of weights that ``save`` writes; for a peft model, of the adapter alone."""
+    """Count the bytes of a published model's weights; of an adapter, which is kept in 32 bits."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return sum(measured_memory(model).values())
-    return sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
+    return sum(4 * p.numel() for name, p in model.named_parameters() if ".lora_" in name)
 
 
 TABLE = {  # field of a ``Drift`` -> column

@@ -270,7 +270,8 @@ class Guard:
                 except StopIteration as end:
                     text = end.value.text
                     notes = dose_notes(text, lambda: cite(self.index, question, text)[1])
-                    notice = "\n".join(["\n", *notes, NOTICE])
+                    origin = filter(None, [self.plan.origin])
+                    notice = "\n".join(["\n", *notes, NOTICE, *origin])
                     yield notice, "stop" if end.value.stopped else "length"
         except Exception as error:  # of the model, or of the archive: the server goes on
             print(f"medquad: an answer failed: {error!r}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ os.environ["MEDQUAD_CACHE"] = os.devnull
 
 import trl.trainer.sft_trainer
 from conftest import tiny
+from tqdm import tqdm
 
 from medquad_utils import data, training
 from medquad_utils.profiles import Plan
@@ -44,6 +46,7 @@ def begin(folder: Path) -> int:
         with (folder / "log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        tqdm.set_lock(threading.RLock())  # of its own: a killed run may hold the one of all forks
         training.train(plan_of(folder))
         status = 0
     finally:

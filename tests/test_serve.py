@@ -170,7 +170,10 @@ def test_the_guarded_answer_is_the_models_with_the_notice(guard: serving.Guard) 
     talk = [rude, *asked["messages"], rude | {"role": "developer"}]
     for more, made in (({}, answer), ({"messages": talk}, answer), ({"max_tokens": 3}, cut)):
         (reply,) = post(guard, asked | more)
-        assert (reply.status_code, said(reply)) == (200, f"{made.text}\n\n{NOTICE}")
+        assert (reply.status_code, said(reply)) == (
+            200,
+            f"{made.text}\n\n{NOTICE}\n{guard.plan.origin}",
+        )
         reason = "stop" if made.stopped else "length"
         assert reply.json()["choices"][0]["finish_reason"] == reason
     assert answer.stopped and not cut.stopped
@@ -268,7 +271,10 @@ def test_a_dose_in_an_answer_is_marked(
 
     monkeypatch.setattr(generation, "stream", dose)
     (reply,) = post(guard, load.question("What are the treatments for gout?"))
-    assert said(reply) == f"Take 300 mg.\n\n300 mg: no source for this number\n{NOTICE}"
+    assert (
+        said(reply)
+        == f"Take 300 mg.\n\n300 mg: no source for this number\n{NOTICE}\n{guard.plan.origin}"
+    )
 
 
 def test_a_full_queue_refuses_and_the_places_come_back(guard: serving.Guard) -> None:

@@ -29,6 +29,8 @@ ex_08_2 = Exercise(TEXTS,
     (("98 seconds", _RUN), [], [(["98"], "98 and 98.0 are the same number.")]),
     (("ROUGE-L 0.61", _RUN), ["0.61"], [([], "0.61 is near 0.6167: nearness is no proof.")]),
     (("0.5 of 3 in 0.62", _RUN), ["0.5", "3"], [(["3", "0.5"], "Keep the order of the text.")]),
+    (("7, 0.62 and 8.", {"a": 7, "b": 0.6167, "c": 8}), [], [
+        (["7,"], "A comma that ends a clause is no part of a number.")]),
     (("no numbers here", _RUN), [], [(["0"], "A text without numbers has no unproven one.")]),
 ], "Right: every number of an honest card comes from a file.")  # fmt: skip
 
