@@ -16,24 +16,14 @@ from medquad_utils import CourseError, __version__, atomic, files, machine, prof
 from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
 HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
-RUNS = (
-    "--runs",
-    "DIR",
-    "",
-    "folder of the results (default: $MEDQUAD_OUT, or runs in the checkout)",
-)
+RUNS = ("--runs", "DIR", "", "folder of the results (default: $MEDQUAD_OUT, or runs)")
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
 SHARED = (PROFILE, MODEL, RUNS)  # of commands that use an adapter
 NEW = (PROFILE, ("--model", "OWNER/NAME|DIR", "", "the base (default: the profile's)"), RUNS)
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
 SOURCE = f"{', '.join(SOURCES)} (default: "
-DATA_PATH = (
-    "--data-path",
-    "PATH",
-    "",
-    "xml: a folder; hub: OWNER/NAME; others: a file or a folder of files",
-)
+DATA_PATH = ("--data-path", "PATH", "", "xml: folder; hub: OWNER/NAME; others: file or folder")
 QUESTION = ("question", None, "", "in quotes")
 
 
@@ -338,13 +328,11 @@ def _ask(options: argparse.Namespace) -> None:
         evaluation.check_question(asked, tokenizer, context, plan.max_new_tokens)
         given = yield from generation.stream(model, tokenizer, asked, plan.max_new_tokens)
         yield "\n".join(["\n", NOTICE, *filter(None, [plan.origin])])
-        yield from (
-            f"\n{note}"
-            for note in retrieval.dose_notes(
-                given.text,
-                lambda: retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1],
-            )
-        )
+
+        def look_up() -> list[retrieval.Support]:
+            return retrieval.cite(evaluation.archive_of_run(plan), asked, given.text)[1]
+
+        yield from (f"\n{note}" for note in retrieval.dose_notes(given.text, look_up))
 
     _show(options.question, answer)
 

@@ -27,11 +27,12 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation, machine
+from medquad_utils.adapters import adapter_record
 from medquad_utils.atomic import whole_file
 from medquad_utils.chat import NOTICE, THREE_QUESTIONS, tidy_question
 from medquad_utils.data import HUB_DATASET
 from medquad_utils.evaluation import adapted, check_question, whole_archive
-from medquad_utils.files import ASSETS, read_json
+from medquad_utils.files import ASSETS
 from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
@@ -183,9 +184,7 @@ class Bot:
 def load(plan: Plan, adapter: Path | None = None) -> Bot:
     """Load the tuned model and its archive; ``adapter`` may hold a merged model instead."""
     folder = adapter or plan.folder / "adapter"
-    if (
-        folder / "config.json"
-    ).is_file():  # a whole model, which medquad publish makes of a base that is not on the Hub
+    if (folder / "config.json").is_file():  # a whole model: its base was not on the Hub
         plan = replace(plan, model_path=str(folder))
         model = generation.load_base(plan, quantized=plan.device == "cuda")
     else:
@@ -364,8 +363,7 @@ def serve_space(repo: str, profile: str, model: str = "") -> None:
     from huggingface_hub import snapshot_download
 
     folder, plan = Path(snapshot_download(repo)), resolve(profile, model=model)
-    if (config := folder / "adapter_config.json").is_file():
-        plan = replace(plan, revision=read_json(config).get("revision") or plan.revision)
+    plan = replace(plan, revision=adapter_record(folder).get("revision") or plan.revision)
     serve(load(plan, folder), "0.0.0.0", int(os.environ.get("GRADIO_SERVER_PORT", PORT)))
 
 

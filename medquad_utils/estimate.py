@@ -287,11 +287,8 @@ def estimate(
     shape, shortest = plan.shape, plan.sized.max_length // 4
     longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
     with suppress(CourseError):
-        longest, pack, checkpoint = (
-            plan.fit.max_length,
-            plan.fit.pack_length,
-            int(plan.fit.checkpointing),
-        )
+        fit = plan.fit
+        longest, pack, checkpoint = fit.max_length, fit.pack_length, int(fit.checkpointing)
     length = length or (pack if packing else longest)
     micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
     longest = min(longest, length) if packing else length  # longer rows are left out

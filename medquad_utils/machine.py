@@ -103,10 +103,9 @@ def _told(error: Exception) -> str:
     about_network = re.search(r"(?i)\bprox|socks|certificat|\bssl|\burl|no such file", str(error))
     if about_network and (steering := network_settings()):
         return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return reason(error)
     if isinstance(error, OSError) and error.errno:
-        return f"{error.strerror}."
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return reason(error) if full else f"{error.strerror}."
     log = Path(tempfile.gettempdir()) / f"{PACKAGE}-error.log"
     with suppress(OSError):
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -469,16 +468,17 @@ Answer = tuple[bool, str, str]  # whether all is well, what was found, the next 
 Check = tuple[str, str, Callable[[], str | Answer]]  # what, the state if not well, the check
 
 
-def in_checkout() -> bool:
-    """Return whether the files of the repository are here, not the package alone."""
-    return ((checkout() or REPO) / "constraints.txt").is_file()
+def _of_repository(*names: str) -> Path:
+    """Name a file of the repository, which is not there if the package alone is installed."""
+    return (checkout() or REPO).joinpath(*names)
 
 
 def doctor(more: Sequence[Check] = ()) -> list[Finding]:
     """Check what a class on ``tiny`` needs, then ``more``. A check returns a text, or raises."""
+    cloned = _of_repository("constraints.txt").is_file()
     checks: list[Check] = [
         ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
-        *([("tested", WARNING, _tested), ("memory", PROBLEM, _memory)] if in_checkout() else []),
+        *([("tested", WARNING, _tested), ("memory", PROBLEM, _memory)] if cloned else []),
         ("Hub", WARNING, _hub), ("disk", PROBLEM, _disk),
         *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS), *more,
     ]  # fmt: skip
@@ -523,7 +523,7 @@ def _packages() -> Answer:
 
 
 def _tested() -> Answer:
-    pins = ((checkout() or REPO) / "constraints.txt").read_text(encoding="utf-8")
+    pins = _of_repository("constraints.txt").read_text(encoding="utf-8")
     tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE))
     others = [f"{name} {version} (tested: {tested[name]})" for name in tested
               if (version := _installed(name)) not in ("", tested[name])]  # fmt: skip
@@ -541,7 +541,7 @@ def _hub() -> Answer:
 def _memory() -> Answer:
     import psutil
 
-    timings = read_json((checkout() or REPO) / "notebooks" / "timings.json")  # of the last full run
+    timings = read_json(_of_repository("notebooks", "timings.json"))  # of the last full run
     need = max(lesson["peak_gb"] for lesson in timings.values()) + BESIDE_GB
     free = psutil.virtual_memory().available / 1e9
     text = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (largest lesson and a browser)"

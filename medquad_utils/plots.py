@@ -84,16 +84,16 @@ def _said(values: Any) -> str:
         return values
     if isinstance(values, tuple) and len(values) == 3:
         form = "{} (no interval)" if values[1] is None else "{} [{}, {}]"
-        return form.format(*(None if v is None else _figures(v) for v in values))
+        return form.format(*(None if v is None else _digits(v) for v in values))
     several = numpy.asarray(values, dtype=float)
     if several.size == 1:
-        return _figures(several.item())
-    return f"({several.size} values from {_figures(several.min())} to {_figures(several.max())})"
+        return _digits(several.item())
+    return f"({several.size} values from {_digits(several.min())} to {_digits(several.max())})"
 
 
-def _figures(value: float) -> str:
-    """Write three figures, or all of a large number: "1,024", never "1.02e+03"."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _digits(value: float, most: int = 3) -> str:
+    """Write ``most`` digits, or all of a large number: "1,024", never "1.02e+03"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{most}g}"
 
 
 # One meaning, one colour through the course: by the beginning of a series' name.
@@ -326,7 +326,7 @@ def curves(
         dash = "none" if name in points else DASHES[number % 4]
         ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
         said = "from {1} at {0} to {3} at {2}"
-        ends[name] = said.format(*map(_figures, (*values[0], *values[-1])))
+        ends[name] = said.format(*map(_digits, (*values[0], *values[-1])))
     whole = all(float(place).is_integer() for values in series.values() for place, _ in values)
     ax.xaxis.get_major_locator().set_params(integer=whole)  # no step 2.5
     _finish(ax, title, ends, x, y)
@@ -526,6 +526,4 @@ class Table:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "✓" if value else "✗"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+    return _digits(value, 4) if isinstance(value, float) else str(value)

@@ -231,10 +231,11 @@ class Plan:
         each = f", in each of {self.processes} processes" if self.processes > 1 else ""
         others = f"this process takes 1 of {self.gpus}; to train on more: {self.launch}"
         try:
-            step = f"{self.fit.accumulation} x {self.fit.pack_length} tokens, "
-            step += f"packed with rows of up to {self.fit.max_length}{each}"
-            memory = f"{self.fit.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
-            again = ", activation checkpointing" if self.fit.checkpointing else ""
+            fit = self.fit
+            step = f"{fit.accumulation} x {fit.pack_length} tokens, "
+            step += f"packed with rows of up to {fit.max_length}{each}"
+            memory = f"{fit.memory_gb:.2f} GB of {self.card_gb:.0f} GB"
+            again = ", activation checkpointing" if fit.checkpointing else ""
             again += ", FlashAttention on packed rows" if self.attention == VARLEN else ""
         except CourseError as error:  # a machine too small to train may still ask and serve
             step, memory, again = "none: this machine cannot train it", str(error), ""

@@ -348,7 +348,8 @@ def scan(folder: Path, repo: str) -> None:
     with suppress(OSError, KeyError):  # a container without a user database
         if len(user := getpass.getuser()) > 2 and user.lower() not in COMMON:
             named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
-            words |= {} if re.search(named, repo) else {"your user name": named}  # public anyway
+            if not re.search(named, repo):  # else it is public anyway
+                words["your user name"] = named
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):

@@ -60,9 +60,8 @@ def list_files(path: Path, endings: Collection[str]) -> list[Path]:
     """List the file, or the files below a folder, that have one of the endings, in any case."""
     # Hidden files and folders are left out: macOS and Jupyter keep copies in some.
     below = sorted(path.rglob("*")) if path.is_dir() else [path]
-    hidden = [any(p.startswith(".") for p in file.relative_to(path).parts) for file in below]
-    pairs = zip(below, hidden, strict=True)
-    return [f for f, hides in pairs if not hides and f.is_file() and _ending(f) in endings]
+    shown = (f for f in below if not any(p.startswith(".") for p in f.relative_to(path).parts))
+    return [file for file in shown if file.is_file() and _ending(file) in endings]
 
 
 def _ending(path: Path) -> str:

@@ -245,17 +245,18 @@ def test_a_failing_model_is_a_message_and_the_server_goes_on(
     assert post(guard, asked)[0].status_code == 200
 
 
+def says_a_dose(*_: Any) -> Any:
+    yield "Take 300 mg."
+    return generation.Answer("Take 300 mg.", 4, True)
+
+
 def test_an_archive_that_cannot_be_read_ends_the_answer(
     guard: serving.Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dose(*_: Any) -> Any:
-        yield "Take 5 mg."
-        return generation.Answer("Take 5 mg.", 4, True)
-
     def damaged(plan: Any) -> Any:
         raise CourseError("data.json is damaged")
 
-    monkeypatch.setattr(generation, "stream", dose)
+    monkeypatch.setattr(generation, "stream", says_a_dose)
     monkeypatch.setattr(serving, "archive_of_run", damaged)
     fresh = serving.Guard(guard.plan, guard.model, guard.tokenizer)
     (reply,) = post(fresh, load.question("What are the treatments for gout?"))
@@ -265,11 +266,7 @@ def test_an_archive_that_cannot_be_read_ends_the_answer(
 def test_a_dose_in_an_answer_is_marked(
     guard: serving.Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dose(*_: Any) -> Any:
-        yield "Take 300 mg."
-        return generation.Answer("Take 300 mg.", 4, True)
-
-    monkeypatch.setattr(generation, "stream", dose)
+    monkeypatch.setattr(generation, "stream", says_a_dose)
     (reply,) = post(guard, load.question("What are the treatments for gout?"))
     assert (
         said(reply)
