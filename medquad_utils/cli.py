@@ -6,7 +6,6 @@ import argparse
 import functools
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -461,7 +460,3 @@ def _estimate(options: argparse.Namespace) -> None:
         bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
         plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
         print(f"\nwritten: {options.out}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -77,8 +77,6 @@ def guarded(work: Callable[[], int]) -> int:
         return status
     except BrokenPipeError:  # head or less has read enough
         message, status = "", 141
-    except KeyboardInterrupt:
-        message, status = "stopped; files that were written are complete.", 130
     except Exception as error:
         message, status = _told(error), 1
     first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes

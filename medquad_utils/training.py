@@ -458,4 +458,4 @@ def run(plan: Plan) -> None:
 
 
 if __name__ == "__main__":  # each process of a launcher is a ``medquad train``, with its options
-    sys.exit(importlib.import_module("medquad_utils.cli").main(["train", *sys.argv[1:]]))
+    sys.exit(importlib.import_module("medquad_utils.__main__").main(["train", *sys.argv[1:]]))

@@ -185,6 +185,15 @@ def test_doctor_finds_all_problems(tmp_path: Path, monkeypatch: Patch, capsys: C
     assert re.search(rf"(?m)^warning  port {port}  taken\n +-> do this$", found)
 
 
+def test_ctrl_c_while_python_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")  # imported before the real one
+    command = [sys.executable, "-m", "medquad_utils", "doctor"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    said = "medquad: stopped; files that were written are complete.\n"
+    assert (done.returncode, done.stderr) == (130, said)
+
+
 @pytest.mark.full  # a process of its own: it reads user, home and backend at its start
 def test_a_nameless_user_an_odd_folder_and_a_notebooks_backend_work(trained_adapter: Path) -> None:
     odd, runs = "Mes données (été) #1 [a] 100%20 'q' \"", ["--profile", "tiny", "--runs"]
