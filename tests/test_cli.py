@@ -72,7 +72,7 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     (["data", "--seed", "1e5"], "--seed=1e5: expected a whole number"),
     (["data", "--without", "spelling"], "no cleaning rule 'spelling': there are link list, pheno"),
     (["data", "--specialty", "magic"], "no specialty 'magic': there are cardiology, oncology"),
-    (["data", "--out", "a file/data"], "cannot write to data: Not a directory. A file is in the"),
+    (["data", "--out", "a file/data"], "cannot write to data: Not a directory. Check path, ri"),
     (["estimate", "--price", "nan"], "--price=nan: expected a number"),
     (["data", "--sead", "1"], "arguments: --sead 1 (all options: medquad data --help)"),
     (["train", "--data", "mine.csv"], "arguments: --data mine.csv (all options: medquad train"),
@@ -230,7 +230,7 @@ def test_one_bad_input_of_every_kind_is_refused() -> None:
 
 @pytest.mark.parametrize(("error", "said"), [
     (OSError(12, "Cannot allocate memory"), "Cannot allocate memory."),
-    (OSError(28, "No space left on device"), "No space left on device. Free some space"),
+    (OSError(28, "No space left on device"), "No space left on device."),
     (ValueError("expected approximately 3 rows"), "unexpected ValueError: expected approximately"),
     (ValueError("proxy refused"), "proxy refused (the environment sets HTTPS_PROXY)"),
 ])  # fmt: skip

@@ -411,11 +411,10 @@ def test_an_adapter_is_saved_whole(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     file.write_bytes(b"older")
     extra.touch()
     before = {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")}
-    for error, todo in ((28, "Free some space"), (13, "Ask for the right to write")):
-        failing = Mock(side_effect=OSError(error, "No"))
-        with monkeypatch.context() as patch, pytest.raises(CourseError, match=rf"No\. {todo}, or"):
-            patch.setattr(run.trainer.processing_class, "save_pretrained", failing)
-            training.save_adapter(run.plan, run.trainer)  # breaks after the weights
+    failing = Mock(side_effect=OSError(28, "No"))
+    with monkeypatch.context() as patch, pytest.raises(CourseError, match=r"No\. Check .*space"):
+        patch.setattr(run.trainer.processing_class, "save_pretrained", failing)
+        training.save_adapter(run.plan, run.trainer)  # breaks after the weights
     assert {path: path.read_bytes() for path in run.plan.folder.rglob("*.*")} == before
     assert training.save_adapter(run.plan, run.trainer) == file.parent
     assert not extra.exists()
