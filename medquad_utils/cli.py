@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -211,55 +210,10 @@ def _check_out(path: Path | None, suffix: str) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medquad_utils.machine import PROBLEM, WARNING
-
-    @functools.cache  # it asks the Hub, and one answer is enough
-    def auto() -> Plan:
-        return profiles.resolve("auto")
-
-    def takes() -> str:
-        return f"takes {auto().profile} ({auto().why.removeprefix('auto: ')})"
-
-    findings = machine.doctor([
-        ("lessons", WARNING, _lessons), ("model", PROBLEM, _answers),
-        ("fetched", PROBLEM, _fetched), ("auto", PROBLEM, takes),
-    ])  # fmt: skip
-    print(*findings, sep="\n")
-    with suppress(Exception):  # a finding says why
-        print(f"\n{auto()}")
-    problems, warnings = (sum(f.state == s for f in findings) for s in (PROBLEM, WARNING))
-    print(f"\n{'not ready' if problems else 'ready'} for class: "
-          f"{problems} problems, {warnings} warnings")  # fmt: skip
-    return int(problems > 0)
-
-
-def _lessons() -> machine.Answer:
-    from medquad_utils import course
-
-    changed, count = course.changed(), len(course.lessons())
-    text = f"changed since their outputs were made: {', '.join(changed)}"
-    todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
-    return not changed, text if changed else f"{count} lessons", todo
-
-
-def _answers() -> str:
-    from medquad_utils import generation
+    from medquad_utils import doctor
 
     _silence()
-    plan = profiles.resolve("tiny")
-    model, tokenizer = generation.load_base(plan), generation.load_tokenizer(plan)
-    generation.ask(model, tokenizer, ["What is asthma?"], 1)
-    return "the embedded model loads in 4 bits and answers"
-
-
-def _fetched() -> str:
-    small = PROFILES["small"]
-    texts = "{0} is not here (to get it: medquad fetch {0})", "{0} is here"
-    here = {
-        "small": machine.is_here(small.model_id, small.revision),
-        "medquad": bool(machine.fetched("MedQuAD")),
-    }
-    return ", ".join(texts[there].format(what) for what, there in here.items())
+    return int(not doctor.report())
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -11,14 +11,13 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 import sysconfig
 import tempfile
 import timeit
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +25,11 @@ from typing import Any
 
 from medquad_utils import CourseError
 from medquad_utils.atomic import reason
-from medquad_utils.files import read_json, user_path
+from medquad_utils.files import user_path
 
 PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
 KAGGLE = Path("/kaggle/working")  # what Kaggle keeps of a session: "Save Version"
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
-BESIDE_GB = 1.0  # RAM of a browser and JupyterLab beside a lesson's kernel
-DISK_GB = 1.0  # tiny's results take 0.1 GB; lessons 05 and 08 write a merged model for a while
-PORTS = {
-    8888: "JupyterLab takes the next free one: read the address that it prints",
-    7860: "start the chat with: medquad demo --port 7861",
-}
 
 
 @dataclass(frozen=True)
@@ -443,126 +435,6 @@ def versions() -> dict[str, str]:
     """Return the installed versions of Python and of the main packages."""
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
     return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
-
-
-# ---- doctor: is this machine ready for a class on the tiny profile? ------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check: ``state`` is ok, warning or problem; ``todo`` is the next step."""
-
-    what: str
-    state: str
-    text: str
-    todo: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.state:<7}  {self.what:<9}  {self.text}"
-        return f"{line}\n{'':<20}-> {self.todo}" if self.todo else line
-
-
-Answer = tuple[bool, str, str]  # whether all is well, what was found, the next step if not
-Check = tuple[str, str, Callable[[], str | Answer]]  # what, the state if not well, the check
-
-
-def _of_repository(*names: str) -> Path:
-    """Name a file of the repository, which is not there if the package alone is installed."""
-    return (checkout() or REPO).joinpath(*names)
-
-
-def doctor(more: Sequence[Check] = ()) -> list[Finding]:
-    """Check what a class on ``tiny`` needs, then ``more``. A check returns a text, or raises."""
-    cloned = _of_repository("constraints.txt").is_file()
-    checks: list[Check] = [
-        ("device", PROBLEM, _device), ("packages", PROBLEM, _packages),
-        *([("tested", WARNING, _tested), ("memory", PROBLEM, _memory)] if cloned else []),
-        ("Hub", WARNING, _hub), ("disk", PROBLEM, _disk),
-        *((f"port {n}", WARNING, functools.partial(_port, n)) for n in PORTS), *more,
-    ]  # fmt: skip
-    findings = []
-    for what, state, check in checks:
-        try:
-            answer = check()
-            well, text, todo = (True, answer, "") if isinstance(answer, str) else answer
-        except Exception as error:  # a broken package or file raises anything
-            kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
-            well, state, text, todo = False, PROBLEM, kind + str(error).partition("\n")[0], ""
-        findings.append(Finding(what, OK if well else state, text, "" if well else todo))
-    return findings
-
-
-def _device() -> str:
-    found = detect()
-    number = f"bf16 is {'faster' if found.bf16_cpu else 'not faster'} than fp32"
-    if found.capability:
-        number = "CUDA capability {}.{}".format(*found.capability)
-    return f"{found.device}: {found.name}, {found.memory_gb:.0f} GB, {found.cores} cores, {number}"
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name).partition("+")[0]  # 2.13.0 of 2.13.0+cpu
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _packages() -> Answer:
-    from packaging.requirements import Requirement
-
-    lines = importlib.metadata.requires(PACKAGE) or ()
-    needs = [Requirement(line) for line in lines if "extra ==" not in line]
-    have = {need.name: _installed(need.name) for need in needs}
-    wrong = [n for n in needs if not (v := have[n.name]) or not n.specifier.contains(v, True)]
-    listed = [f"{n.name} {have[n.name] or 'is missing'}, expected {n.specifier}" for n in wrong]
-    good = f"Python {platform.python_version()} and {len(needs)} packages are in range"
-    todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
-    return not wrong, "; ".join(listed) or good, todo
-
-
-def _tested() -> Answer:
-    pins = _of_repository("constraints.txt").read_text(encoding="utf-8")
-    tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE))
-    others = [f"{name} {version} (tested: {tested[name]})" for name in tested
-              if (version := _installed(name)) not in ("", tested[name])]  # fmt: skip
-    good = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return not others, ", ".join(others) or good, "install the tested versions: make course"
-
-
-def _hub() -> Answer:
-    if not hub_reachable():
-        return False, "out of reach", "profile tiny needs no network, the others do"
-    token = "set" if hub_token() else token_gap() or "not set, which only a Llama needs"
-    return True, f"reachable; HF_TOKEN: {token}", ""
-
-
-def _memory() -> Answer:
-    import psutil
-
-    timings = read_json(_of_repository("notebooks", "timings.json"))  # of the last full run
-    need = max(lesson["peak_gb"] for lesson in timings.values()) + BESIDE_GB
-    free = psutil.virtual_memory().available / 1e9
-    text = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (largest lesson and a browser)"
-    return free >= need, text, "close other programs and notebooks"
-
-
-def _disk() -> Answer:
-    out = Path(default_out())
-    place = next(p for p in (out, *out.parents) if p.exists())
-    free, todo = shutil.disk_usage(place).free / 1e9, "set MEDQUAD_OUT to another folder of yours"
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        return False, f"{out.name}/ cannot be written ({error.strerror})", todo
-    return free >= DISK_GB, f"{free:.1f} GB free in {out.name}/, {DISK_GB:.1f} GB needed", todo
-
-
-def _port(number: int) -> Answer:
-    try:
-        socket.create_server(("127.0.0.1", number)).close()
-    except OSError:
-        return False, "taken", PORTS[number]
-    return True, "free", ""
 
 
 def direct_loopback() -> None:

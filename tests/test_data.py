@@ -635,7 +635,7 @@ def test_parquet_that_is_torn_missing_or_no_rows_says_how_to_make_it_again(tmp_p
     write_table(tmp_path / "empty.parquet", [row(answer=None)])
     torn = write_table(tmp_path / "torn.parquet", diseases(100))
     torn.write_bytes(torn.read_bytes()[:-100])
-    foreign = "row 1 is not one of medquad data"
+    foreign = "its columns are not those of medquad data"
     for name, why in {"torn": "", "none": "", "other": foreign, "empty": foreign}.items():
         with pytest.raises(CourseError, match=rf"cannot read {name}\.p.*{why}.* lesson 01 again"):
             files.read_rows(tmp_path / f"{name}.parquet")

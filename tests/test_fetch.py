@@ -131,7 +131,7 @@ def test_the_real_base_answers_from_the_command_line(
     assert words & {"breathing", "lungs", "airways"}, "it knows what asthma is"
     assert fetch.Q4_1 in answer
     assert cli.main(["doctor"]) == 0
-    assert "small is here" in capsys.readouterr().out
+    assert "fetched    small" in capsys.readouterr().out
 
 
 @pytest.mark.full

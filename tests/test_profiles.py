@@ -282,8 +282,8 @@ ORDER = """
 medquad_utils atomic files memory machine profiles attention assets assets.sample chat cleaning
 splits specialties tables data fetch reference retrieval scores safety estimate quantization lora
 plots checks adapters generation preflight training specialise
-evaluation report merging explanation publishing serving demo course
-cli"""
+evaluation report merging explanation publishing serving demo course doctor
+cli __main__"""
 
 
 def place(module: str) -> str:

@@ -1,0 +1,151 @@
+"""``medquad doctor``: is this machine ready for a class on the profile ``tiny``?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from medquad_utils import CourseError, atomic, course, machine, profiles
+from medquad_utils.files import read_json
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+BESIDE_GB = 1.0  # RAM of a browser and JupyterLab beside a lesson's kernel
+DISK_GB = 1.0  # tiny's results take 0.1 GB; lessons 05 and 08 write a merged model for a while
+PORTS = {
+    8888: "JupyterLab takes the next free one: read the address that it prints",
+    7860: "start the chat with: medquad demo --port 7861",
+}
+Finding = tuple[bool, str, str]  # whether all is well, what was found, the next step if not
+
+
+def report() -> bool:
+    """Print a finding for each check, and a verdict; return whether a class can begin."""
+    ports = {f"port {n}": (WARNING, lambda n=n: _port(n)) for n in PORTS}
+    states = Counter(_print(what, *check) for what, check in (ports | CHECKS).items())
+    verdict = "not ready" if states[PROBLEM] else "ready"
+    print(f"\n{verdict} for class: {states[PROBLEM]} problems, {states[WARNING]} warnings")
+    return not states[PROBLEM]
+
+
+def _print(what: str, bad: str, check: Callable[[], Finding]) -> str:
+    """Run a check and print what it found; return its state, ``bad`` if not all is well."""
+    try:
+        well, text, todo = check()
+    except Exception as error:  # a broken package or file raises anything
+        kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
+        well, bad, text, todo = False, PROBLEM, kind + str(error).partition("\n")[0], ""
+    state = OK if well else bad
+    print(f"{state:<7}  {what:<9}  {text}")
+    if todo and not well:
+        print(f"{'':<20}-> {todo}")
+    return state
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]  # 2.13.0 of 2.13.0+cpu
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _packages() -> Finding:
+    from packaging.requirements import Requirement
+
+    lines = importlib.metadata.requires(machine.PACKAGE) or ()
+    needs = [Requirement(line) for line in lines if "extra ==" not in line]
+    have = {need.name: _installed(need.name) for need in needs}
+    wrong = [
+        need for need in needs
+        if have[need.name] == "missing" or not need.specifier.contains(have[need.name], True)
+    ]  # fmt: skip
+    good = f"Python {platform.python_version()} and {len(needs)} packages are in range"
+    listed = [f"{need.name} is {have[need.name]}, expected {need.specifier}" for need in wrong]
+    todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
+    return not wrong, "; ".join(listed) or good, todo
+
+
+def _tested() -> Finding:
+    pins = (course.notebooks_folder().parent / "constraints.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE))
+    have = {name: _installed(name) for name in pinned}
+    others = [
+        f"{name} {have[name]} (tested: {version})"
+        for name, version in pinned.items() if have[name] not in ("missing", version)
+    ]  # fmt: skip
+    good = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+    return not others, ", ".join(others) or good, "install the tested versions: make course"
+
+
+def _memory() -> Finding:
+    import psutil
+
+    timings = read_json(course.notebooks_folder() / "timings.json")
+    need = max(lesson["peak_gb"] for lesson in timings.values()) + BESIDE_GB
+    free = psutil.virtual_memory().available / 1e9
+    text = f"{free:.1f} GB of RAM free, {need:.1f} GB needed (largest lesson and a browser)"
+    return free >= need, text, "close other programs and notebooks"
+
+
+def _hub() -> Finding:
+    if not machine.hub_reachable():
+        return False, "out of reach", "profile tiny needs no network, the others do"
+    no_token = machine.token_gap() or "not set, which only a Llama needs"
+    return True, f"reachable; HF_TOKEN: {'set' if machine.hub_token() else no_token}", ""
+
+
+def _disk() -> Finding:
+    out = Path(machine.default_out())
+    atomic.check_place(out)
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
+    text = f"{free:.1f} GB free in {out.name}/, {DISK_GB:.1f} GB needed"
+    return free >= DISK_GB, text, "set MEDQUAD_OUT to another folder of yours"
+
+
+def _port(number: int) -> Finding:
+    try:
+        socket.create_server(("127.0.0.1", number)).close()
+    except OSError:
+        return False, "taken", PORTS[number]
+    return True, "free", ""
+
+
+def _lessons() -> Finding:
+    changed, count = course.changed(), len(course.lessons())
+    text = f"changed since their outputs were made: {', '.join(changed)}"
+    todo = "git checkout notebooks, or stamp your own changes: python tests/stamp.py"
+    return not changed, text if changed else f"{count} lessons", todo
+
+
+def _model() -> Finding:
+    from medquad_utils import generation
+
+    plan = profiles.resolve("tiny")
+    loaded, tokenizer = generation.load_base(plan), generation.load_tokenizer(plan)
+    generation.ask(loaded, tokenizer, ["What is asthma?"], 1)
+    return True, "the embedded model loads in 4 bits and answers", ""
+
+
+def _fetched() -> Finding:
+    small = profiles.PROFILES["small"]
+    names = ["small"] if machine.is_here(small.model_id, small.revision) else []
+    names += ["medquad"] if machine.fetched("MedQuAD") else []
+    return True, f"{', '.join(names) or 'nothing'} (to get: medquad fetch small, or medquad)", ""
+
+
+def _auto() -> Finding:
+    plan = profiles.resolve("auto")
+    return True, f"takes {plan.profile}\n\n{plan}", ""
+
+
+# What -> the state if it is not well, the check. A check that raises is a problem.
+CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
+    "packages": (PROBLEM, _packages), "tested": (WARNING, _tested), "memory": (PROBLEM, _memory),
+    "Hub": (WARNING, _hub), "disk": (PROBLEM, _disk), "lessons": (WARNING, _lessons),
+    "model": (PROBLEM, _model), "fetched": (PROBLEM, _fetched), "auto": (PROBLEM, _auto),
+}  # fmt: skip
