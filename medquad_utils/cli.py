@@ -6,6 +6,7 @@ import argparse
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -227,22 +228,19 @@ def _run(options: argparse.Namespace) -> None:
 
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
-    parameters = dict(pairs := [pair.split("=", 1) for pair in options.p])
     given = {"model": options.model, "out": options.runs, "profile": options.profile}
-    names = [
-        *(name for name, _ in pairs),
-        *(n for n, v in given.items() if v not in (None, "", "auto")),
+    pairs = [pair.split("=", 1) for pair in options.p]
+    pairs += [
+        [name, str(value)] for name, value in given.items() if value not in ("", None, "auto")
     ]
-    if len(names) > len(set(names)):
-        twice = next(name for name in names if names.count(name) > 1)
+    parameters = dict(pairs)
+    if len(parameters) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise CourseError(f"parameter {twice} is given twice: keep one value.")
-    parameters |= {"model": options.model} if options.model else {}
     only = [number for number in options.only.split(",") if number.strip()]
-    if options.only and not only:
-        raise CourseError(f"--only {options.only!r}: expected numbers of lessons, such as 02,04.")
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")
-    course.run(options.profile, only, parameters, options.runs, options.reference)
+    course.run(parameters, only, options.reference)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import threading
 import time
 import warnings
@@ -17,10 +16,10 @@ from typing import Any
 import psutil
 
 from medquad_utils import CourseError, plots, reference
-from medquad_utils.atomic import locked, whole_file
+from medquad_utils.atomic import check_ours, locked, whole_file
 from medquad_utils.data import HUB
 from medquad_utils.files import read_json, user_path, value_hash
-from medquad_utils.machine import default_out
+from medquad_utils.machine import checkout, default_out
 from medquad_utils.profiles import number, resolve
 from medquad_utils.specialties import SPECIALTIES
 
@@ -39,10 +38,8 @@ class Result:
 
 def notebooks_folder() -> Path:
     """Find ``notebooks/`` in the checkout around the package, or around the working folder."""
-    here = Path.cwd()
-    for root in (Path(__file__).parent.parent, here, *here.parents):
-        if list((root / "notebooks").glob("0*_*.ipynb")):
-            return root / "notebooks"
+    if root := checkout(Path(__file__).parents[1]):
+        return root / "notebooks"
     raise CourseError(
         "no notebooks/ folder found: run this inside a clone of the course's repository."
     )
@@ -64,10 +61,10 @@ def title(notebook: Path) -> str:
 
 def parameters_of(notebook: Path) -> dict[str, str]:
     """Read name -> default (as written) from the cell tagged ``parameters``."""
-    cells = read_json(notebook)["cells"]
-    tagged = [c["source"] for c in cells if "parameters" in c["metadata"].get("tags", ())]
-    source = "".join(map("".join, tagged))
-    return dict(re.findall(r"^(\w+)\s*=\s*([^#\n]*?)\s*(?:#.*)?$", source, re.MULTILINE))
+    import papermill
+
+    found = papermill.inspect_notebook(notebook)
+    return {name: parameter["default"] for name, parameter in found.items()}
 
 
 def source_hash(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -88,9 +85,8 @@ def changed() -> list[str]:
 
 
 def run(
-    profile: str = "auto", only: Sequence[str] = (), parameters: Mapping[str, str] | None = None,
-    out: str = "", keep: Path | None = None,
-) -> list[Result]:  # fmt: skip
+    parameters: Mapping[str, str], only: Sequence[str] = (), keep: Path | None = None
+) -> list[Result]:
     """Run the lessons in order, into ``<out>/<profile>/notebooks`` (notebooks and HTML pages).
 
     Print the plan, a headline of each lesson, and a table of times and memory. ``keep`` is a folder
@@ -101,12 +97,11 @@ def run(
     """
     chosen = lessons(only)
     if keep:
-        reference.check(keep)
-    values = _values(chosen, parameters or {})
-    values["out"] = str(user_path(out or values.get("out") or default_out()).resolve())
+        check_ours(keep / "reference.json", '"peak_gb"', *keep.glob("*"))
+    values = _values(chosen, parameters)
+    values["out"] = str(user_path(values.get("out") or default_out()).resolve())
     accepted = inspect.signature(resolve).parameters
-    settings = {"profile": profile} | {k: v for k, v in values.items() if k in accepted}
-    plan = resolve(**settings)
+    plan = resolve(**{name: value for name, value in values.items() if name in accepted})
     values["profile"] = plan.profile
     print(plan)
     if not only:
@@ -143,17 +138,15 @@ def _values(chosen: Sequence[Path], given: Mapping[str, str]) -> dict[str, Any]:
     return {name: _value(name, text, defaults[name]) for name, text in given.items()}
 
 
-def _value(name: str, text: str, default: str) -> str | int | float:
-    kind = type(ast.literal_eval(default))
-    if kind is not str:
-        return number(name, kind, text)  # type: ignore[no-any-return]
-    if name in ("data_path", "model", "out") and text:
-        path = user_path(text)
-        if name == "data_path" and not (path.exists() or text in HUB):
-            raise CourseError(f"{name}={text}: there is no such file or folder. Check the path.")
-        path = path.parent if path.name == "config.json" else path
-        if path.exists() if name != "model" else (path / "config.json").is_file():
-            return str(path.resolve())  # the kernels run in notebooks/, not here
+def _value(name: str, text: str, default: str) -> Any:
+    if (kind := type(ast.literal_eval(default))) is not str:
+        return number(name, kind, text)
+    if name not in ("data_path", "model") or not text:
+        return text
+    if (path := user_path(text)).exists():
+        return str(path.resolve())  # the kernels run in notebooks/, not here
+    if name == "data_path" and text not in HUB:
+        raise CourseError(f"data_path={text}: there is no such file or folder. Check the path.")
     return text
 
 
@@ -212,11 +205,7 @@ def _peak_memory() -> Iterator[list[float]]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Return papermill's settings for kernels of this Python, encrypted if possible.
-
-    Newer kernels warn without it.
-    """
-    import zmq
+    """Return papermill's settings for kernels of this Python, encrypted: newer ones warn else."""
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -225,8 +214,7 @@ def _kernels() -> dict[str, Any]:
     class Own(AsyncKernelManager):
         kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
-    able = zmq.has("curve") and "transport_encryption" in Own.class_trait_names()
-    config = Config({"KernelManager": {"transport_encryption": "auto"}} if able else {})
+    config = Config({"KernelManager": {"transport_encryption": "auto"}})
     return {"kernel_manager_class": Own, "config": config}
 
 

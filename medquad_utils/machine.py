@@ -27,7 +27,7 @@ from medquad_utils import CourseError
 from medquad_utils.atomic import reason
 from medquad_utils.files import user_path
 
-PACKAGE, REPO = "medquad-qlora", Path(__file__).parents[1]
+PACKAGE = "medquad-qlora"
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
 KAGGLE = Path("/kaggle/working")  # what Kaggle keeps of a session: "Save Version"
 
@@ -377,12 +377,10 @@ def token_gap() -> str:
     return _colab_gap or (missing if on_colab() else "")
 
 
-def checkout() -> Path | None:
-    """Return the root of the checkout around the working folder, if there is one."""
-    for root in (Path.cwd(), *Path.cwd().parents):
-        if (root / "medquad_utils").is_dir() and (root / "pyproject.toml").is_file():
-            return root
-    return None
+def checkout(*first: Path) -> Path | None:
+    """Return the root of the course's checkout: one of ``first``, or around the working folder."""
+    roots = (*first, Path.cwd(), *Path.cwd().parents)
+    return next((root for root in roots if list(root.glob("notebooks/0*_*.ipynb"))), None)
 
 
 def default_out() -> str:

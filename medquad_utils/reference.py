@@ -57,15 +57,6 @@ def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {YOURS: yours, label(about): about["data"]}
 
 
-def check(folder: Path) -> None:
-    """Check before a long run that ``folder`` may be replaced: new, empty or a reference run."""
-    if folder.exists() and not (folder / "reference.json").is_file() and any(folder.iterdir()):
-        raise CourseError(
-            f"--reference {folder}: it holds other files, and would be replaced. Name a new "
-            "folder, or that of an earlier reference run."
-        )
-
-
 def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float = 0) -> None:
     """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
 

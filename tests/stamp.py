@@ -277,7 +277,8 @@ def main(only: Sequence[str]) -> None:
     home = course.notebooks_folder()
     if list(only) == ["pages"]:
         return write_pages()
-    results = course.run("tiny", only, keep=None if only else reference.FOLDER / "tiny")
+    keep = None if only else reference.FOLDER / "tiny"
+    results = course.run({"profile": "tiny"}, only, keep)
     folder = Path(default_out()) / "tiny"
     for notebook, result in zip(course.lessons(only), results, strict=True):
         stamp(folder / "notebooks" / notebook.name, notebook, "tiny", result)

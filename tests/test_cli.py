@@ -53,7 +53,7 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     (["run", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),
     ([*RUN, "--only", "99"], "no lesson 99: there are 00, 01, 02, 03, 04, 05"),
     ([*RUN, "--only", "01", "--reference", "kept"], "--reference needs all lessons: leave --only"),
-    ([*RUN, "--reference", "."], "--reference .: it holds other files, and would be replaced"),
+    ([*RUN, "--reference", "."], "a file is there already, and medquad did not write it. Move"),
     ([*RUN, "-p", "temperatur=1"], "unknown parameter temperatur: the lessons take data_path"),
     ([*RUN, "-p", "source"], "'source': expected NAME=VALUE"),
     (["train", "--profile", "huge"], "unknown profile 'huge': expected auto, tiny, small"),

@@ -38,7 +38,7 @@ FREEZE = (REPO / "tests" / "fake_colab" / "pip-freeze.txt").read_text(encoding="
 COLAB = dict(line.split("==") for line in FREEZE.splitlines() if "==" in line)
 # The command line runs notebooks and the demo, and neither runs on Colab.
 NOT_ON_COLAB = {"jupyterlab", "papermill", "nbclient", "nbval", "gradio", "starlette", "gguf",
-                "kaggle_secrets", "jupyter_client", "traitlets", "zmq", "uvicorn"}  # fmt: skip
+                "kaggle_secrets", "jupyter_client", "traitlets", "uvicorn"}  # fmt: skip
 
 
 def code_cells(path: Path) -> list[Any]:

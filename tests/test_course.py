@@ -62,7 +62,7 @@ def test_a_lesson_runs_with_its_parameters_and_is_stamped(
     (other / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(other.parents[1]))
     path, before = toys / "01_toy.ipynb", (toys / "01_toy.ipynb").read_bytes()
-    (result,) = course.run("tiny", ["01"], {"rows": "12", "rate": "0.25"})
+    (result,) = course.run({"profile": "tiny", "rows": "12", "rate": "0.25"}, ["01"])
     assert (result.lesson, result.headline) == ("01 toy", "saw 12 rows at 0.25")
     assert result.seconds > 0 and result.peak_gb > 0
     assert path.read_bytes() == before, "a run does not touch the committed notebook"
@@ -82,7 +82,7 @@ def test_a_lesson_runs_with_its_parameters_and_is_stamped(
 def test_a_failed_cell_is_one_line_with_its_place_and_stops_the_run(toys: Path) -> None:
     said = r"^lesson 03 fail, cell 3: ValueError: too many  \(see 03_fail.ipynb in tiny/notebooks"
     with pytest.raises(CourseError, match=said):
-        course.run("tiny", ["03"])
+        course.run({"profile": "tiny"}, ["03"])
     kept = nbformat.read(toys.parent / "tiny" / "notebooks" / "03_fail.ipynb", as_version=4)
     assert kept.cells[-2].outputs[0].text == "before\n"
     assert kept.cells[-1].execution_count is None, "nothing runs after a failure"
@@ -91,7 +91,7 @@ def test_a_failed_cell_is_one_line_with_its_place_and_stops_the_run(toys: Path) 
 def test_a_full_disk_leaves_the_notebook_of_an_earlier_run(
     toys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    course.run("tiny", ["01"])
+    course.run({"profile": "tiny"}, ["01"])
     kept = toys.parent / "tiny" / "notebooks" / "01_toy.ipynb"
     before = kept.read_bytes()
 
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_notebook_of_an_earlier_run(
 
     monkeypatch.setattr(papermill.iorw.LocalHandler, "write", full)
     with pytest.raises(CourseError, match=r"cannot write 01_toy.ipynb: No space left"):
-        course.run("tiny", ["01"])
+        course.run({"profile": "tiny"}, ["01"])
     assert kept.read_bytes() == before
     assert {path.suffix for path in kept.parent.iterdir()} == {".ipynb", ".html"}
 
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_notebook_of_an_earlier_run(
 @pytest.mark.full  # a second process that is killed
 def test_a_killed_kernel_is_one_message_about_memory(toys: Path) -> None:
     with pytest.raises(CourseError, match=r"04 die: .*memory.*smaller profile"):
-        course.run("tiny", ["04"])
+        course.run({"profile": "tiny"}, ["04"])
 
 
 def test_a_mistake_in_a_notebook_is_one_line_and_a_bug_keeps_its_traceback() -> None:
