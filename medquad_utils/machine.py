@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import gc
 import importlib.metadata
@@ -13,7 +12,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 import timeit
 import traceback
 import warnings
@@ -52,33 +50,29 @@ class Hardware:
 def guarded(work: Callable[[], int]) -> int:
     """Run a command and return its exit status; whatever goes wrong is one line on stderr.
 
-    An error that nobody foresaw leaves its traceback in a log in the folder for temporary files.
+    Above the line of an error that nobody foresaw stands its traceback.
     """
-    for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is None:  # a service closed it
-            setattr(sys, name, io.StringIO())
-        elif isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
             stream.reconfigure(errors="backslashreplace")
+    first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes
+    status = 0
     try:
-        try:
+        with suppress(SystemExit):  # argparse, after --help
             _ = processes(), local_rank()  # a launcher's variables, before a library reads them
             status = work()
-        except SystemExit as stop:  # argparse: --help
-            status = int(stop.code or 0)
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
         return status
     except BrokenPipeError:  # head or less has read enough
-        message, status = "", 141
+        status = 141
     except Exception as error:
-        message, status = _told(error), 1
-    first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes
-    if message and first:
-        print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
+        status = 1
+        if first:
+            print(f"medquad: {' '.join(_told(error).split())}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # send the rest nowhere: Python would fail once more at its exit
-        with suppress(OSError, ValueError):  # no file behind it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
@@ -93,21 +87,14 @@ def _told(error: Exception) -> str:
     about_network = re.search(r"(?i)\bprox|socks|certificat|\bssl|\burl|no such file", str(error))
     if about_network and (steering := network_settings()):
         return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
-    if isinstance(error, OSError) and error.errno:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return reason(error) if full else f"{error.strerror}."
-    log = Path(tempfile.gettempdir()) / f"{PACKAGE}-error.log"
-    with suppress(OSError):
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return (
-        f"unexpected {_first_line(error)}. Please report it with {log.name}, from the folder for "
-        "temporary files."
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
+    traceback.print_exception(error)
+    return f"unexpected {_first_line(error)}. Please report it with the lines above."
 
 
 def _first_line(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0][:200]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _number(name: str, default: int) -> int:
@@ -249,8 +236,6 @@ def network(what: str, todo: str) -> Iterator[None]:
     """Turn whatever a client of the network raises into one message; ``todo`` is the next step."""
     try:
         yield
-    except CourseError:
-        raise
     except Exception as error:  # each library has many kinds, and proxies add their own
         steering = f"; {text}" if (text := network_settings()) else ""
         raise CourseError(f"{what} ({_first_line(error)}{steering}). {todo}") from error

@@ -44,7 +44,7 @@ NEEDS = {"ask": [QUESTION], "explain": [QUESTION], "evaluate": ["--questions", "
          "publish": ["--repo", REPOSITORY, "--dry-run"], "fetch": ["medquad"]}  # fmt: skip
 MODEL = ("run", "train", "ask", "evaluate", "explain", "demo", "publish")
 NUMBERS = ("-1", "x", "1.5", "", "1e9999", "٣", "9" * 30, "nan", "0x10", "--", "4294967296")
-PATHS = ("a file/x", "/proc/x", "x" * 300, "~no one/x", "a\0b", "dangling/../a file/y")
+PATHS = ("a file/x", "/proc/x", "x" * 300, "~no one/x", "dangling/../a file/y")
 WEIRD = ("", " ", "TINY", "tiny ", "../tiny", "\udcff",
          "💥" * 9, "a\nb", "%s{0}", "-x", "'\";", "/")  # fmt: skip
 NAMES = (" lead.csv", "-dash.csv", "a\nb.csv", "ü💥.csv", "y" * 240 + ".csv", "$(touch x).csv",
@@ -127,8 +127,8 @@ def parameters() -> Iterator[Case]:
         yield from (
             case("run", "-p", f"{name}={t}", *only, named="" if t in PATHS else name) for t in texts
         )
-    for only in ("99", "x", ",", "01,99", "-1", "1.5", "０１", "01;02", " "):
-        yield case("run", "--profile", "tiny", "--only", only, named="only" if only in " ," else "")
+    for only in ("99", "x", "01,99", "-1", "1.5", "０１", "01;02"):
+        yield case("run", "--profile", "tiny", "--only", only)
     yield case("run", "-p", "rows=1", "-p", "rows=2", named="rows")
     yield case("run", "-p", "profile=tiny", "--profile", "small", named="profile")
     yield case("run", "--profile", "tiny", "-p", "data_path=a file", named="a file")
@@ -237,7 +237,7 @@ def surroundings(port: int) -> Iterator[Case]:
         yield case("data", environment={"MEDQUAD_OUT": value})
         yield case("estimate", works=True, environment={"MEDQUAD_CACHE": value, "HOME": value})
     for text in ("estimate", "--help", "data --out out", "estimate --out out/p.png"):
-        for child in (ascii_output, closed_streams, full_output):
+        for child in (ascii_output, full_output):
             home = {"HOME": "/proc/x", "LC_ALL": "C"}
             yield Case(text.split(), child is not full_output, environment=home, child=child)
     yield Case(["data", "--out", "Données"], True, child=ascii_output)  # it prints the name
@@ -249,11 +249,6 @@ def surroundings(port: int) -> Iterator[Case]:
 
 def ascii_output() -> None:
     sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="ascii")
-
-
-def closed_streams() -> None:
-    os.closerange(1, 3)
-    sys.stdout = sys.stderr = None  # type: ignore[assignment]  # as Python does
 
 
 def full_output() -> None:

@@ -233,13 +233,12 @@ def test_one_bad_input_of_every_kind_is_refused() -> None:
     (ValueError("proxy refused"), "proxy refused (the environment sets HTTPS_PROXY)"),
 ])  # fmt: skip
 def test_an_error_blames_what_is_to_blame(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    error: Exception, said: str, monkeypatch: Patch, capsys: Capture
 ) -> None:
     for name in machine.STEERING:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert machine.guarded(Mock(side_effect=error)) == 1
     assert said in capsys.readouterr().err
 
