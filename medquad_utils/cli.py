@@ -18,16 +18,29 @@ HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
 RUNS = ("--runs", "DIR", "", "folder of the results (default: $MEDQUAD_OUT, or runs)")
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
-SHARED = (PROFILE, MODEL, RUNS)  # of commands that use an adapter
-NEW = (PROFILE, ("--model", "OWNER/NAME|DIR", "", "the base (default: the profile's)"), RUNS)
+SHARED = (PROFILE, MODEL, RUNS)
+HOST = ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)")
 PATHS = ("DIR", "FILE", "PATH", "FILE.html", "FILE.png")  # metavars of options that are paths
+WRITTEN = ("--out", "--runs", "--space", "--reference")
+# What only a file of this package holds, by its ending.
+MARKS = {".html": 'name="generator" content="medquad-qlora"', ".png": "Software\0medquad-qlora"}
 SOURCE = f"{', '.join(SOURCES)} (default: "
 DATA_PATH = ("--data-path", "PATH", "", "xml: folder; hub: OWNER/NAME; others: file or folder")
 QUESTION = ("question", None, "", "in quotes")
 
 
-def _path(text: str) -> Path | None:
-    return files.user_path(text) if text else None
+def _path(flag: str, metavar: str, text: str) -> Path | None:
+    """Read a path. What it names can be written, has the right ending, and is not the user's."""
+    if not text:
+        return None
+    path, ending = files.user_path(text), Path(metavar).suffix
+    if ending and path.suffix != ending:
+        raise CourseError(f"{flag} {text!r}: expected a file name that ends in {ending}.")
+    if ending:
+        atomic.check_ours(path, MARKS[ending])
+    if flag in WRITTEN:
+        atomic.check_place(path.parent if ending else path)
+    return path
 
 
 # What the type of an option's default says about it.
@@ -43,7 +56,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("what", None, ("small", "medquad"), "SmolLM2-135M-Instruct, or the XML of MedQuAD"),
     )),
     "run": ("run the lessons with papermill", (
-        *NEW,
+        *SHARED,
         ("--only", "02,04", "", "numbers of the lessons to run (default: all)"),
         ("-p", "NAME=VALUE", [], "a notebook parameter, for example -p source=xml"),
         ("--reference", "DIR", "", "also write the numbers of all lessons to DIR, to be committed"),
@@ -58,7 +71,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--seed", "N", 0, "seed of the split (default: 0)"),
     )),
     "train": ("train the adapter without a notebook (GPUs: torchrun -m medquad_utils.training)", (
-        *NEW,
+        *SHARED,
         ("--source", "S", "", f"{SOURCE}the profile's own)"),
         DATA_PATH,
         ("--rows", "N", 0, "training rows; 0 is as many as the profile says"),
@@ -91,14 +104,14 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
     )),
     "demo": ("chat with the tuned model in a browser; or write the folder of a Space", (
         *SHARED,
-        ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)"),
+        HOST,
         ("--port", "N", 7860, "port to listen on (default: 7860)"),
         ("--space", "DIR", "", "serve nothing: write the folder of a Hugging Face Space"),
         ("--repo", "USER/NAME", "", "the published model that the Space shows (with --space)"),
     )),
     "serve": ("serve the tuned model over the OpenAI API, behind the emergency rule", (
         *SHARED,
-        ("--host", "H", "127.0.0.1", "address to listen on (default: only this machine)"),
+        HOST,
         ("--port", "N", 8000, "port to listen on (default: 8000)"),
     )),
     "publish": ("build the folder with card and licences, and push it to the Hub", (
@@ -145,7 +158,8 @@ def parser() -> argparse.ArgumentParser:
         for flag, metavar, default, about in options:
             number = {"type": functools.partial(profiles.number, flag, type(default))}
             kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
-            kind |= {"type": _path} if metavar in PATHS else {}
+            if metavar in PATHS:
+                kind["type"] = functools.partial(_path, flag, metavar)
             if isinstance(default, tuple):
                 kind, default = {"choices": default}, None
             command.add_argument(flag, help=about, default=default, **kind)
@@ -163,9 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             todo = f"all options: medquad {options.command} --help"
             raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
-        for name in ("out", "runs", "space", "reference"):
-            if path := getattr(options, name, None):
-                atomic.check_place(path.parent if path.suffix in (".html", ".png") else path)
         return globals()[f"_{options.command}"](options) or 0
 
     return machine.guarded(work)
@@ -189,25 +200,6 @@ def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
     return adapters.resolve_trained(
         options.profile, model=options.model, out=options.runs, adapter=adapter
     )
-
-
-def _check_question(options: argparse.Namespace) -> None:
-    options.question = tables.clean_text(options.question)
-    if not tables.has_words(options.question):
-        example = f'medquad {options.command} "What causes asthma?"'
-        raise CourseError(f"the question is empty. Ask one in quotes: {example}")
-
-
-# What only a file of this package holds, by its ending.
-MARKS = {".html": 'name="generator" content="medquad-qlora"', ".png": "Software\0medquad-qlora"}
-
-
-def _check_out(path: Path | None, suffix: str) -> None:
-    """Check a file that is asked for: its ending, and that nobody else wrote the one there."""
-    if path and path.suffix != suffix:
-        raise CourseError(f"--out {str(path)!r}: expected a file name that ends in {suffix}.")
-    if path:
-        atomic.check_ours(path, MARKS[suffix])
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -266,13 +258,11 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
-    _check_question(options)
-
-    def answer() -> Iterator[str]:
+    def answer(asked: str) -> Iterator[str]:
         from medquad_utils import evaluation, generation, retrieval
         from medquad_utils.chat import NOTICE
 
-        plan, asked = _plan(options), options.question
+        plan = _plan(options)
         load = generation.load_base if options.base else generation.load_tuned
         model, tokenizer = load(plan), generation.load_tokenizer(plan)
         context = model.config.max_position_embeddings
@@ -285,14 +275,18 @@ def _ask(options: argparse.Namespace) -> None:
 
         yield from (f"\n{note}" for note in retrieval.dose_notes(given.text, look_up))
 
-    _show(options.question, answer)
+    _show(options, answer)
 
 
-def _show(question: str, answer: Callable[[], Iterable[str]]) -> None:
+def _show(options: argparse.Namespace, answer: Callable[[str], Iterable[str]]) -> None:
     """Print the answer as it grows; in an emergency print what to do, and load no model."""
     from medquad_utils import safety
 
-    for piece in safety.guarded(question, answer):
+    question = tables.clean_text(options.question)
+    if not tables.has_words(question):
+        example = f'medquad {options.command} "What causes asthma?"'
+        raise CourseError(f"the question is empty. Ask one in quotes: {example}")
+    for piece in safety.guarded(question, lambda: answer(question)):
         print(piece, end="", flush=True)
     print()
 
@@ -327,18 +321,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    _check_question(options)
-    _check_out(options.out, ".html")
-
-    def answer() -> Iterator[str]:
+    def answer(asked: str) -> Iterator[str]:
         from medquad_utils import explanation
 
         plan = _plan(options)
-        result = explanation.explain(plan, options.question)
+        result = explanation.explain(plan, asked)
         page = explanation.write_page(result, options.out or plan.folder / "explain.html")
         yield f"{result}\n\nwritten: {page}"
 
-    _show(options.question, answer)
+    _show(options, answer)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -346,8 +337,6 @@ def _demo(options: argparse.Namespace) -> None:
 
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
-    if options.space and (options.host, options.port) != (serving.HOST, demo.PORT):
-        raise CourseError("--space serves nothing: leave --host and --port out.")
     plan = _plan(options)
     if options.space:
         app, *others = (options.space / name for name in demo.SPACE_FILES)
@@ -391,24 +380,19 @@ def _estimate(options: argparse.Namespace) -> None:
     from medquad_utils import estimate
 
     words = {"": None, "off": 0, "full": 1}
-    every = options.checkpointing
-    if every not in words and not (every.isdecimal() and int(every)):
-        raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
-    _check_out(options.out, ".png")
+    if (every := options.checkpointing) not in words:
+        words[every] = profiles.number("--checkpointing", int, every)
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
-        packing=options.packing, checkpointing=words[every] if every in words else int(every),
-        price=options.price, tokens=options.tokens, config=options.model,
+        packing=options.packing, checkpointing=words[every], price=options.price,
+        tokens=options.tokens, config=options.model,
     )  # fmt: skip
     print(result)
     if options.out:
         from medquad_utils import plots
 
         card = f"{result.card.name}, {result.card.memory_gb:g} GB"
-        alt = (
-            f"A stacked bar of {result.memory_gb:.2f} GB that training {result.name} takes, "
-            f"beside a dashed line for the {card}."
-        )
+        alt = f"A stacked bar of {result.memory_gb:.2f} GB beside a dashed line for the {card}."
         bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
         plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
         print(f"\nwritten: {options.out}")

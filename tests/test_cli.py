@@ -84,7 +84,6 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*ASK, "What causes asthma?", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
-    ([*DEMO, "--space", "space", "--repo", "me/a", "--port", "7"], "leave --host and --port out"),
     (["serve", "--host", "::1"], "Expected an address of this machine after --host"),
     (["serve", "--host", "192.0.2.1"], "Expected an address of this machine after --host: 127.0."),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip

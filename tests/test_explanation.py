@@ -141,7 +141,7 @@ def test_medquad_explain_writes_a_page(tiny_adapter: Path, tmp_path: Path, capsy
     said, page = capsys.readouterr().out, Markup((tmp_path / "page.html").read_text())
     assert NOTICE in said and f"written: {tmp_path / 'page.html'}\n" in said
     assert said.count(str(tmp_path)) == 1, "no other path of this machine is said"
-    cli._check_out(tmp_path / "page.html", ".html")  # our own may be replaced
+    cli._path("--out", "FILE.html", str(tmp_path / "page.html"))  # our own may be replaced
     assert "Shingles" in page.text and retrieval.COURSE_TEXT in page.text
     assert cli.main([*command, "page.pdf"]) == 1
     assert "ends in .html" in capsys.readouterr().err
