@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import timeit
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,18 +47,13 @@ class Hardware:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run a command and return its exit status; whatever goes wrong is one line on stderr.
-
-    Above the line of an error that nobody foresaw stands its traceback.
-    """
+    """Run a command and return its exit status; a mistake of the user is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
             stream.reconfigure(errors="backslashreplace")
-    first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes
     status = 0
     try:
         with suppress(SystemExit):  # argparse, after --help
-            _ = processes(), local_rank()  # a launcher's variables, before a library reads them
             status = work()
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
         return status
@@ -67,7 +61,7 @@ def guarded(work: Callable[[], int]) -> int:
         status = 141
     except Exception as error:
         status = 1
-        if first:
+        if local_rank() == 0:
             print(f"medquad: {' '.join(_told(error).split())}", file=sys.stderr)
     try:
         sys.stdout.flush()
@@ -77,16 +71,13 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _told(error: Exception) -> str:
-    """Describe an error that ended a command in one line, with the next step."""
+    """Describe an error that ended a command; above one that nobody foresaw is its traceback."""
     if isinstance(error, CourseError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):  # an extra that is not installed
         return f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(os.fsdecode(error.filename)).name}: {reason(error)}"
-    about_network = re.search(r"(?i)\bprox|socks|certificat|\bssl|\burl|no such file", str(error))
-    if about_network and (steering := network_settings()):
-        return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}."
     traceback.print_exception(error)
@@ -97,20 +88,14 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def _number(name: str, default: int) -> int:
-    if not (text := os.environ.get(name) or str(default)).isdecimal():
-        raise CourseError(f"{name}={text!r}: expected a whole number, as a launcher sets it.")
-    return int(text)
-
-
 def processes() -> int:
     """Return how many processes share the run: set by ``torchrun`` or ``accelerate launch``."""
-    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def local_rank() -> int:
     """Return the number of this process on this machine, and so of its GPU; 0 if alone."""
-    return _number("LOCAL_RANK", 0)
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def detect() -> Hardware:
@@ -225,19 +210,17 @@ STEERING = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CERT
             "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT", "HF_HUB_OFFLINE")  # fmt: skip
 
 
-def network_settings() -> str:
-    """Name the variables that steer the network here, without their values: some hold passwords."""
-    names = [n for n in STEERING if os.environ.get(n) or os.environ.get(n.lower())]
-    return f"the environment sets {', '.join(names)}" if names else ""
-
-
 @contextmanager
 def network(what: str, todo: str) -> Iterator[None]:
-    """Turn whatever a client of the network raises into one message; ``todo`` is the next step."""
+    """Turn whatever a client of the network raises into one message; ``todo`` is the next step.
+
+    It names the variables that steer the network here, without values: some hold passwords.
+    """
     try:
         yield
     except Exception as error:  # each library has many kinds, and proxies add their own
-        steering = f"; {text}" if (text := network_settings()) else ""
+        names = [n for n in STEERING if os.environ.get(n) or os.environ.get(n.lower())]
+        steering = f"; the environment sets {', '.join(names)}" if names else ""
         raise CourseError(f"{what} ({_first_line(error)}{steering}). {todo}") from error
 
 
@@ -313,33 +296,15 @@ def on_kaggle() -> bool:
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
-_colab_gap = ""  # why Colab gave no secret; huggingface_hub asks once a session, so it stays
-
-
 def hub_token() -> str | None:
-    """Return the Hub token of the environment, a login or the secrets of Colab or Kaggle.
-
-    ``token_gap`` says why there is none.
-    """
+    """Return the Hub token of the environment, a login or the secrets of Colab or Kaggle."""
     import huggingface_hub
 
-    global _colab_gap
     token: str | None = None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            token = huggingface_hub.get_token()
-        except Exception as error:  # Colab's vault timed out, and huggingface_hub let it through
-            if not on_colab():
-                raise
-            _colab_gap = f"Colab's secrets do not answer ({type(error).__name__})"
-            # Without this, every download would ask again, and fail again.
-            huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
-    if any("not been granted" in str(warning.message) for warning in caught):
-        _colab_gap = (
-            "this notebook may not read Colab's secret HF_TOKEN: "
-            "key icon > Notebook access, then Runtime > Restart session"
-        )
+    try:
+        token = huggingface_hub.get_token()
+    except Exception:  # Colab's vault timed out: without this, every download would ask again
+        huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
     if not token and on_kaggle():  # huggingface_hub knows Colab's secrets only
         with suppress(Exception):  # one error for each of missing, detached and offline
             from kaggle_secrets import UserSecretsClient
@@ -349,17 +314,18 @@ def hub_token() -> str | None:
 
 
 def token_gap() -> str:
-    """Return why ``hub_token`` gave none on Colab or Kaggle, with the next step; elsewhere ""."""
+    """Return what to do if ``hub_token`` gave none on Colab or Kaggle; elsewhere ""."""
     if on_kaggle():
         return (
             "Kaggle gives this notebook no secret HF_TOKEN: Add-ons > Secrets, attach it, "
             "switch Internet on, then run again"
         )
-    missing = (
-        "Colab has no secret HF_TOKEN: key icon > Add new secret, with Notebook access, "
-        "then Runtime > Restart session"
-    )
-    return _colab_gap or (missing if on_colab() else "")
+    if on_colab():
+        return (
+            "Colab gives this notebook no secret HF_TOKEN: key icon > Add new secret, with "
+            "Notebook access, then Runtime > Restart session"
+        )
+    return ""
 
 
 def checkout(*first: Path) -> Path | None:

@@ -228,9 +228,9 @@ print("headers:", "authorization" in huggingface_hub.utils.build_hf_headers())
 @pytest.mark.parametrize(
     ("secret", "profile", "words"),
     [
-        ("missing", "small", "Colab has no secret HF_TOKEN: key icon > Add new secret"),
-        ("denied", "small", "may not read Colab's secret HF_TOKEN: key icon > Notebook access"),
-        ("timeout", "small", "Colab's secrets do not answer (TimeoutException)"),
+        ("missing", "small", "no secret HF_TOKEN: key icon > Add new secret, with Notebook"),
+        ("denied", "small", "no secret HF_TOKEN: key icon > Add new secret, with Notebook"),
+        ("timeout", "small", "no secret HF_TOKEN: key icon > Add new secret, with Notebook"),
         ("hf_example", "llama-8b", "a GPU with 16 GB"),
     ],
 )
