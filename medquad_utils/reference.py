@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError, data
+from medquad_utils import data
 from medquad_utils.atomic import whole_folder
 from medquad_utils.files import Row, read_json, write_json
 from medquad_utils.machine import versions
@@ -58,21 +58,11 @@ def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float = 0) -> None:
-    """Write what the lessons of ``plan`` left to ``folder``, whole or not at all.
+    """Write what all lessons of ``plan`` left to ``folder``, whole or not at all.
 
     ``seconds`` is the time of each lesson by its title, "04 train with sft"; ``peak_gb`` the most
-    memory that one took. Raises CourseError where a lesson left no metrics or answers.
+    memory that one took.
     """
-    needed = [plan.folder / "data" / "data.json"]
-    # 04_train_with_sft writes metrics/train.json.
-    needed += [plan.folder / "metrics" / f"{title.split()[1]}.json" for title in seconds]
-    if any(title.startswith("06") for title in seconds):
-        needed.append(plan.folder / "evaluation" / "answers.parquet")
-    if missing := [path.name for path in needed if not path.is_file()]:
-        raise CourseError(
-            f"the reference run lacks {', '.join(missing)} in {plan.folder.name}/: "
-            "run all lessons again."
-        )
     content = {"reference.json": about(plan, seconds, peak_gb), "answers.json": answers(plan)}
     for path in sorted((plan.folder / "metrics").glob("*.json")):
         content[f"metrics/{path.name}"] = read_json(path)
@@ -106,9 +96,7 @@ def answers(plan: Plan) -> dict[str, list[dict[str, str]]]:
     import pandas
 
     three = read_json(plan.folder / "metrics" / "ask.json")["answers"]
-    if not (file := plan.folder / "evaluation" / "answers.parquet").is_file():
-        return {"three questions": three}
-    arms = pandas.read_parquet(file).groupby("arm")
+    arms = pandas.read_parquet(plan.folder / "evaluation" / "answers.parquet").groupby("arm")
     said = {arm: dict(zip(t["question"], t["answer"], strict=True)) for arm, t in arms}
     # Longer questions are sentences of the data: they would be hidden.
     short = [q for q in said["base"] if len(re.findall(r"\w+", q)) < NGRAM][:QUESTIONS]

@@ -13,7 +13,7 @@ import pandas
 import pytest
 from conftest import REPO, tiny
 
-from medquad_utils import CourseError, data, reference
+from medquad_utils import data, reference
 from medquad_utils.files import Row, write_json
 from medquad_utils.splits import ngrams
 
@@ -103,20 +103,6 @@ def test_a_stretch_of_seven_words_may_stay() -> None:
     hidden = "[as in MedQuAD]"
     assert found[:2] == [asked[0], f"now {hidden}!"]
     assert found[2:] == [f"{hidden}, three four five six seven eight.", f"{hidden}. {hidden}"]
-
-
-def test_what_is_missing_is_named_and_nothing_is_written(finished: Any, tmp_path: Path) -> None:
-    """Lesson 06 owes the answers to the held-out questions."""
-    write_json(finished.folder / "metrics" / "evaluate.json", {"headline": "evaluated"})
-    (finished.folder / "evaluation" / "answers.parquet").unlink()
-    with pytest.raises(CourseError, match=r"lacks answers.parquet in tiny/: run all lessons"):
-        reference.write(finished, tmp_path / "kept", SECONDS | {"06 evaluate honestly": 9.0})
-    assert not (tmp_path / "kept").exists()
-    reference.write(finished, tmp_path / "kept", SECONDS)  # a run that ends before lesson 06
-    assert list(kept(tmp_path / "kept")["answers.json"]) == ["three questions"]
-    (finished.folder / "metrics" / "train.json").unlink()
-    with pytest.raises(CourseError, match=r"lacks train.json in tiny/"):
-        reference.write(finished, tmp_path / "new", SECONDS)
 
 
 def test_the_largest_profile_is_the_reference(
