@@ -6,7 +6,6 @@ import argparse
 import functools
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             todo = f"all options: medquad {options.command} --help"
             raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
-        return globals()[f"_{options.command}"](options) or 0
+        return int(globals()[f"_{options.command}"](options) or 0)
 
     return machine.guarded(work)
 
@@ -202,11 +201,11 @@ def _plan(options: argparse.Namespace, adapter: Path | None = None) -> Plan:
     )
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(options: argparse.Namespace) -> bool:
     from medquad_utils import doctor
 
     _silence()
-    return int(not doctor.report())
+    return not doctor.report()
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -220,15 +219,8 @@ def _run(options: argparse.Namespace) -> None:
 
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
-    given = {"model": options.model, "out": options.runs, "profile": options.profile}
-    pairs = [pair.split("=", 1) for pair in options.p]
-    pairs += [
-        [name, str(value)] for name, value in given.items() if value not in ("", None, "auto")
-    ]
-    parameters = dict(pairs)
-    if len(parameters) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise CourseError(f"parameter {twice} is given twice: keep one value.")
+    parameters = {"profile": options.profile, "model": options.model}
+    parameters |= {"out": str(options.runs or "")} | dict(pair.split("=", 1) for pair in options.p)
     only = [number for number in options.only.split(",") if number.strip()]
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")

@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from medquad_utils import CourseError, atomic, course, machine, profiles
@@ -17,67 +18,52 @@ from medquad_utils.files import read_json
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 BESIDE_GB = 1.0  # RAM of a browser and JupyterLab beside a lesson's kernel
 DISK_GB = 1.0  # tiny's results take 0.1 GB; lessons 05 and 08 write a merged model for a while
-PORTS = {
-    8888: "JupyterLab takes the next free one: read the address that it prints",
-    7860: "start the chat with: medquad demo --port 7861",
-}
 Finding = tuple[bool, str, str]  # whether all is well, what was found, the next step if not
 
 
 def report() -> bool:
     """Print a finding for each check, and a verdict; return whether a class can begin."""
-    ports = {f"port {n}": (WARNING, lambda n=n: _port(n)) for n in PORTS}
-    states = Counter(_print(what, *check) for what, check in (ports | CHECKS).items())
+    states = Counter[str]()
+    for what, (bad, check) in CHECKS.items():
+        try:
+            well, text, todo = check()
+            state = OK if well else bad
+        except Exception as error:  # a broken package or file raises anything
+            kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
+            state, text, todo = PROBLEM, kind + str(error).partition("\n")[0], ""
+        print(f"{state:<7}  {what:<9}  {text}")
+        if todo and state != OK:
+            print(f"{'':<20}-> {todo}")
+        states[state] += 1
     verdict = "not ready" if states[PROBLEM] else "ready"
     print(f"\n{verdict} for class: {states[PROBLEM]} problems, {states[WARNING]} warnings")
     return not states[PROBLEM]
 
 
-def _print(what: str, bad: str, check: Callable[[], Finding]) -> str:
-    """Run a check and print what it found; return its state, ``bad`` if not all is well."""
-    try:
-        well, text, todo = check()
-    except Exception as error:  # a broken package or file raises anything
-        kind = "" if isinstance(error, CourseError) else f"{type(error).__name__}: "
-        well, bad, text, todo = False, PROBLEM, kind + str(error).partition("\n")[0], ""
-    state = OK if well else bad
-    print(f"{state:<7}  {what:<9}  {text}")
-    if todo and not well:
-        print(f"{'':<20}-> {todo}")
-    return state
-
-
 def _installed(name: str) -> str:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name).partition("+")[0]  # 2.13.0 of 2.13.0+cpu
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
+    return ""
 
 
 def _packages() -> Finding:
     from packaging.requirements import Requirement
 
     lines = importlib.metadata.requires(machine.PACKAGE) or ()
-    needs = [Requirement(line) for line in lines if "extra ==" not in line]
+    needs = [need for need in map(Requirement, lines) if not need.marker]  # a marker: of an extra
     have = {need.name: _installed(need.name) for need in needs}
-    wrong = [
-        need for need in needs
-        if have[need.name] == "missing" or not need.specifier.contains(have[need.name], True)
-    ]  # fmt: skip
+    wrong = [need for need in needs if not need.specifier.contains(have[need.name] or "0", True)]
     good = f"Python {platform.python_version()} and {len(needs)} packages are in range"
-    listed = [f"{need.name} is {have[need.name]}, expected {need.specifier}" for need in wrong]
+    listed = [f"{n.name} {have[n.name] or 'is missing'}, expected {n.specifier}" for n in wrong]
     todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
     return not wrong, "; ".join(listed) or good, todo
 
 
 def _tested() -> Finding:
     pins = (course.notebooks_folder().parent / "constraints.txt").read_text(encoding="utf-8")
-    pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE))
-    have = {name: _installed(name) for name in pinned}
-    others = [
-        f"{name} {have[name]} (tested: {version})"
-        for name, version in pinned.items() if have[name] not in ("missing", version)
-    ]  # fmt: skip
+    pairs = re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.MULTILINE)
+    have = [(name, _installed(name), pinned) for name, pinned in pairs]
+    others = [f"{name} {own} (tested: {pin})" for name, own, pin in have if own not in ("", pin)]
     good = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
     return not others, ", ".join(others) or good, "install the tested versions: make course"
 
@@ -107,11 +93,11 @@ def _disk() -> Finding:
     return free >= DISK_GB, text, "set MEDQUAD_OUT to another folder of yours"
 
 
-def _port(number: int) -> Finding:
+def _port(number: int, todo: str) -> Finding:
     try:
         socket.create_server(("127.0.0.1", number)).close()
     except OSError:
-        return False, "taken", PORTS[number]
+        return False, "taken", todo
     return True, "free", ""
 
 
@@ -146,6 +132,9 @@ def _auto() -> Finding:
 # What -> the state if it is not well, the check. A check that raises is a problem.
 CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
     "packages": (PROBLEM, _packages), "tested": (WARNING, _tested), "memory": (PROBLEM, _memory),
-    "Hub": (WARNING, _hub), "disk": (PROBLEM, _disk), "lessons": (WARNING, _lessons),
+    "Hub": (WARNING, _hub), "disk": (PROBLEM, _disk),
+    "port 8888": (WARNING, lambda: _port(8888, "read the address that JupyterLab prints")),
+    "port 7860": (WARNING, lambda: _port(7860, "start the chat with: medquad demo --port 7861")),
+    "lessons": (WARNING, _lessons),
     "model": (PROBLEM, _model), "fetched": (PROBLEM, _fetched), "auto": (PROBLEM, _auto),
 }  # fmt: skip

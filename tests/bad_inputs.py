@@ -128,8 +128,6 @@ def parameters() -> Iterator[Case]:
         )
     for only in ("99", "x", "01,99", "-1", "1.5", "０１", "01;02"):
         yield case("run", "--profile", "tiny", "--only", only)
-    yield case("run", "-p", "rows=1", "-p", "rows=2", named="rows")
-    yield case("run", "-p", "profile=tiny", "--profile", "small", named="profile")
     yield case("run", "--profile", "tiny", "-p", "data_path=a file", named="a file")
     yield case("run", "--profile", "tiny", "--reference", "own", named="own")
     for command in ("ask", "explain"):
