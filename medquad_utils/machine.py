@@ -85,7 +85,7 @@ def _told(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return f"{type(error).__name__}: {[*str(error).strip().splitlines(), 'no message'][0][:200]}"
 
 
 def processes() -> int:
@@ -99,11 +99,7 @@ def local_rank() -> int:
 
 
 def detect() -> Hardware:
-    """Look at this machine, and take one GPU of several (``take_one_gpu``).
-
-    Raises:
-        CourseError: more processes than GPUs, or CUDA had started on several GPUs before.
-    """
+    """Look at this machine, and take one GPU of several (``take_one_gpu``)."""
     import psutil
     import torch
 
@@ -205,17 +201,14 @@ def triton_needs() -> tuple[str, bool]:
     return todo if lacking else ", ".join(needs), not lacking
 
 
-# What steers every client of the network: a proxy, certificates, a mirror of the Hub.
+# What steers every client of the network. Messages hold no values: some are passwords.
 STEERING = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
             "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT", "HF_HUB_OFFLINE")  # fmt: skip
 
 
 @contextmanager
 def network(what: str, todo: str) -> Iterator[None]:
-    """Turn whatever a client of the network raises into one message; ``todo`` is the next step.
-
-    It names the variables that steer the network here, without values: some hold passwords.
-    """
+    """Turn whatever a client of the network raises into one message; ``todo`` is the next step."""
     try:
         yield
     except Exception as error:  # each library has many kinds, and proxies add their own
@@ -315,17 +308,11 @@ def hub_token() -> str | None:
 
 def token_gap() -> str:
     """Return what to do if ``hub_token`` gave none on Colab or Kaggle; elsewhere ""."""
+    lacks = "gives this notebook no secret HF_TOKEN:"
     if on_kaggle():
-        return (
-            "Kaggle gives this notebook no secret HF_TOKEN: Add-ons > Secrets, attach it, "
-            "switch Internet on, then run again"
-        )
-    if on_colab():
-        return (
-            "Colab gives this notebook no secret HF_TOKEN: key icon > Add new secret, with "
-            "Notebook access, then Runtime > Restart session"
-        )
-    return ""
+        return f"Kaggle {lacks} Add-ons > Secrets, attach it, switch Internet on, then run again"
+    todo = "key icon > Add new secret, with Notebook access, then Runtime > Restart session"
+    return f"Colab {lacks} {todo}" if on_colab() else ""
 
 
 def checkout(*first: Path) -> Path | None:
@@ -335,10 +322,7 @@ def checkout(*first: Path) -> Path | None:
 
 
 def default_out() -> str:
-    """Return the results folder: $MEDQUAD_OUT, Drive on Colab, else runs/ in the checkout.
-
-    On Kaggle it is a folder in the working directory, the one place that Kaggle keeps.
-    """
+    """Return the results folder: $MEDQUAD_OUT, what Colab or Kaggle keep, else runs/."""
     if chosen := os.environ.get("MEDQUAD_OUT"):
         return str(user_path(chosen))
     if on_colab() and DRIVE.is_dir():
@@ -352,14 +336,10 @@ def hosted_results(folder: Path) -> str:
     """Say where results are on Colab or Kaggle, and whether they outlive the session; else ""."""
     if on_kaggle():
         return f"in {folder}: 'Save Version' keeps it, the end of the session does not"
-    if not on_colab():
-        return ""
     if folder.is_relative_to(DRIVE):
         return f"on Drive, in {folder.relative_to(DRIVE)}: a later session goes on from there"
-    return (
-        "on this runtime's disk, lost with the session: "
-        "mount Drive (folder icon > Mount Drive) and run this cell again"
-    )
+    lost = "on this runtime's disk, lost with the session: mount Drive (folder icon > Mount Drive)"
+    return f"{lost} and run this cell again" if on_colab() else ""
 
 
 def show_errors_plainly() -> None:
@@ -368,12 +348,9 @@ def show_errors_plainly() -> None:
         return
 
     def handler(shell: Any, kind: Any, error: Any, trace: Any, tb_offset: Any = None) -> list[str]:
-        text = str(error)
-        if isinstance(error, NameError):
-            text += (
-                ". A cell above has not been run yet: "
-                "choose Run > Run All Above Selected Cell, then run this one again."
-            )
+        todo = "choose Run > Run All Above Selected Cell, then run this one again."
+        unordered = f". A cell above has not been run yet: {todo}"
+        text = f"{error}{unordered if isinstance(error, NameError) else ''}"
         shell._showtraceback(kind, text, [f"{kind.__name__}: {text}"])
         return [text]
 
