@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,7 @@ def run(
     """Run the lessons in order, into ``<out>/<profile>/notebooks`` (notebooks and HTML pages).
 
     Print the plan, a headline of each lesson, and a table of times and memory. ``keep`` is a folder
-    to write the reference run to.
-
-    Raises:
-        CourseError: an unknown parameter, a plan that cannot be resolved, or a cell that failed.
+    to write the reference run to. A cell that fails raises a CourseError.
     """
     chosen = lessons(only)
     if keep:
@@ -131,10 +129,8 @@ def _values(chosen: Sequence[Path], given: Mapping[str, str]) -> dict[str, Any]:
     if unknown := [name for name in given if name not in defaults]:
         names = ", ".join(sorted(defaults))
         raise CourseError(f"unknown parameter {', '.join(unknown)}: the lessons take {names}.")
-    if given.get("specialty") and given["specialty"] not in SPECIALTIES:
-        raise CourseError(
-            f"specialty={given['specialty']}: expected one of {', '.join(SPECIALTIES)}."
-        )
+    if (field := given.get("specialty", "")) not in ("", *SPECIALTIES):
+        raise CourseError(f"specialty={field}: expected one of {', '.join(SPECIALTIES)}.")
     return {name: _value(name, text, defaults[name]) for name, text in given.items()}
 
 
@@ -166,8 +162,8 @@ def _run_one(notebook: Path, values: Mapping[str, Any], folder: Path) -> Result:
             failure = error  # the cells that ran are kept
     if isinstance(failure, DeadKernelError):
         raise CourseError(
-            f"lesson {title(notebook)}: the system ended the notebook's process, usually because "
-            "memory ran out. Close other programs, or choose a smaller profile."
+            f"lesson {title(notebook)}: its process was killed, usually because memory ran out. "
+            "Close other programs, or choose a smaller profile."
         ) from failure
     if failure:
         reason, *_ = (failure.evalue.strip() or "no message").splitlines()
@@ -195,13 +191,12 @@ def _peak_memory() -> Iterator[list[float]]:
                 children = psutil.Process().children(recursive=True)
                 samples.append(sum(child.memory_info().rss for child in children) / 1e9)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch)
+        try:
+            yield samples
+        finally:
+            done.set()
 
 
 def _kernels() -> dict[str, Any]:

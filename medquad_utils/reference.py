@@ -58,11 +58,7 @@ def counts_beside(yours: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float = 0) -> None:
-    """Write what all lessons of ``plan`` left to ``folder``, whole or not at all.
-
-    ``seconds`` is the time of each lesson by its title, "04 train with sft"; ``peak_gb`` the most
-    memory that one took.
-    """
+    """Write what all lessons of ``plan`` left to ``folder``; ``seconds`` by the lessons' titles."""
     content = {"reference.json": about(plan, seconds, peak_gb), "answers.json": answers(plan)}
     for path in sorted((plan.folder / "metrics").glob("*.json")):
         content[f"metrics/{path.name}"] = read_json(path)

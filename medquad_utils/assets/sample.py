@@ -1,8 +1,7 @@
 """The embedded sample: short facts about real conditions, read from ``conditions.toml``.
 
-The facts became questions and answers for the lessons (``medquad_sample/``, written by
-tests/build_sample.py) and articles for pretraining the embedded base. The base never sees an
-answer, and fine-tuning never sees an article.
+They became questions and answers (``medquad_sample/``, by tests/build_sample.py) and articles for
+pretraining the embedded base, which sees no answer. Fine-tuning sees no article.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ def fill(template: str, condition: Condition, qtype: str) -> str:
 
 
 def facts_of(focus: str, qtype: str) -> list[str]:
-    """Return the facts of a complete answer, or none for an unknown condition or type.
-
-    ``focus`` is the name of a condition or a synonym.
-    """
+    """Return the facts of a complete answer; ``focus`` is a condition's name or synonym."""
     return _by_name().get(focus.lower(), {}).get(qtype, [])
 
 
@@ -89,11 +85,7 @@ def _draw(condition: Condition, aspects: int, rng: random.Random) -> list[str]:
 def article(
     condition: Condition, aspects: int, rng: random.Random, beside: Condition | None = None
 ) -> str:
-    """Write a short article about ``condition``, mostly under a title.
-
-    With ``beside`` it mixes sentences about two conditions: then only the name in a sentence tells
-    which of them it is about.
-    """
+    """Write a short article, mostly under a title; with ``beside`` it mixes two conditions."""
     if beside is not None:
         half = -(-aspects // 2)  # rounded up
         lines = _draw(condition, half, rng) + _draw(beside, half, rng)
