@@ -77,11 +77,10 @@ def changed() -> list[str]:
     """List the titles of the lessons that changed since their outputs were made."""
     titles = []
     for path in lessons():
-        with suppress(KeyError, TypeError, ValueError):  # no stamp, or no notebook
-            notebook = read_json(path)
-            if notebook["metadata"][STAMP]["source"] == source_hash(notebook["cells"]):
-                continue
-        titles.append(title(path))
+        notebook = read_json(path)
+        stamp = notebook["metadata"].get(STAMP, {})
+        if stamp.get("source") != source_hash(notebook["cells"]):
+            titles.append(title(path))
     return titles
 
 

@@ -117,13 +117,6 @@ def _model() -> Finding:
     return True, "the embedded model loads in 4 bits and answers", ""
 
 
-def _fetched() -> Finding:
-    small = profiles.PROFILES["small"]
-    names = ["small"] if machine.is_here(small.model_id, small.revision) else []
-    names += ["medquad"] if machine.fetched("MedQuAD") else []
-    return True, f"{', '.join(names) or 'nothing'} (to get: medquad fetch small, or medquad)", ""
-
-
 def _auto() -> Finding:
     plan = profiles.resolve("auto")
     return True, f"takes {plan.profile}\n\n{plan}", ""
@@ -136,5 +129,5 @@ CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
     "port 8888": (WARNING, lambda: _port(8888, "read the address that JupyterLab prints")),
     "port 7860": (WARNING, lambda: _port(7860, "start the chat with: medquad demo --port 7861")),
     "lessons": (WARNING, _lessons),
-    "model": (PROBLEM, _model), "fetched": (PROBLEM, _fetched), "auto": (PROBLEM, _auto),
+    "model": (PROBLEM, _model), "auto": (PROBLEM, _auto),
 }  # fmt: skip

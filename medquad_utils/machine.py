@@ -55,19 +55,15 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         with suppress(SystemExit):  # argparse, after --help
             status = work()
-        sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
+        sys.stdout.flush()  # a closed pipe shows here, not after the last line
         return status
-    except BrokenPipeError:  # head or less has read enough
-        status = 141
+    except BrokenPipeError:  # head or less has read enough: Python would fail again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
-        status = 1
         if local_rank() == 0:
             print(f"medquad: {' '.join(_told(error).split())}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # send the rest nowhere: Python would fail once more at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
+        return 1
 
 
 def _told(error: Exception) -> str:
