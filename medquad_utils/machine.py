@@ -115,18 +115,16 @@ def detect() -> Hardware:
     card = torch.cuda.get_device_properties(own)  # starts CUDA: from here the count is final
     if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         raise CourseError(
-            "CUDA had started on several GPUs before the plan was made, and a run without a "
-            "launcher takes one. Restart the kernel and make the plan first, or set "
-            "CUDA_VISIBLE_DEVICES=0."
+            "CUDA had started on several GPUs before the plan was made. Restart the kernel and "
+            "make the plan first, or set CUDA_VISIBLE_DEVICES=0."
         )
     # is_bf16_supported() would count emulation, in which a T4 crawls: keep the capability.
     capability = card.major, card.minor
     oldest = (7, 5) if int((torch.version.cuda or "0").partition(".")[0]) >= 13 else (7, 0)
     if capability < oldest:  # torch and bitsandbytes hold no kernels for it
         raise CourseError(
-            f"{card.name} has CUDA capability {card.major}.{card.minor}, and the installed "
-            f"libraries need {oldest[0]}.{oldest[1]}. Choose a newer GPU (a T4, for example), or "
-            "set CUDA_VISIBLE_DEVICES= to run on the CPU."
+            f"{card.name} has CUDA capability {card.major}.{card.minor}, and the libraries need "
+            f"{oldest[0]}.{oldest[1]}. Choose a newer GPU, or hide this one: CUDA_VISIBLE_DEVICES="
         )
     return Hardware("cuda", card.name, card.total_memory / 1e9, capability, False, cores, gpus)
 
@@ -152,16 +150,16 @@ def take_one_gpu() -> int:
     """
     import torch
 
-    if "LOCAL_RANK" in os.environ:
-        if listed := os.environ.pop("MEDQUAD_GPUS", ""):
-            os.environ["CUDA_VISIBLE_DEVICES"] = listed
-        return torch.cuda.device_count()
+    listed = os.environ.get("MEDQUAD_GPUS", "")
+    if listed and "LOCAL_RANK" in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = listed
     count = torch.cuda.device_count()  # asks the driver's management library: starts no CUDA
+    if "LOCAL_RANK" in os.environ:
+        return count
     if count > 1:
         every = ",".join(map(str, range(count)))
-        os.environ["MEDQUAD_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES") or every
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["MEDQUAD_GPUS"].split(",")[0]
-    listed = os.environ.get("MEDQUAD_GPUS", "")
+        os.environ["MEDQUAD_GPUS"] = listed = os.environ.get("CUDA_VISIBLE_DEVICES") or every
+        os.environ["CUDA_VISIBLE_DEVICES"] = listed.partition(",")[0]
     return len(listed.split(",")) if count and listed else count
 
 
@@ -214,10 +212,7 @@ def network(what: str, todo: str) -> Iterator[None]:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Ask the Hugging Face Hub for a sign of life; ``HF_HUB_OFFLINE=1`` counts as no.
-
-    A mirror may refuse a question for its home page (4xx) and still give files.
-    """
+    """Ask the Hugging Face Hub for a sign of life; ``HF_HUB_OFFLINE=1`` counts as no."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
     import huggingface_hub
@@ -226,7 +221,8 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     with suppress(Exception):  # the client that downloads: its proxies, certificates and errors
         session = huggingface_hub.get_session()
         status = session.head(url, timeout=timeout, follow_redirects=True).status_code
-        return bool(status < 500 and status != 407)  # 407: the proxy asks for a password
+        # A mirror may refuse its home page (4xx) and still give files. 407 comes from a proxy.
+        return bool(status < 500 and status != 407)
     return False
 
 

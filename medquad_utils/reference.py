@@ -72,11 +72,10 @@ def write(plan: Plan, folder: Path, seconds: Mapping[str, float], peak_gb: float
 def about(plan: Plan, seconds: Mapping[str, float], peak_gb: float) -> dict[str, Any]:
     """Describe the run: model, data, machine, versions, date and times."""
     card = read_json(plan.folder / "data" / "data.json")
-    kind = "shipped with the course" if plan.model_id == "embedded" else "from the Hub"
     return {
         "profile": plan.profile,
         "model": plan.model_id,
-        "weights": plan.origin or ("from a local folder" if plan.model_path else kind),
+        "weights": plan.origin or f"from {'a local folder' if plan.model_path else 'the Hub'}",
         "data": {"source": plan.source} | {name: card[name] for name in COUNTS},
         "hardware": plan.hardware,
         "versions": versions(),
