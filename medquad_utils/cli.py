@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from medquad_utils import CourseError, __version__, atomic, files, machine, profiles, tables
 from medquad_utils.profiles import PROFILES, SOURCES, Plan
 
-HELP = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
 RUNS = ("--runs", "DIR", "", "folder of the results (default: $MEDQUAD_OUT, or runs)")
 PROFILE = ("--profile", "P", "auto", f"auto, {', '.join(PROFILES)} (default: auto)")
 MODEL = ("--model", "OWNER/NAME|DIR", "", "the base (default: the adapter's, or the profile's)")
@@ -137,23 +136,19 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says a mistake in one line, and takes no option by its first letters."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
     def error(self, message: str) -> NoReturn:
         """Raise it as any other mistake of a user."""
-        raise CourseError(f"{message} (all options: {self.prog} --help)")
+        raise CourseError(f"{message} (all options: medquad COMMAND --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the grammar of the command line from ``COMMANDS``."""
-    top = _Parser(prog="medquad", description=HELP)
+    about = "QLoRA on MedQuAD, from raw data to a 4-bit Llama that answers."
+    top = _Parser(prog="medquad", description=about)
     top.add_argument("--version", action="version", version=f"medquad {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for flag, metavar, default, about in options:
             number = {"type": functools.partial(profiles.number, flag, type(default))}
             kind = KINDS.get(type(default), number) | ({"metavar": metavar} if metavar else {})
@@ -172,10 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def work() -> int:
-        options, unknown = parser().parse_known_args(arguments)
-        if unknown:
-            todo = f"all options: medquad {options.command} --help"
-            raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
+        options = parser().parse_args(arguments)
         return int(globals()[f"_{options.command}"](options) or 0)
 
     return machine.guarded(work)
