@@ -78,7 +78,6 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     (["train", "--print-launch", "x"], "--print-launch: invalid choice: 'x' (choose"),
     ([*RUN, "-p", "model=nowhere"], "model 'nowhere': expected OWNER/NAME"),
     ([*RUN, "--only", "01", "--runs", "a file"], "a file"),
-    ([*ASK, "  "], 'medquad ask "What causes asthma?"'),
     ([*ASK, "What causes asthma?", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
