@@ -49,7 +49,7 @@ def _installed(name: str) -> str:
 def _packages() -> Finding:
     from packaging.requirements import Requirement
 
-    lines = importlib.metadata.requires(machine.PACKAGE) or ()
+    lines = importlib.metadata.requires("medquad-qlora") or ()
     needs = [need for need in map(Requirement, lines) if not need.marker]  # a marker: of an extra
     have = {need.name: _installed(need.name) for need in needs}
     wrong = [need for need in needs if not need.specifier.contains(have[need.name] or "0", True)]

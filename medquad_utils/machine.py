@@ -1,4 +1,4 @@
-"""This machine: hardware, processes, the Hub and its token, Colab, results folder, readiness."""
+"""This machine: hardware, processes, the Hub and its token, Colab, the results folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from medquad_utils import CourseError
 from medquad_utils.atomic import reason
 from medquad_utils.files import user_path
 
-PACKAGE = "medquad-qlora"
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts the learner's Google Drive
 KAGGLE = Path("/kaggle/working")  # what Kaggle keeps of a session: "Save Version"
 
