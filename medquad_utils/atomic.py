@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -26,8 +27,10 @@ def check_ours(record: Path, mark: str, *others: Path) -> None:
     """Check that ``record``, and ``others`` beside it, may be replaced.
 
     None is there, or the record holds ``mark``: a text that only this package writes. What somebody
-    else wrote raises a CourseError.
+    else wrote, and a link, raises a CourseError.
     """
+    for path in (record, *others):
+        refuse_link(path)
     with suppress(OSError):  # it cannot be read: writing will say so
         there = [Path(p.parent.name, p.name) for p in (record, *others) if p.exists()]
         if there and not (record.is_file() and mark.encode() in record.read_bytes()):
@@ -37,24 +40,54 @@ def check_ours(record: Path, mark: str, *others: Path) -> None:
             )
 
 
+def refuse_link(path: Path) -> None:
+    """Check that ``path`` is no link to a file: writing would lose the link."""
+    if path.is_symlink():
+        raise CourseError(
+            f"{path.name} is a link, which would be lost. Delete it, or choose another folder "
+            "or name."
+        )
+
+
+def _temporary(path: Path, ending: str = "part") -> Path:
+    """Name a file beside ``path`` for this process; remove those that killed processes left.
+
+    A folder that stepped aside, and whose successor never came, takes its place again.
+    """
+    import psutil
+
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
+        if not ((pid := left.name.split(".")[-2]).isdecimal() and psutil.pid_exists(int(pid))):
+            if ending == "old" and not path.exists():
+                left.rename(path)  # it was killed between the two renames
+            remove = shutil.rmtree if left.is_dir() else os.unlink
+            with suppress(OSError):
+                remove(left)
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it to ``path`` at the end.
 
-    An error or a kill on the way leaves an older ``path`` as it was. If ``path`` is a link, the
-    file that it leads to is replaced. A path that cannot be written raises a CourseError.
+    An error or a kill on the way leaves an older ``path`` as it was. A full disk, a folder that
+    cannot be written and a link raise a CourseError.
     """
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.part")  # what a kill left is written over
+    refuse_link(path)
+    temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = _temporary(path)
         yield temporary
-        temporary.replace(target)  # atomic, because both are in one folder
+        temporary.replace(path)  # atomic, because both are in one folder
     except OSError as error:
         raise CourseError(f"cannot write {path.name}: {reason(error)}") from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            if temporary:
+                temporary.unlink()
 
 
 def reason(error: Exception) -> str:
@@ -71,22 +104,33 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     link, the folder that it leads to is replaced, and the link stays.
     """
     folder = folder.resolve()
-    fresh, older = (folder.with_name(f".{folder.name}.{ending}") for ending in ("part", "old"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_file():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder.name)
+    fresh, older = _temporary(folder), _temporary(folder, "old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         yield fresh
-        if folder.exists():  # no system call replaces a folder that has files in it
-            shutil.rmtree(older, ignore_errors=True)
-            folder.rename(older)
-        fresh.rename(folder)
-    finally:
-        if older.exists() and not folder.exists():  # an error or a kill came between the renames
+        for _ in range(100):  # another process may replace the folder at the same moment
+            with suppress(FileNotFoundError):
+                # No system call replaces a folder that has files in it: the older steps aside.
+                folder.rename(older)
+            try:
+                fresh.rename(folder)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(older, ignore_errors=True)
+        else:
+            raise OSError(errno.EEXIST, "others replace it again and again", folder.name)
+    except BaseException:
+        if older.exists() and not folder.exists():
             older.rename(folder)
-        for left in (fresh, older):
-            shutil.rmtree(left, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 @contextmanager

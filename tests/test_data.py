@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +24,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import tiny
+from conftest import REPO, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -706,12 +707,16 @@ def test_parts_replace_neither_their_input_nor_what_others_wrote(name: str, tmp_
         data.make(replace(plan, data_path=str(mine.rename(tmp_path / "train.parquet"))), tmp_path)
 
 
-def test_a_write_sweeps_what_a_kill_left_and_goes_through_a_link(tmp_path: Path) -> None:
+def test_a_write_sweeps_what_killed_ones_left_and_goes_through_no_link(tmp_path: Path) -> None:
     (link := tmp_path / "link.json").symlink_to("a.json")
-    (tmp_path / ".a.json.part").write_text("half")
-    files.write_json(link, {"a": 1})
-    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "link.json"}
-    assert files.read_json(tmp_path / "a.json") == {"a": 1} and link.is_symlink()
+    gone, alive = 2**22 + 1, os.getppid()  # no process has the first number
+    for pid in (gone, alive):
+        (tmp_path / f".a.json.{pid}.part").touch()
+    files.write_json(file := tmp_path / "a.json", {"a": 1})
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "link.json", f".a.json.{alive}.part"}
+    with pytest.raises(CourseError, match=r"link\.json is a link"):
+        files.write_json(link, {})
+    assert files.read_json(file) == {"a": 1} and link.is_symlink()
 
 
 def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undone(
@@ -724,11 +729,28 @@ def test_a_folder_is_replaced_behind_its_link_and_a_kill_between_renames_is_undo
             (fresh / "file").write_text(text)
     folder = tmp_path / "disk" / "folder"
     assert (tmp_path / "link").is_symlink() and (folder / "file").read_text() == "b"
-    folder.rename(folder.with_name(".folder.old"))
+    folder.rename(folder.with_name(f".folder.{2**22 + 1}.old"))
     with pytest.raises(KeyError), atomic.whole_folder(folder):
         raise KeyError
     assert (folder / "file").read_text() == "b"
     assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+
+
+def test_two_writers_of_one_folder_leave_one_whole_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from medquad_utils import atomic\n"
+        "for n in range(200):\n"
+        "    with atomic.whole_folder(pathlib.Path('folder')) as fresh:\n"
+        "        fresh.mkdir()\n"
+        "        for name in 'ab': (fresh / name).write_text(f'{sys.argv[1]} {n}')\n"
+    )
+    commands = [[sys.executable, "-c", code, str(writer)] for writer in range(2)]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    writers = [subprocess.Popen(command, cwd=tmp_path, env=env) for command in commands]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    written = {(tmp_path / "folder" / name).read_text() for name in "ab"}
+    assert written in ({"0 199"}, {"1 199"}), "both files are of one writer"
 
 
 def test_a_folder_that_another_process_locks_is_waited_for_or_refused(tmp_path: Path) -> None:
