@@ -1,6 +1,7 @@
 """Plumbing, plots and checks of a hands-on QLoRA course on MedQuAD. Imports no torch."""
 
 __version__ = "0.1.0"
+STOPPED = "stopped; files that were written are complete."  # after Ctrl-C
 
 
 class CourseError(Exception):

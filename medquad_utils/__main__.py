@@ -3,15 +3,17 @@
 import sys
 from collections.abc import Sequence
 
+from medquad_utils import STOPPED
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; Ctrl-C is one line, even while Python still imports."""
+    """Run the command line; Ctrl-C is one line even while Python still imports."""
     try:
         from medquad_utils import cli
 
         return cli.main(arguments)
     except KeyboardInterrupt:
-        print("medquad: stopped; files that were written are complete.", file=sys.stderr)
+        print(f"medquad: {STOPPED}", file=sys.stderr)
         return 130
 
 

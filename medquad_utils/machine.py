@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import importlib.metadata
@@ -12,6 +13,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import timeit
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medquad_utils import CourseError
+from medquad_utils import STOPPED, CourseError
 from medquad_utils.atomic import reason
 from medquad_utils.files import user_path
 
@@ -46,51 +48,81 @@ class Hardware:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run a command and return its exit status; a mistake of the user is one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
+    """Run a command and return its exit status; whatever goes wrong is one line on stderr.
+
+    An error that nobody foresaw leaves its traceback in a log in the folder for temporary files.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # a service closed it
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):  # ASCII cannot write a dash
             stream.reconfigure(errors="backslashreplace")
-    status = 0
     try:
-        with suppress(SystemExit):  # argparse, after --help
+        try:
+            _ = processes(), local_rank()  # a launcher's variables, before a library reads them
             status = work()
-        sys.stdout.flush()  # a closed pipe shows here, not after the last line
+        except SystemExit as stop:  # argparse: --help
+            status = int(stop.code or 0)
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, not after the last line
         return status
-    except BrokenPipeError:  # head or less has read enough: Python would fail again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # head or less has read enough
+        message, status = "", 141
+    except KeyboardInterrupt:
+        message, status = STOPPED, 130
     except Exception as error:
-        if local_rank() == 0:
-            print(f"medquad: {' '.join(_told(error).split())}", file=sys.stderr)
-        return 1
+        message, status = _told(error), 1
+    first = not os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()  # of several processes
+    if message and first:
+        print(f"medquad: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # send the rest nowhere: Python would fail once more at its exit
+        with suppress(OSError, ValueError):  # no file behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _told(error: Exception) -> str:
-    """Describe an error that ended a command; above one that nobody foresaw is its traceback."""
+    """Describe an error that ended a command in one line, with the next step."""
     if isinstance(error, CourseError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):  # an extra that is not installed
         return f"{error.name} is not installed. Run make course, or pip install -e '.[all]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(os.fsdecode(error.filename)).name}: {reason(error)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}."
-    traceback.print_exception(error)
-    return f"unexpected {_first_line(error)}. Please report it with the lines above."
+    about_network = re.search(r"(?i)\bprox|socks|certificat|\bssl|\burl|no such file", str(error))
+    if about_network and (steering := network_settings()):
+        return f"{_first_line(error)} ({steering}). Correct or unset it, if it is to blame."
+    if isinstance(error, OSError) and error.errno:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return reason(error) if full else f"{error.strerror}."
+    log = Path(tempfile.gettempdir()) / "medquad-qlora-error.log"
+    with suppress(OSError):
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return (
+        f"unexpected {_first_line(error)}. Please report it with {log.name}, from the folder for "
+        "temporary files."
+    )
 
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {[*str(error).strip().splitlines(), 'no message'][0][:200]}"
 
 
+def _number(name: str, default: int) -> int:
+    if not (text := os.environ.get(name) or str(default)).isdecimal():
+        raise CourseError(f"{name}={text!r}: expected a whole number, as a launcher sets it.")
+    return int(text)
+
+
 def processes() -> int:
     """Return how many processes share the run: set by ``torchrun`` or ``accelerate launch``."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def local_rank() -> int:
     """Return the number of this process on this machine, and so of its GPU; 0 if alone."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
 
 
 def detect() -> Hardware:
@@ -194,9 +226,15 @@ def triton_needs() -> tuple[str, bool]:
     return todo if lacking else ", ".join(needs), not lacking
 
 
-# What steers every client of the network. Messages hold no values: some are passwords.
+# What steers every client of the network: a proxy, certificates, a mirror of the Hub.
 STEERING = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
             "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_ENDPOINT", "HF_HUB_OFFLINE")  # fmt: skip
+
+
+def network_settings() -> str:
+    """Name the variables that steer the network here, without their values: some hold passwords."""
+    names = [n for n in STEERING if os.environ.get(n) or os.environ.get(n.lower())]
+    return f"the environment sets {', '.join(names)}" if names else ""
 
 
 @contextmanager
@@ -205,8 +243,7 @@ def network(what: str, todo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each library has many kinds, and proxies add their own
-        names = [n for n in STEERING if os.environ.get(n) or os.environ.get(n.lower())]
-        steering = f"; the environment sets {', '.join(names)}" if names else ""
+        steering = f"; {text}" if (text := network_settings()) else ""
         raise CourseError(f"{what} ({_first_line(error)}{steering}). {todo}") from error
 
 
@@ -287,7 +324,10 @@ def hub_token() -> str | None:
     token: str | None = None
     try:
         token = huggingface_hub.get_token()
-    except Exception:  # Colab's vault timed out: without this, every download would ask again
+    except Exception:  # Colab's vault timed out, and huggingface_hub let it through
+        if not on_colab():
+            raise
+        # Without this, every download would ask again, and fail again.
         huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
     if not token and on_kaggle():  # huggingface_hub knows Colab's secrets only
         with suppress(Exception):  # one error for each of missing, detached and offline
@@ -308,8 +348,10 @@ def token_gap() -> str:
 
 def checkout(*first: Path) -> Path | None:
     """Return the root of the course's checkout: one of ``first``, or around the working folder."""
-    roots = (*first, Path.cwd(), *Path.cwd().parents)
-    return next((root for root in roots if list(root.glob("notebooks/0*_*.ipynb"))), None)
+    for root in (*first, Path.cwd(), *Path.cwd().parents):
+        if (root / "medquad_utils").is_dir() and list(root.glob("notebooks/0*_*.ipynb")):
+            return root
+    return None
 
 
 def default_out() -> str:
