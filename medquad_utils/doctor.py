@@ -40,6 +40,15 @@ def report() -> bool:
     return not states[PROBLEM]
 
 
+def _device() -> Finding:
+    found = machine.detect()
+    number = f"bf16 is {'faster' if found.bf16_cpu else 'not faster'} than fp32"
+    if found.capability:
+        number = "CUDA capability {}.{}".format(*found.capability)
+    size = f"{found.memory_gb:.0f} GB, {found.cores} cores"
+    return True, f"{found.device}: {found.name}, {size}, {number}", ""
+
+
 def _installed(name: str) -> str:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name).partition("+")[0]  # 2.13.0 of 2.13.0+cpu
@@ -86,11 +95,14 @@ def _hub() -> Finding:
 
 
 def _disk() -> Finding:
-    out = Path(machine.default_out())
-    atomic.check_place(out)
+    out, todo = Path(machine.default_out()), "set MEDQUAD_OUT to another folder of yours"
+    try:
+        atomic.check_place(out)
+    except CourseError as error:
+        return False, str(error), todo
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
     text = f"{free:.1f} GB free in {out.name}/, {DISK_GB:.1f} GB needed"
-    return free >= DISK_GB, text, "set MEDQUAD_OUT to another folder of yours"
+    return free >= DISK_GB, text, todo
 
 
 def _port(number: int, todo: str) -> Finding:
@@ -117,17 +129,28 @@ def _model() -> Finding:
     return True, "the embedded model loads in 4 bits and answers", ""
 
 
+def _fetched() -> Finding:
+    small = profiles.PROFILES["small"]
+    here = {
+        "small": machine.is_here(small.model_id, small.revision),
+        "medquad": bool(machine.fetched("MedQuAD")),
+    }
+    texts = "{0} is not here (to get it: medquad fetch {0})", "{0} is here"
+    return True, ", ".join(texts[there].format(what) for what, there in here.items()), ""
+
+
 def _auto() -> Finding:
     plan = profiles.resolve("auto")
-    return True, f"takes {plan.profile}\n\n{plan}", ""
+    return True, f"takes {plan.profile} ({plan.why.removeprefix('auto: ')})\n\n{plan}", ""
 
 
 # What -> the state if it is not well, the check. A check that raises is a problem.
 CHECKS: dict[str, tuple[str, Callable[[], Finding]]] = {
+    "device": (PROBLEM, _device),
     "packages": (PROBLEM, _packages), "tested": (WARNING, _tested), "memory": (PROBLEM, _memory),
     "Hub": (WARNING, _hub), "disk": (PROBLEM, _disk),
     "port 8888": (WARNING, lambda: _port(8888, "read the address that JupyterLab prints")),
     "port 7860": (WARNING, lambda: _port(7860, "start the chat with: medquad demo --port 7861")),
     "lessons": (WARNING, _lessons),
-    "model": (PROBLEM, _model), "auto": (PROBLEM, _auto),
+    "model": (PROBLEM, _model), "fetched": (PROBLEM, _fetched), "auto": (PROBLEM, _auto),
 }  # fmt: skip

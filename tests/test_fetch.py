@@ -130,6 +130,8 @@ def test_the_real_base_answers_from_the_command_line(
     words = set(re.findall(r"\w+", answer.lower()))
     assert words & {"breathing", "lungs", "airways"}, "it knows what asthma is"
     assert fetch.Q4_1 in answer
+    assert cli.main(["doctor"]) == 0
+    assert "small is here" in capsys.readouterr().out
 
 
 @pytest.mark.full
