@@ -138,7 +138,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it as any other mistake of a user."""
-        raise CourseError(f"{message} (all options: medquad COMMAND --help)")
+        raise CourseError(f"{message} (all options: {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def work() -> int:
-        options = parser().parse_args(arguments)
+        options, unknown = parser().parse_known_args(arguments)
+        if unknown:
+            todo = f"all options: medquad {options.command} --help"
+            raise CourseError(f"unrecognized arguments: {' '.join(unknown)} ({todo})")
         return int(globals()[f"_{options.command}"](options) or 0)
 
     return machine.guarded(work)
@@ -211,12 +214,19 @@ def _run(options: argparse.Namespace) -> None:
 
     if wrong := [pair for pair in options.p if "=" not in pair]:
         raise CourseError(f"-p {wrong[0]!r}: expected NAME=VALUE, for example -p source=xml.")
-    parameters = {"profile": options.profile, "model": options.model}
-    parameters |= {"out": str(options.runs or "")} | dict(pair.split("=", 1) for pair in options.p)
+    shared = {"profile": options.profile, "model": options.model, "out": str(options.runs or "")}
+    pairs = [pair.split("=", 1) for pair in options.p]
+    left_out = {"profile": "auto", "model": "", "out": ""}
+    pairs += [[name, value] for name, value in shared.items() if value != left_out[name]]
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CourseError(f"parameter {twice[0]} is given twice: keep one value.")
     only = [number for number in options.only.split(",") if number.strip()]
+    if options.only and not only:
+        raise CourseError(f"--only {options.only!r}: expected numbers of lessons, such as 02,04.")
     if only and options.reference:
         raise CourseError("--reference needs all lessons: leave --only out.")
-    course.run(parameters, only, options.reference)
+    course.run(dict(pairs), only, options.reference)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -267,6 +277,9 @@ def _show(options: argparse.Namespace, answer: Callable[[str], Iterable[str]]) -
     from medquad_utils import safety
 
     question = tables.clean_text(options.question)
+    if not tables.has_words(question):
+        example = f'medquad {options.command} "What causes asthma?"'
+        raise CourseError(f"the question is empty. Ask one in quotes: {example}")
     for piece in safety.guarded(question, lambda: answer(question)):
         print(piece, end="", flush=True)
     print()
@@ -318,6 +331,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     if bool(options.space) != bool(options.repo):
         raise CourseError("--space DIR and --repo USER/NAME go together: the Space shows a model.")
+    if options.space and (options.host, options.port) != (serving.HOST, demo.PORT):
+        raise CourseError("--space serves nothing: leave --host and --port out.")
     plan = _plan(options)
     if options.space:
         app, *others = (options.space / name for name in demo.SPACE_FILES)
@@ -362,7 +377,9 @@ def _estimate(options: argparse.Namespace) -> None:
 
     words = {"": None, "off": 0, "full": 1}
     if (every := options.checkpointing) not in words:
-        words[every] = profiles.number("--checkpointing", int, every)
+        if not (every.isdecimal() and int(every)):
+            raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number.")
+        words[every] = int(every)
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
         packing=options.packing, checkpointing=words[every], price=options.price,

@@ -138,10 +138,13 @@ def _value(name: str, text: str, default: str) -> Any:
         return number(name, kind, text)
     if name not in ("data_path", "model") or not text:
         return text
-    if (path := user_path(text)).exists():
-        return str(path.resolve())  # the kernels run in notebooks/, not here
-    if name == "data_path" and text not in HUB:
+    path = user_path(text)
+    if name == "data_path" and not (path.exists() or text in HUB):
         raise CourseError(f"data_path={text}: there is no such file or folder. Check the path.")
+    if name == "model" and path.name == "config.json":
+        path = path.parent
+    if path.exists() if name == "data_path" else (path / "config.json").is_file():
+        return str(path.resolve())  # the kernels run in notebooks/, not here
     return text
 
 

@@ -24,9 +24,14 @@ MEASURED = ASSETS / "measured"  # JSON that tests/benchmarks write
 def user_path(text: str | Path) -> Path:
     """Turn a path as a user gives it into a ``Path``; ``~`` is the home folder."""
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # a home folder that nobody has
-        raise CourseError(f"path {str(text)!r}: {error} Write another path.") from error
+        path = Path(text).expanduser()
+        path.exists()  # raises for a name that is too long
+        if "\0" in str(path):
+            raise ValueError("a zero byte is in it")
+    except (RuntimeError, ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CourseError(f"path {str(text)[:80]!r}: {why}. Write another path.") from error
+    return path
 
 
 def content_hash(paths: Iterable[Path], root: Path) -> str:

@@ -41,9 +41,9 @@ def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture
     monkeypatch.setattr(machine, "hub_token", lambda: None)
     assert cli.main(["doctor"]) == 0
     found = capsys.readouterr().out
-    assert re.search(r"(?m)^ok +auto +takes tiny$", found)
+    assert re.search(r"(?m)^ok +auto +takes tiny \(no CUDA GPU", found)
     assert re.search(rf"(?m)^ok +tested .*torch {re.escape(machine.versions()['torch'])}", found)
-    assert re.search(r"(?m)^profile +tiny \(auto: no CUDA GPU", found)
+    assert re.search(r"(?m)^profile +tiny", found)
 
 
 RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "demo"))
@@ -62,6 +62,8 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "-p", "rows=1_000"], "rows=1_000: expected a whole number"),
     ([*RUN, "-p", "max_steps=1"], "max_steps=1: the first step only warms up"),
     ([*RUN, "-p", "specialty=magic", "--only", "09"], "specialty=magic: expected one of cardio"),
+    ([*RUN, "-p", "rows=1", "-p", "rows=2"], "parameter rows is given twice"),
+    ([*RUN, "-p", "profile=small"], "parameter profile is given twice"),
     ([*RUN, "-p", "data_path=a file"], "'sample' reads no file, and data_path is 'a file'"),
     ([*RUN, "--reference", "a file/kept"], "cannot write to kept: Not a directory"),
     ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
@@ -71,16 +73,18 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     (["data", "--specialty", "magic"], "no specialty 'magic': there are cardiology, oncology"),
     (["data", "--out", "a file/data"], "cannot write to data: Not a directory. Check path, ri"),
     (["estimate", "--price", "nan"], "--price=nan: expected a number"),
-    (["data", "--sead", "1"], "arguments: --sead 1 (all options: medquad COMMAND --help)"),
-    (["train", "--data", "mine.csv"], "unrecognized arguments: --data mine.csv"),
+    (["data", "--sead", "1"], "arguments: --sead 1 (all options: medquad data --help)"),
+    (["train", "--data", "mine.csv"], "arguments: --data mine.csv (all options: medquad train"),
     ([*RUN, "-p", "source=xml"], "'xml' needs data_path"),
     (["train", "--source", "web"], "'web': expected one of sample, hub, xml, csv, jsonl, parquet"),
     (["train", "--print-launch", "x"], "--print-launch: invalid choice: 'x' (choose"),
     ([*RUN, "-p", "model=nowhere"], "model 'nowhere': expected OWNER/NAME"),
     ([*RUN, "--only", "01", "--runs", "a file"], "a file"),
+    ([*ASK, "  "], 'medquad ask "What causes asthma?"'),
     ([*ASK, "What causes asthma?", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--port", "0", "--runs", "nothing"], "medquad run --profile tiny --only 04"),
     ([*DEMO, "--space", "space"], "--space DIR and --repo USER/NAME go together"),
+    ([*DEMO, "--space", "space", "--repo", "me/a", "--port", "7"], "leave --host and --port out"),
     (["serve", "--host", "::1"], "Expected an address of this machine after --host"),
     (["serve", "--host", "192.0.2.1"], "Expected an address of this machine after --host: 127.0."),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
@@ -225,10 +229,18 @@ def test_one_bad_input_of_every_kind_is_refused() -> None:
 
 @pytest.mark.parametrize(("error", "said"), [
     (OSError(12, "Cannot allocate memory"), "Cannot allocate memory."),
-    (OSError(28, "No space left on device"), "No space left on device."),
+    (OSError(28, "No space left on device"), "left on device. Check path, rights and free space"),
     (ValueError("expected approximately 3 rows"), "unexpected ValueError: expected approximately"),
+    (ValueError("proxy refused"), "proxy refused (the environment sets HTTPS_PROXY)"),
 ])  # fmt: skip
-def test_an_error_blames_what_is_to_blame(error: Exception, said: str, capsys: Capture) -> None:
+def test_an_error_blames_what_is_to_blame(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    for name in machine.STEERING:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert machine.guarded(Mock(side_effect=error)) == 1
     assert said in capsys.readouterr().err
 
