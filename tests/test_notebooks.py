@@ -34,7 +34,7 @@ LIVE_BASES = REPO / "tests" / "live_bases"
 
 def medquad(*arguments: str, out: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does; ``out`` is where it writes, ``more`` environment."""
-    command = [sys.executable, "-m", "medquad_utils.cli", *arguments, "--runs", str(out)]
+    command = [sys.executable, "-m", "medquad_utils", *arguments, "--runs", str(out)]
     env = os.environ | more
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=1800)
 

@@ -295,7 +295,7 @@ def served(trained_adapter: Path, tmp_path: Path, monkeypatch: Any) -> Iterator[
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "adapter").symlink_to(trained_adapter)
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    line = ["medquad_utils.cli", "serve", "--profile", "tiny", "--runs", str(tmp_path)]
+    line = ["medquad_utils", "serve", "--profile", "tiny", "--runs", str(tmp_path)]
     port, log = serving.check_port(), tmp_path / "serve.log"
     yield from with_client(serving.launch(line, "medquad-tiny", port, log, 120))
 
