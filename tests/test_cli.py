@@ -44,6 +44,7 @@ def test_doctor_says_what_auto_takes_and_why(monkeypatch: Patch, capsys: Capture
     assert re.search(r"(?m)^ok +auto +takes tiny \(no CUDA GPU", found)
     assert re.search(rf"(?m)^ok +tested .*torch {re.escape(machine.versions()['torch'])}", found)
     assert re.search(r"(?m)^profile +tiny", found)
+    assert re.search(r"(?m)^ok +device +cpu: .* cores, bf16 is (not )?faster than fp32$", found)
 
 
 RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "demo"))
@@ -64,6 +65,9 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "-p", "specialty=magic", "--only", "09"], "specialty=magic: expected one of cardio"),
     ([*RUN, "-p", "rows=1", "-p", "rows=2"], "parameter rows is given twice"),
     ([*RUN, "-p", "profile=small"], "parameter profile is given twice"),
+    ([*RUN, "-p", "out=a", "--runs", "b"], "parameter out is given twice"),
+    ([*RUN, "--only", ","], "--only ',': expected numbers of lessons, such as 02,04"),
+    (["estimate", "--checkpointing", "0"], "--checkpointing '0': expected off, full, or a whole"),
     ([*RUN, "-p", "data_path=a file"], "'sample' reads no file, and data_path is 'a file'"),
     ([*RUN, "--reference", "a file/kept"], "cannot write to kept: Not a directory"),
     ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
@@ -231,18 +235,39 @@ def test_one_bad_input_of_every_kind_is_refused() -> None:
     (OSError(12, "Cannot allocate memory"), "Cannot allocate memory."),
     (OSError(28, "No space left on device"), "left on device. Check path, rights and free space"),
     (ValueError("expected approximately 3 rows"), "unexpected ValueError: expected approximately"),
+    (KeyboardInterrupt(), "medquad: stopped; files that were written are complete."),
     (ValueError("proxy refused"), "proxy refused (the environment sets HTTPS_PROXY)"),
 ])  # fmt: skip
 def test_an_error_blames_what_is_to_blame(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     for name in machine.STEERING:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert machine.guarded(Mock(side_effect=error)) == 1
-    assert said in capsys.readouterr().err
+    status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    assert machine.guarded(Mock(side_effect=error)) == status
+    assert said in (shown := capsys.readouterr().err) and shown.count("\n") == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of several processes the first one speaks
+    assert (machine.guarded(Mock(side_effect=error)), capsys.readouterr().err) == (status, "")
+
+
+def test_the_traceback_of_an_unforeseen_error_is_in_a_log(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert machine.guarded(Mock(side_effect=ValueError("odd"))) == 1
+    assert "Traceback" in (tmp_path / "medquad-qlora-error.log").read_text()
+
+
+def test_a_results_folder_that_cannot_be_written_has_a_next_step(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "file" / "runs"))
+    well, text, todo = doctor._disk()
+    assert not well and "cannot write to runs" in text and todo.startswith("set MEDQUAD_OUT")
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

@@ -21,7 +21,9 @@ import venv
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import huggingface_hub
 import nbformat
 import psutil
 import pytest
@@ -246,6 +248,27 @@ def test_colabs_secret_decides_the_profile(
     assert f"headers: {token is not None}" in said, "a download would raise, or lack the token"
     assert "lost with the session: mount Drive" in said
     assert [shlex.split(line)[1:] for line in colab.asked("pip")] == pip_lines()
+
+
+def test_notebooks_of_somebody_else_are_no_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MEDQUAD_OUT", raising=False)
+    for name in ("notebooks/01_mine.ipynb", "below/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "below")
+    assert machine.default_out() == str(tmp_path / "below" / "runs")
+    (tmp_path / "medquad_utils").mkdir()
+    assert machine.default_out() == str(tmp_path / "runs")
+
+
+def test_a_token_that_cannot_be_read_is_an_error_but_on_colab(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", Mock(side_effect=PermissionError("token")))
+    with pytest.raises(PermissionError):
+        machine.hub_token()
 
 
 def test_results_go_to_drive_on_colab_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

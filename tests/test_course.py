@@ -106,6 +106,18 @@ def test_a_full_disk_leaves_the_notebook_of_an_earlier_run(
     assert {path.suffix for path in kept.parent.iterdir()} == {".ipynb", ".html"}
 
 
+def test_a_local_model_is_its_folder_for_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels run in another folder. A name on the Hub stays, whatever else is called so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert course._value("model", "owner/name", "''") == "owner/name"
+    (tmp_path / "owner" / "name" / "config.json").touch()
+    for text in ("owner/name", "owner/name/config.json"):
+        assert course._value("model", text, "''") == str(tmp_path / "owner" / "name")
+
+
 @pytest.mark.full  # a second process that is killed
 def test_a_killed_kernel_is_one_message_about_memory(toys: Path) -> None:
     with pytest.raises(CourseError, match=r"04 die: .*memory.*smaller profile"):
