@@ -61,7 +61,7 @@ def _packages() -> Finding:
     lines = importlib.metadata.requires("medquad-qlora") or ()
     needs = [need for need in map(Requirement, lines) if not need.marker]  # a marker: of an extra
     have = {need.name: _installed(need.name) for need in needs}
-    wrong = [need for need in needs if not need.specifier.contains(have[need.name] or "0", True)]
+    wrong = [n for n in needs if not (v := have[n.name]) or not n.specifier.contains(v, True)]
     good = f"Python {platform.python_version()} and {len(needs)} packages are in range"
     listed = [f"{n.name} {have[n.name] or 'is missing'}, expected {n.specifier}" for n in wrong]
     todo = "pip install " + " ".join(f'"{need}"' for need in wrong)
