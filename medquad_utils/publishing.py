@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
 import re
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ NEEDED = "generation_config.json tokenizer.json tokenizer_config.json README.md 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt")  # in the folder of a base
 INCOMPLETE = "THIS FILE IS A PLACEHOLDER"  # the first words of a LICENSE without the agreement
 TAG = "medquad-qlora"  # in every card: a later push recognises the repository by it
+OF_META = r"(meta[-_.]?)?llama"  # how the name of a Llama begins
 COURSE = "https://github.com/medquad-qlora/medquad-qlora"
 DOI = "10.1186/s12859-019-3119-4"
 PAPER = (
@@ -96,11 +95,10 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     if llama := re.search(r"/.*llama-?3(\.\d)?(?![\db])", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
     folder = Path(getattr(base, "model_path", "") or "nowhere")
-    for file in (*texts, *(folder / name for name in LICENCE_FILES)):
-        for licence in LICENCES.values():
-            if licence.title and _text_of(licence, file):
-                return licence
-    return LICENCES["unknown"]
+    titled = [licence for licence in LICENCES.values() if licence.title]
+    copies = [*texts, *(folder / name for name in LICENCE_FILES)]
+    stated = (licence for file in copies for licence in titled if _text_of(licence, file))
+    return next(stated, LICENCES["unknown"])
 
 
 def _text_of(licence: Licence, file: Path) -> str:
@@ -123,11 +121,11 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
             f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', "
             "for example me/my-model."
         ) from error
-    llama, problem = licence.begins or "llama" in model_id.lower(), ""
+    problem = ""
     if not re.match(licence.begins.replace(" ", "[-_.]?"), name, re.IGNORECASE):
         problem = f"{model_id} is under the {licence.name}, so the name of a derived model must "
         problem += f"begin with {licence.begins!r}"
-    elif not llama and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
+    elif not (licence.begins or "llama" in model_id.lower()) and re.match(OF_META, name, re.I):
         problem = f"the base {model_id!r} is not a Llama of Meta, so the name must not say so"
     if problem:
         example = f"{user}/{licence.prefix}medquad-qlora"
@@ -141,26 +139,22 @@ def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if given:
-        if copy := _text_of(licence, given):
-            return copy
-        what = "is not the" if given.is_file() else "is no file, and not the"
-        title = f"a text with the title {licence.title}" if licence.title else "the text of it"
-        raise CourseError(
-            f"--licence {given.name} {what} {licence.name}: expected {title}, or no --licence."
-        )
-    if licence.id == "apache-2.0":
+    if licence.id == "apache-2.0" and not given:
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
+    files = [Path(plan.model_source, name) for name in LICENCE_FILES]
     if plan.on_hub:
-        cached = [try_to_load_from_cache(plan.model_id, name, revision=plan.hub_revision)
-                  for name in LICENCE_FILES]  # fmt: skip
+        commit = plan.hub_revision
+        cached = (try_to_load_from_cache(plan.model_id, f, revision=commit) for f in LICENCE_FILES)
         files = [Path(path) for path in cached if isinstance(path, str)]
-    else:
-        files = [Path(plan.model_source, name) for name in LICENCE_FILES]
-    for file in files:
+    for file in [given] if given else files:
         if text := _text_of(licence, file):
             return text
+    if given:
+        title = f"a text with the title {licence.title}" if licence.title else "the text of it"
+        raise CourseError(
+            f"--licence {given.name} is not the {licence.name}: expected {title}, or no --licence."
+        )
     place = "its authors" if plan.model_path else f"https://huggingface.co/{plan.model_id}"
     return (
         f"{INCOMPLETE}\n\nThis model is derived from {plan.model_id}, under the {licence.name}:\n"
@@ -327,41 +321,29 @@ PATHS = (
     r"(?<![\w.:/])(/(home|Users|root|tmp|mnt|data|workspace|work|content|kaggle|scratch|private|"
     r"var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
-# User names that are common words, or shared by many machines: in a text they identify nobody.
-COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may",
-          "test", "research", "python", "base", "health", "default", "course"}  # fmt: skip
 
 
-def scan(folder: Path, repo: str) -> None:
-    """Check every text and weights header for strange files, local paths, the user name, tokens.
+def scan(folder: Path) -> None:
+    """Check every text and weights header for strange files, tokens and local paths.
 
-    No message shows a secret. A tokenizer's vocabulary and the licence may contain any word: there,
-    only tokens and this machine's own folders count.
+    No message shows a secret. A tokenizer's vocabulary and the licence may hold anything that looks
+    like a path.
     """
-    secrets, words = dict(SECRETS), {"a local path": PATHS}
+    secrets = dict(SECRETS)
     if token := hub_token():
         secrets["your Hub token"] = re.escape(token)
-    everywhere = dict(secrets)
-    own = (Path.home(), Path.cwd(), folder.resolve().parent)
-    if escaped_paths := [re.escape(str(path)) for path in own if len(path.parts) > 2]:
-        everywhere["a path of this machine"] = "|".join(escaped_paths)
-    with suppress(OSError, KeyError):  # a container without a user database
-        if len(user := getpass.getuser()) > 2 and user.lower() not in COMMON:
-            named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
-            if not re.search(named, repo):  # else it is public anyway
-                words["your user name"] = named
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
             text = f"{name} does not belong in a published model: remove it from {folder.name}/."
             raise CourseError(text)
         text = _text(file)
-        patterns = everywhere if name in ("tokenizer.json", "LICENSE") else everywhere | words
-        for what, pattern in patterns.items():
-            if match := re.search(pattern, text):
-                if what in secrets:
-                    raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
-                raise CourseError(f"{name} holds {what} ({match.group()}): remove it.")
+        for what, pattern in secrets.items():
+            if re.search(pattern, text):
+                raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
+        path = re.search(PATHS, text)
+        if path and name not in ("tokenizer.json", "LICENSE"):
+            raise CourseError(f"{name} holds a local path ({path.group()}): remove it.")
 
 
 def _text(file: Path) -> str:
@@ -383,7 +365,7 @@ def check(folder: Path, repo: str) -> None:
             f"{folder.name}/ lacks {missing[0] if missing else 'weights in safetensors'}: "
             "build it with medquad publish --dry-run."
         )
-    scan(folder, repo)
+    scan(folder)
     text, credits = ((folder / n).read_text(encoding="utf-8") for n in ("README.md", "NOTICE"))
     try:
         data = ModelCard(text).data
@@ -404,7 +386,6 @@ def check(folder: Path, repo: str) -> None:
         "adapter_config.json must name the Hub id and the revision of its base":
             bool(config) and (named != base or not config.get("revision")),
         **_end_problems(folder),
-        **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
@@ -413,38 +394,17 @@ def check(folder: Path, repo: str) -> None:
 
 def _end_problems(folder: Path) -> dict[str, bool]:
     """Return whether answers run past an end token or are padded with one."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
-    read_json(folder / "generation_config.json")  # a damaged one is one message
+    config = read_json(folder / "generation_config.json", "eos_token_id", eos_token_id=list)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = GenerationConfig.from_pretrained(folder)
-    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    given, pad = config["eos_token_id"], config.get("pad_token_id")
     ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
-    name, pad = "generation_config.json", config.pad_token_id
+    name = "generation_config.json"
     return {
         f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
         f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
     }
-
-
-def _reader_problems(folder: Path) -> dict[str, bool]:
-    """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
-    names = ("config.json", "tokenizer_config.json", "generation_config.json")
-    config, tokenizer, generation = (_json(folder / name) for name in names)
-    rope = config.get("rope_parameters") or {}
-    scaled = rope.get("rope_type", "default") != "default"
-    closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
-    return {
-        "config.json must repeat rope_theta and rope_scaling where older programs look for them":
-            rope.get("rope_theta") != config.get("rope_theta")
-            or scaled != bool(config.get("rope_scaling")),
-        "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
-            tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
-            or "extra_special_tokens" in tokenizer,
-        "generation_config.json must be greedy: so were the answers that the card scores":
-            generation.get("do_sample") is not False or "temperature" in generation,
-        f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
-    }  # fmt: skip
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
@@ -467,9 +427,7 @@ def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
 def snippet_of(folder: Path) -> str:
     """Return the Python code in the folder's card."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    if code := re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        return code.group(1)
-    raise CourseError(f"the card in {folder.name}/ shows no Python code: build the folder again.")
+    return re.findall(r"(?ms)^```python\n(.*?)^```", text)[0]  # type: ignore[no-any-return]
 
 
 def run_snippet(folder: Path, repo: str) -> str:
@@ -520,20 +478,19 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, token=token)
     names = sorted(path.name for path in folder.iterdir())
     try:
-        before, parent = _claim(api, repo)
-        stale = sorted(before - {*names, ".gitattributes"})
+        stale = sorted(_claim(api, repo) - {*names, ".gitattributes"})
         changes: list[Any] = [CommitOperationDelete(name) for name in stale]
         changes += [CommitOperationAdd(name, folder / name) for name in names]
-        message = "Publish with medquad"
-        commit = api.create_commit(repo, changes, commit_message=message, parent_commit=parent)
+        # Not upload_folder: it may spread a large folder over several commits.
+        commit = api.create_commit(repo, changes, commit_message="Publish with medquad")
     # a RuntimeError where the upload of a large file broke off
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise CourseError(f"{push_problem(error, repo)} {kept}") from error
     return str(commit.repo_url)
 
 
-def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
-    """Create the repository, or take an empty one or ours; return its files and last commit."""
+def _claim(api: Any, repo: str) -> set[str]:
+    """Create the repository, or take an empty one or ours; return the names of its files."""
     api.create_repo(repo, repo_type="model", exist_ok=True)
     info = api.model_info(repo)
     files = {sibling.rfilename for sibling in info.siblings or []}
@@ -543,26 +500,18 @@ def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
             f"{repo} exists and holds {min(others)}, which medquad publish did not put there: "
             "choose another name, or delete it."
         )
-    return files, info.sha
+    return files
 
 
 def push_problem(error: Exception, repo: str) -> str:
     """Return what went wrong in a push, and what to do, in one line."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", 0)
-    messages = {
-        401: f"the Hub does not know the token: make a new one {TOKENS}.",
-        403: f"the token may not write to {repo}: it needs the right to write, and USER must be "
-        "you or your organisation.",
-        409: f"the name {repo} is taken: choose another one.",
-        412: f"{repo} was changed by somebody else in the meantime: look at it, then push again.",
-    }
-    if status in messages:
-        return messages[status]
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing can be sent: unset it."
+    if status == 401:
+        return f"the Hub does not know the token: make a new one {TOKENS}."
+    if status == 403:
+        who = "it needs the right to write, and USER must be you or your organisation"
+        return f"the token may not write to {repo}: {who}."
     first = " ".join(str(cause).split())[:200] or type(cause).__name__
     if status or isinstance(cause, ValueError):
         return f"the Hub refused {repo} ({first})."

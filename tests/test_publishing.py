@@ -275,9 +275,9 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
         publishing.push(folder, NAME, "http://127.0.0.1:9")
     monkeypatch.chdir(plan.out)
     given, out = tmp_path / "given.txt", tmp_path / "out"
-    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Meta Llama 3"):
+    with pytest.raises(CourseError, match=r"given\.txt is not the Meta Llama 3"):
         publishing.build(plan, NAME, out, licence=given)
-    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Apache License"):
+    with pytest.raises(CourseError, match=r"given\.txt is not the Apache License"):
         publishing.agreement(tiny(), publishing.licence_of(tiny()), given)
     given.write_text("MIT License")
     with pytest.raises(CourseError, match=r"given\.txt is not the Meta Llama 3 Community License"):
@@ -285,12 +285,6 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
     given.write_text("META LLAMA 3 COMMUNITY\nLICENSE AGREEMENT\n\n(a stand-in for the text)")
     publishing.build(plan, NAME, out, licence=given)
     assert (out / "LICENSE").read_text() == given.read_text()
-
-
-def test_a_file_that_only_its_owner_may_read_is_refused(copy: Path) -> None:
-    (copy / "model.safetensors").chmod(0o600)
-    with pytest.raises(CourseError, match=r"model\.safetensors cannot be read by other accounts"):
-        publishing.check(copy, OPEN)
 
 
 APACHE = "Apache License\n  Version 2.0, January 2004"
@@ -366,15 +360,6 @@ def test_an_older_transformers_answers_the_same(published: Path, tmp_path: Path)
     assert old == new and any(new)
 
 
-def test_a_user_of_the_hub_may_have_the_same_name_here(copy: Path, monkeypatch: Patch) -> None:
-    card = copy / "README.md"
-    card.write_text(card.read_text().replace(NAME, "lovelace/tiny") + "\nMade by lovelace.\n")
-    monkeypatch.setattr("getpass.getuser", lambda: "lovelace")
-    publishing.check(copy, "lovelace/tiny")
-    with pytest.raises(CourseError, match="your user name"):
-        publishing.check(copy, "byron/tiny")
-
-
 EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
 
 
@@ -385,14 +370,10 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "NOTICE", r"\Z", "see /home/ada/runs", r"a local path \(/home/ada\)"),
     ("tiny", "README.md", r"\Z", r"C:\\Users\\ada", "a local path"),
     ("tiny", "model.safetensors", '"format":"pt"', '"made":"/home/ada"', "a local path"),
-    ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "README.md", "tags:", "tags: a: b", "README.md has no readable header"),
     ("tiny", "generation_config.json", r"\}", "", "generation_config.json is damaged"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
-    ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
-    ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),
-    ("tiny", "tokenizer_config.json", "PreTrainedTokenizerFast", "Backend", "must name Pre"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),
@@ -403,7 +384,6 @@ def test_a_secret_a_strange_file_or_a_broken_licence_is_refused(
     copy: Path, llama: Run, monkeypatch: Patch, kind: str, name: str, old: str,
     new: str, message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("getpass.getuser", lambda: "lovelace")
     monkeypatch.setenv("HF_TOKEN", "an odd one")
     folder = copy if kind == "tiny" else Path(shutil.copytree(llama[1], copy.with_name("llama")))
     publishing.check(folder, NAME)
@@ -513,8 +493,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return 200, {"transfer": "basic", "objects": asked["objects"]}
 
     def commit(self, header: Any, *changes: Any) -> tuple[int, Any]:
-        if header["value"].get("parentCommit") != self.sha():
-            return 412, {"error": "A commit has happened since. Please refresh and try again."}
         for kind, value in ((change["key"], change["value"]) for change in changes):
             if kind == "deletedFile":
                 del Hub.files[value["path"]]
@@ -593,8 +571,5 @@ def test_every_refusal_of_the_hub_is_one_line(hub: Any, copy: Path, monkeypatch:
     for hub.deny, words in ((403, "may not write"), (401, "not know the token"), (418, "refused")):
         refused(words)
     hub.deny = 0
-    with monkeypatch.context() as patch:  # somebody commits between our look and our commit
-        patch.setattr(Hub, "sha", lambda self: f"{len(hub.log):040x}")
-        refused("changed by somebody else")
     monkeypatch.setattr(publishing, "hub_token", lambda: None)
     refused("no Hub token")
