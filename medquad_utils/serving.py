@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import ctypes
-import errno
 import http.client
 import json
 import os
@@ -17,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,15 +52,24 @@ def check_port(host: str = HOST, port: int = 0) -> int:
         with socket.create_server((host, port)) as probe:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
-        todo = "Stop the other program, or take another port with --port."
-        if isinstance(error, OverflowError):
-            todo = "Take another port with --port."
-        not_here = getattr(error, "errno", 0) == errno.EADDRNOTAVAIL
-        if not_here or isinstance(error.__context__, socket.gaierror):  # create_server hides it
-            todo = f"Expected an address of this machine after --host: {HOST}, or 0.0.0.0 for all."
         raise CourseError(
-            f"cannot listen on {host}:{port}: {str(error).rstrip('.')}. {todo}"
+            f"cannot listen on {host}:{port}: {str(error).rstrip('.')}. Stop the other program, or "
+            "take another port with --port. Expected an address of this machine after --host: "
+            f"{HOST}, or 0.0.0.0 for all."
         ) from error
+
+
+@contextmanager
+def announced(what: str, address: str, host: str) -> Iterator[None]:
+    """Say inside of what runs at ``address``, and that Ctrl-C or SIGTERM has ended it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(f"{what} runs at {address} (Ctrl-C stops it).", flush=True)
+        if host not in (HOST, "localhost"):
+            print("Everyone who reaches it can use it: there is no password.", flush=True)
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{what} has stopped.", flush=True)
 
 
 # ---- a bare server in a child process: transformers serve -----------------------------------
@@ -88,10 +96,9 @@ def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     Port 0 takes a free one; ``patience`` is in seconds.
     """
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
         raise CourseError(
-            f"{folder.name}/ holds {'an adapter without its base' if adapter else 'no model'}: "
-            "expected a whole model, as from medquad publish --merged --dry-run."
+            f"{folder.name}/ holds no whole model: expected one as from medquad publish --merged "
+            "--dry-run."
         )
     port = check_port(HOST, port)
     line = ["transformers.cli.transformers", "serve", folder.name]
@@ -146,23 +153,20 @@ PATIENCE = 20.0  # seconds for a client to send its request
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_BYTES``, within ``PATIENCE`` seconds."""
+    """Read a JSON object, within ``PATIENCE`` seconds."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise HTTPException(415, "expected the content type application/json.")  # no web form
-    content = bytearray()
+    body = None
     try:
         async with asyncio.timeout(PATIENCE):
-            async for part in request.stream():
-                content += part
-                if len(content) > MAX_BYTES:
-                    raise HTTPException(413, f"a request may have {MAX_BYTES:,} bytes at most.")
-        if isinstance(value := json.loads(content.decode("utf-8")), dict):
-            return value
+            body = await request.json()
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {PATIENCE:g} s.") from None
     except (ValueError, RecursionError):
         pass
-    raise HTTPException(400, "expected a JSON object in UTF-8.")
+    if isinstance(body, dict):
+        return body
+    raise HTTPException(400, "expected a JSON object.")
 
 
 def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -238,8 +242,7 @@ class Guard:
 
         def work() -> None:
             for item in self.items(question["content"], history, limit, gone):
-                with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(ready.put_nowait, item)
+                loop.call_soon_threadsafe(ready.put_nowait, item)
 
         async def pieces() -> Pieces:
             reason = None
@@ -341,39 +344,21 @@ def app(guard: Guard) -> Starlette:
         Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
         Route("/health", lambda _: JSONResponse({"status": "ok"})),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    handlers = {HTTPException: refuse}
+    return Starlette(routes=routes, exception_handlers=handlers, max_body_size=MAX_BYTES)
 
 
 def serve(guard: Guard, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM; answers that are under way have five seconds to end."""
     import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Impatient(H11Protocol):
-        """Every ``PATIENCE`` seconds, close the connection if no request is under way."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(PATIENCE, self.look)
-
-        def look(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-            elif not self.transport.is_closing():
-                self.loop.call_later(PATIENCE, self.look)
 
     config = uvicorn.Config(
-        app(guard), host=host, port=port, http=Impatient, ws="none", lifespan="off",
-        log_level="critical", access_log=False, limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=5, server_header=False, proxy_headers=False,
+        app(guard), host=host, port=port, ws="none", lifespan="off", log_level="critical",
+        access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5,
+        server_header=False, proxy_headers=False,
     )  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(f"{guard.name} answers at http://{host}:{port}/v1 (Ctrl-C stops it).", flush=True)
-        if host not in (HOST, "localhost"):
-            print("Everyone who reaches it can use it: there is no password.", flush=True)
-        uvicorn.Server(config).run()
-    except KeyboardInterrupt:
-        print("\nThe server has stopped.", flush=True)
+        with announced(guard.name, f"http://{host}:{port}/v1", host):
+            uvicorn.Server(config).run()
     finally:
         guard.worker.shutdown(cancel_futures=True)
