@@ -1,9 +1,9 @@
 """Chat with the tuned model in a browser, on this machine or in a Hugging Face Space.
 
-The text of a person, the model or a source is escaped here (``demo.html.jinja``), because Gradio
-6.31 puts chat messages into the page as HTML, with ``render_markdown=False`` too. Gradio's
-sanitiser and a Content-Security-Policy stand behind that. Gradio's shorter ``ChatInterface`` adds
-the user's text unescaped, and runs example questions through the queue before a notice can appear.
+The text of a person, the model or a source is escaped here (``demo.html.jinja``): Gradio 6.31 puts
+chat messages into the page as HTML. Its sanitiser and a Content-Security-Policy stand behind that.
+Its shorter ``ChatInterface`` does not escape the user's text, and queues example questions before a
+notice can appear.
 """
 
 from __future__ import annotations

@@ -378,7 +378,6 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),
     ("llama", "NOTICE", "10.1186/", "", "must attribute MedQuAD"),
-    ("llama", "adapter_config.json", COMMIT, "", "must name the Hub id and the revision"),
 ])  # fmt: skip
 def test_a_secret_a_strange_file_or_a_broken_licence_is_refused(
     copy: Path, llama: Run, monkeypatch: Patch, kind: str, name: str, old: str,
