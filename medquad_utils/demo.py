@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation, machine
@@ -52,7 +53,6 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 PORT = 7860
-MAX_TURNS = 20  # of a conversation; older ones leave the page
 
 VARIANTS = {"tuned": "after training (tuned)", "base": "before training (base)"}
 # MedQuAD's most frequent question types and their wording; "" leaves the question as typed.
@@ -240,7 +240,7 @@ def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
         if unfinished(turns):
             waiting = "One question at a time: wait for the answer, or stop it."
             raise gradio.Error(waiting, print_exception=False)
-        turns[:] = [*turns, bot.ask(text, *controls)][-MAX_TURNS:]
+        turns.append(bot.ask(text, *controls))
         return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), messages(turns)
 
     def pick(event: gradio.SelectData, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
@@ -294,7 +294,8 @@ async def _guard(request: Any, call_next: Any) -> Any:
 def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     """Serve inside the block, which gets the address; at its end stop, unfinished answers too."""
     app = page(bot)
-    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard)
+    limit = Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BYTES)
+    guards = [limit, Middleware(BaseHTTPMiddleware, dispatch=_guard)]
     # Gradio's own fonts come from another server.
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"],
@@ -305,7 +306,7 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
             show_error=True, max_file_size=1, theme=theme, css_paths=ASSETS / "demo.css",
-            app_kwargs={"openapi_url": None, "middleware": [guard], "max_body_size": MAX_BYTES},
+            app_kwargs={"openapi_url": None, "middleware": guards},
         )  # fmt: skip
         yield str(app.local_url)
     finally:

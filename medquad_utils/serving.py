@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import ctypes
 import http.client
 import json
 import os
@@ -77,7 +76,7 @@ def announced(what: str, address: str, host: str) -> Iterator[None]:
 
 @dataclass
 class Server:
-    """A running server, a child process that ends with this one."""
+    """A running server, a child process that ends with this one, unless that is killed."""
 
     process: subprocess.Popen[bytes]
     model: str  # the name that a request must give
@@ -113,7 +112,6 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
         process = subprocess.Popen(
             [sys.executable, "-m", *line, "--host", HOST, "--port", str(port)],
             cwd=log.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=out, stderr=out,
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
     server = Server(process, model, f"http://{HOST}:{port}/v1", log)
     atexit.register(server.stop)
@@ -131,11 +129,6 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
     return server
 
 
-def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, even by SIGKILL (prctl(2))."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-
-
 def _healthy(port: int) -> bool:
     with suppress(OSError, http.client.HTTPException):
         urlopen(f"http://{HOST}:{port}/health", timeout=5).close()  # raises if the status is bad
@@ -148,23 +141,17 @@ def _healthy(port: int) -> bool:
 MAX_BYTES = 32_000  # of a request
 MAX_WAITING = 32  # conversations that are answered or wait; one is answered at a time
 MAX_CONNECTIONS = 256
-PATIENCE = 20.0  # seconds for a client to send its request
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """Read a JSON object, within ``PATIENCE`` seconds."""
+    """Read a JSON object."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise HTTPException(415, "expected the content type application/json.")  # no web form
-    body = None
     try:
-        async with asyncio.timeout(PATIENCE):
-            body = await request.json()
-    except TimeoutError:
-        raise HTTPException(408, f"the request did not arrive within {PATIENCE:g} s.") from None
+        if isinstance(body := await request.json(), dict):
+            return body
     except (ValueError, RecursionError):
         pass
-    if isinstance(body, dict):
-        return body
     raise HTTPException(400, "expected a JSON object.")
 
 

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,17 +328,3 @@ def test_the_server_stands_a_hundred_clients_and_hostile_ones(served: Any) -> No
     assert figures["answered"] >= serving.MAX_WAITING
     assert figures["health after"] == 200 and figures["memory grew by MB"] < 150
     assert "Traceback" not in served.log.read_text()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is a call of Linux")
-def test_a_server_ends_when_its_starter_is_killed() -> None:
-    starter = (
-        "import subprocess, time; from medquad_utils import serving\n"
-        "server = subprocess.Popen(['sleep', '600'], preexec_fn=serving.end_with_parent)\n"
-        "print(server.pid, flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout
-        child = psutil.Process(int(parent.stdout.readline()))
-        parent.kill()
-        assert not psutil.wait_procs([child], timeout=10)[1]
