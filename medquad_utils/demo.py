@@ -312,8 +312,6 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     finally:
         bot.closing.set()
         app.close(verbose=False)
-        if bot.free.acquire(timeout=10):  # the last answer has ended
-            bot.free.release()
 
 
 def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:

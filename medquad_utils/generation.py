@@ -128,9 +128,8 @@ def load_adapters(
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
-    in fp32, others in the compute dtype, which training multiplied in. ``base`` is a
-    loaded base to put them on; ``unload`` takes them off again. An adapter that is missing, damaged
-    or trained on another base raises a CourseError.
+    in fp32, others in the compute dtype, which training multiplied in. ``base`` is a loaded base to
+    put them on; ``unload`` takes them off again. An adapter that does not fit is a CourseError.
     """
     from peft import PeftModel
 

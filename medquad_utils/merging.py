@@ -46,9 +46,6 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
 
     "dequantised" and "16-bit" add in fp32 and round once, to the plan's compute dtype. They need
     one copy of the base in that dtype (16.1 GB at 8 B). What the card cannot hold stays in RAM.
-
-    Raises:
-        CourseError: unknown route, unsuitable adapter, too little memory, a weight not finite.
     """
     if route not in ROUTES:
         raise CourseError(f"unknown route {route!r}: expected one of {', '.join(ROUTES)}.")

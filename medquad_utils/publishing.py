@@ -321,13 +321,13 @@ PATHS = (
 )
 
 
-def scan(folder: Path) -> None:
-    """Check every text and weights header for strange files, tokens and local paths.
+def scan(folder: Path) -> dict[str, str]:
+    """Check every file for a strange name, tokens and local paths; return name -> text.
 
-    No message shows a secret. A tokenizer's vocabulary and the licence may hold anything that looks
-    like a path.
+    Of weights it reads the header: names, shapes, remarks. No message shows a secret. A tokenizer's
+    vocabulary and the licence may hold anything that looks like a path.
     """
-    secrets = dict(SECRETS)
+    secrets, texts = dict(SECRETS), {}
     if token := hub_token():
         secrets["your Hub token"] = re.escape(token)
     for file in sorted(folder.rglob("*")):
@@ -335,36 +335,32 @@ def scan(folder: Path) -> None:
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
             text = f"{name} does not belong in a published model: remove it from {folder.name}/."
             raise CourseError(text)
-        text = _text(file)
+        with file.open("rb") as opened:
+            weights = file.suffix == ".safetensors"  # begins with the length of its header
+            size = min(int.from_bytes(opened.read(8), "little"), 100_000_000) if weights else -1
+            text = texts[name] = opened.read(size).decode("utf-8", "replace")
         for what, pattern in secrets.items():
             if re.search(pattern, text):
                 raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
         path = re.search(PATHS, text)
         if path and name not in ("tokenizer.json", "LICENSE"):
             raise CourseError(f"{name} holds a local path ({path.group()}): remove it.")
-
-
-def _text(file: Path) -> str:
-    """Return the text of a file; of weights, the header (names, shapes, remarks)."""
-    if file.suffix != ".safetensors":
-        return file.read_text(encoding="utf-8", errors="replace")
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return opened.read(min(size, 100_000_000)).decode("utf-8", "replace")
+    return texts
 
 
 def check(folder: Path, repo: str) -> None:
     """Check that a folder is complete, keeps its licences, and holds no secret (``scan``)."""
     from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer
 
-    missing = [name for name in NEEDED.split() if not (folder / name).is_file()]
-    if missing or not any(folder.glob("*.safetensors")):
+    texts = scan(folder)
+    missing = [name for name in NEEDED.split() if name not in texts]
+    if missing or not any(name.endswith(".safetensors") for name in texts):
         raise CourseError(
             f"{folder.name}/ lacks {missing[0] if missing else 'weights in safetensors'}: "
             "build it with medquad publish --dry-run."
         )
-    scan(folder)
-    text, credits = ((folder / n).read_text(encoding="utf-8") for n in ("README.md", "NOTICE"))
+    text, credits = texts["README.md"], texts["NOTICE"]
     try:
         data = ModelCard(text).data
     except Exception as error:  # of YAML: somebody wrote into its header
@@ -374,31 +370,23 @@ def check(folder: Path, repo: str) -> None:
         raise CourseError("README.md is no card of medquad publish: build the folder again.")
     if licence.agreement:
         check_name(repo, str(data.get("base_model") or "the base"), licence)
+    ending = read_json(folder / "generation_config.json", eos_token_id=list)
+    given, pad = ending.get("eos_token_id", []), ending.get("pad_token_id")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
     problems = {
         f"README.md and NOTICE must attribute MedQuAD (doi {DOI}, CC BY 4.0)":
             not all(DOI in said or OWN_LINE in said for said in (text, credits)),
         f"README.md must say '{licence.built}' and NOTICE hold Meta's line ({licence.name})":
             licence.built not in text or licence.notice not in credits,
-        **_end_problems(folder),
+        f"generation_config.json does not stop at {' and '.join(ends)}, so answers would run on":
+            bool(ends),
+        "generation_config.json must pad with a token that does not end an answer":
+            pad is None or pad in given,
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
             raise CourseError(f"{problem}: build the folder again.")
-
-
-def _end_problems(folder: Path) -> dict[str, bool]:
-    """Return whether answers run past an end token or are padded with one."""
-    from transformers import AutoTokenizer
-
-    config = read_json(folder / "generation_config.json", "eos_token_id", eos_token_id=list)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    given, pad = config["eos_token_id"], config.get("pad_token_id")
-    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
-    name = "generation_config.json"
-    return {
-        f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
-        f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
-    }
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
