@@ -120,8 +120,8 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
         ended = process.poll() is not None
         if ended or time.monotonic() > deadline:
             server.stop()
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-            last = lines[-1][:200] or "no output"
+            output = log.read_text(encoding="utf-8", errors="replace").strip()
+            last = output.rpartition("\n")[2][:200] or "no output"
             why = f"transformers serve did not answer within {patience:g} s"
             why = "transformers serve ended before it answered" if ended else why
             raise CourseError(f"{why} ({last}): see {log.name}.")
@@ -160,17 +160,17 @@ def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
 
     A client's system messages are ignored: ``generation.stream`` sends the course's own.
     """
-    messages, turns = body.get("messages"), list[dict[str, Any]]()
-    for message in messages if isinstance(messages, list) else ():
-        given = message if isinstance(message, dict) else {}
-        role, content = given.get("role"), given.get("content")
-        if role in ("system", "developer"):
-            continue
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts: list[Any] = [p.get("text") if isinstance(p, dict) else None for p in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise HTTPException(400, "messages: expected every content to be text.")
-        turns.append({"role": role, "content": clean_text("\n".join(texts))})
+    turns: list[dict[str, str]] = []
+    try:
+        for message in body["messages"]:
+            role, content = message["role"], message["content"]
+            parts = content if isinstance(content, list) else [{"text": content}]
+            text = clean_text("\n".join(part["text"] for part in parts))
+            if role not in ("system", "developer"):
+                turns.append({"role": role, "content": text})
+    except (KeyError, TypeError):
+        wrong = "expected a list of messages, each with a role and a text."
+        raise HTTPException(400, f"messages: {wrong}") from None
     roles = [turn["role"] for turn in turns]
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         text = "expected a list of user and assistant turns, one after the other, the user's last."
