@@ -133,21 +133,15 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
 
 
 def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
-    """Return the text of LICENSE: the base's licence, from ``given``, its folder or the cache.
+    """Return the text of LICENSE: the base's licence, from ``given`` or the folder of the base.
 
     Where this machine does not have an agreement, a placeholder says how to add it.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     if licence.id == "apache-2.0" and not given:
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
-    files = [Path(plan.model_source, name) for name in LICENCE_FILES]
-    if plan.on_hub:
-        commit = plan.hub_revision
-        cached = (try_to_load_from_cache(plan.model_id, f, revision=commit) for f in LICENCE_FILES)
-        files = [Path(path) for path in cached if isinstance(path, str)]
-    for file in [given] if given else files:
+    beside = [Path(plan.model_source, name) for name in LICENCE_FILES]
+    for file in [given] if given else beside:
         if text := _text_of(licence, file):
             return text
     if given:
