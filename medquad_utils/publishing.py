@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,7 @@ def build(
                 _copy_adapter(plan, source, fresh)
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
+                (fresh / name).chmod(0o644)  # whatever the umask
             check(fresh, repo)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise CourseError(
@@ -314,16 +317,21 @@ PATHS = (
     r"var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
 
+# User names that are common words, or shared by many machines: in a text they identify nobody.
+COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may",
+          "test", "research", "python", "base", "health", "default", "course"}  # fmt: skip
 
-def scan(folder: Path) -> dict[str, str]:
-    """Check every file for a strange name, tokens and local paths; return name -> text.
+
+def scan(folder: Path, repo: str) -> dict[str, str]:
+    """Check every file for a strange name, tokens, local paths and the user; return name -> text.
 
     Of weights it reads the header: names, shapes, remarks. No message shows a secret. A tokenizer's
-    vocabulary and the licence may hold anything that looks like a path.
+    vocabulary and the licence may hold any word: there, only tokens and own folders count.
     """
     secrets, texts = dict(SECRETS), {}
     if token := hub_token():
         secrets["your Hub token"] = re.escape(token)
+    own, words = _personal(folder, repo)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
@@ -336,18 +344,33 @@ def scan(folder: Path) -> dict[str, str]:
         for what, pattern in secrets.items():
             if re.search(pattern, text):
                 raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
-        path = re.search(PATHS, text)
-        if path and name not in ("tokenizer.json", "LICENSE"):
-            raise CourseError(f"{name} holds a local path ({path.group()}): remove it.")
+        patterns = own if name in ("tokenizer.json", "LICENSE") else own | words
+        for what, pattern in patterns.items():
+            if match := re.search(pattern, text):
+                raise CourseError(f"{name} holds {what} ({match.group()}): remove it.")
     return texts
+
+
+def _personal(folder: Path, repo: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return patterns of this machine's own folders, and of words that may tell who works here."""
+    own, words = {}, {"a local path": PATHS}
+    folders = (Path.home(), Path.cwd(), folder.resolve().parent)
+    if paths := [re.escape(str(path)) for path in folders if len(path.parts) > 2]:
+        own["a path of this machine"] = "|".join(paths)
+    with suppress(OSError, KeyError):  # a container without a user database
+        user = getpass.getuser()
+        named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
+        public = re.search(named, repo)
+        if len(user) > 2 and user.lower() not in COMMON and not public:
+            words["your user name"] = named
+    return own, words
 
 
 def check(folder: Path, repo: str) -> None:
     """Check that a folder is complete, keeps its licences, and holds no secret (``scan``)."""
     from huggingface_hub import ModelCard
-    from transformers import AutoTokenizer
 
-    texts = scan(folder)
+    texts = scan(folder, repo)
     missing = [name for name in NEEDED.split() if name not in texts]
     if missing or not any(name.endswith(".safetensors") for name in texts):
         raise CourseError(
@@ -359,28 +382,60 @@ def check(folder: Path, repo: str) -> None:
         data = ModelCard(text).data
     except Exception as error:  # of YAML: somebody wrote into its header
         raise CourseError(f"README.md has no readable header ({error}): build again.") from error
+    config = _json(folder / "adapter_config.json")
+    base, named = data.get("base_model"), config.get("base_model_name_or_path")
     licence = LICENCES.get(str(data.get("license")))
     if licence is None or TAG not in (data.get("tags") or []):
         raise CourseError("README.md is no card of medquad publish: build the folder again.")
     if licence.agreement:
-        check_name(repo, str(data.get("base_model") or "the base"), licence)
-    ending = read_json(folder / "generation_config.json", eos_token_id=list)
-    given, pad = ending.get("eos_token_id", []), ending.get("pad_token_id")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
+        check_name(repo, str(base or "the base"), licence)
     problems = {
         f"README.md and NOTICE must attribute MedQuAD (doi {DOI}, CC BY 4.0)":
             not all(DOI in said or OWN_LINE in said for said in (text, credits)),
         f"README.md must say '{licence.built}' and NOTICE hold Meta's line ({licence.name})":
             licence.built not in text or licence.notice not in credits,
-        f"generation_config.json does not stop at {' and '.join(ends)}, so answers would run on":
-            bool(ends),
-        "generation_config.json must pad with a token that does not end an answer":
-            pad is None or pad in given,
+        "adapter_config.json must name the Hub id and the revision of its base":
+            bool(config) and (named != base or not config.get("revision")),
+        **_generation_problems(folder),
+        **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
         if present:
             raise CourseError(f"{problem}: build the folder again.")
+
+
+def _generation_problems(folder: Path) -> dict[str, bool]:
+    """Return whether answers run past an end token, are padded with one, or are drawn at random."""
+    from transformers import AutoTokenizer
+
+    name = "generation_config.json"
+    config = read_json(folder / name, eos_token_id=list)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given, pad = config.get("eos_token_id", []), config.get("pad_token_id")
+    ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
+    return {
+        f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
+        f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
+        f"{name} must be greedy: so were the answers that the card scores":
+            config.get("do_sample") is not False or "temperature" in config,
+    }  # fmt: skip
+
+
+def _reader_problems(folder: Path) -> dict[str, bool]:
+    """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
+    config, tokenizer = (_json(folder / n) for n in ("config.json", "tokenizer_config.json"))
+    rope = config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
+    return {
+        "config.json must repeat rope_theta and rope_scaling where older programs look for them":
+            rope.get("rope_theta") != config.get("rope_theta")
+            or scaled != bool(config.get("rope_scaling")),
+        "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
+            tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
+            or "extra_special_tokens" in tokenizer,
+        f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
+    }  # fmt: skip
 
 
 def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
@@ -403,7 +458,9 @@ def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
 def snippet_of(folder: Path) -> str:
     """Return the Python code in the folder's card."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"(?ms)^```python\n(.*?)^```", text)[0]  # type: ignore[no-any-return]
+    if code := re.search(r"(?ms)^```python\n(.*?)^```", text):
+        return code.group(1)
+    raise CourseError(f"the card in {folder.name}/ shows no Python code: build the folder again.")
 
 
 def run_snippet(folder: Path, repo: str) -> str:
@@ -436,8 +493,9 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     """Send ``folder`` to the Hub as the model ``repo`` and return its address.
 
     One commit shows everything at once, so the repository is empty or complete. A broken push
-    resumes: large files that have arrived, invisible to others, are not sent again. Whatever
-    stands against the push is a CourseError, and the folder is kept.
+    resumes: large files that have arrived, invisible to others, are not sent again. What somebody
+    else commits in the meantime is not overwritten. Whatever stands against the push is a
+    CourseError, and the folder is kept.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
@@ -451,19 +509,20 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, token=token)
     names = {path.name for path in folder.iterdir()}
     try:
-        stale = _claim(api, repo) - names
-        changes: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
+        before, parent = _claim(api, repo)
+        changes: list[Any] = [CommitOperationDelete(name) for name in sorted(before - names)]
         changes += [CommitOperationAdd(name, folder / name) for name in sorted(names)]
         # Not upload_folder: it may spread a large folder over several commits.
-        commit = api.create_commit(repo, changes, commit_message="Publish with medquad")
+        message = "Publish with medquad"
+        commit = api.create_commit(repo, changes, commit_message=message, parent_commit=parent)
     # a RuntimeError where the upload of a large file broke off
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise CourseError(f"{push_problem(error, repo)} {kept}") from error
     return str(commit.repo_url)
 
 
-def _claim(api: Any, repo: str) -> set[str]:
-    """Create the repository, or take an empty one or ours; return what lies in it."""
+def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
+    """Create the repository, or take an empty one or ours; return its files and last commit."""
     api.create_repo(repo, repo_type="model", exist_ok=True)
     info = api.model_info(repo)
     files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
@@ -472,11 +531,13 @@ def _claim(api: Any, repo: str) -> set[str]:
             f"{repo} exists and holds {min(files)}, which medquad publish did not put there: "
             "choose another name, or delete it."
         )
-    return files
+    return files, info.sha
 
 
 def push_problem(error: Exception, repo: str) -> str:
     """Return what went wrong in a push, and what to do, in one line."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", 0)
     if status == 401:
@@ -484,6 +545,8 @@ def push_problem(error: Exception, repo: str) -> str:
     if status == 403:
         who = "it needs the right to write, and USER must be you or your organisation"
         return f"the token may not write to {repo}: {who}."
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing can be sent: unset it."
     first = " ".join(str(cause).split())[:200] or type(cause).__name__
     if status or isinstance(cause, ValueError):
         return f"the Hub refused {repo} ({first})."

@@ -81,7 +81,11 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
 
 @pytest.fixture(scope="module")
 def published(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publishing.build(plan, OPEN, tmp_path_factory.mktemp("hub") / OPEN)
+    before = os.umask(0o077)  # others may read what is published, all the same
+    try:
+        return publishing.build(plan, OPEN, tmp_path_factory.mktemp("hub") / OPEN)
+    finally:
+        os.umask(before)
 
 
 @pytest.fixture
@@ -287,6 +291,18 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
     assert (out / "LICENSE").read_text() == given.read_text()
 
 
+def test_a_file_that_only_its_owner_may_read_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").chmod(0o600)
+    with pytest.raises(CourseError, match=r"model\.safetensors cannot be read by other accounts"):
+        publishing.check(copy, OPEN)
+
+
+def test_a_card_without_code_is_a_message(copy: Path) -> None:
+    (copy / "README.md").write_text("Nothing to run.")
+    with pytest.raises(CourseError, match=r"the card in folder/ shows no Python code: build"):
+        publishing.snippet_of(copy)
+
+
 APACHE = "Apache License\n  Version 2.0, January 2004"
 LLAMA_32 = "LLAMA 3.2 COMMUNITY\nLICENSE AGREEMENT"
 
@@ -360,6 +376,15 @@ def test_an_older_transformers_answers_the_same(published: Path, tmp_path: Path)
     assert old == new and any(new)
 
 
+def test_a_user_of_the_hub_may_have_the_same_name_here(copy: Path, monkeypatch: Patch) -> None:
+    card = copy / "README.md"
+    card.write_text(card.read_text().replace(NAME, "lovelace/tiny") + "\nMade by lovelace.\n")
+    monkeypatch.setattr("getpass.getuser", lambda: "lovelace")
+    publishing.check(copy, "lovelace/tiny")
+    with pytest.raises(CourseError, match="your user name"):
+        publishing.check(copy, "byron/tiny")
+
+
 EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
 
 
@@ -370,19 +395,27 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "NOTICE", r"\Z", "see /home/ada/runs", r"a local path \(/home/ada\)"),
     ("tiny", "README.md", r"\Z", r"C:\\Users\\ada", "a local path"),
     ("tiny", "model.safetensors", '"format":"pt"', '"made":"/home/ada"', "a local path"),
+    ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
+    ("tiny", "tokenizer.json", r"\Z", str(Path.cwd()), "a path of this machine"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "README.md", "tags:", "tags: a: b", "README.md has no readable header"),
     ("tiny", "generation_config.json", r"\}", "", "generation_config.json is damaged"),
     ("tiny", "generation_config.json", EOS, '"eos_token_id": [1]', r"not stop at <\|eot_id\|>"),
+    ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
+    ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),
+    ("tiny", "tokenizer_config.json", "PreTrainedTokenizerFast", "Backend", "must name Pre"),
+    ("tiny", "tokenizer_config.json", "additional_s", "extra_s", "additional_special_tokens"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),
     ("llama", "NOTICE", "10.1186/", "", "must attribute MedQuAD"),
+    ("llama", "adapter_config.json", COMMIT, "", "must name the Hub id and the revision"),
 ])  # fmt: skip
 def test_a_secret_a_strange_file_or_a_broken_licence_is_refused(
     copy: Path, llama: Run, monkeypatch: Patch, kind: str, name: str, old: str,
     new: str, message: str,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr("getpass.getuser", lambda: "lovelace")
     monkeypatch.setenv("HF_TOKEN", "an odd one")
     folder = copy if kind == "tiny" else Path(shutil.copytree(llama[1], copy.with_name("llama")))
     publishing.check(folder, NAME)
@@ -492,6 +525,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return 200, {"transfer": "basic", "objects": asked["objects"]}
 
     def commit(self, header: Any, *changes: Any) -> tuple[int, Any]:
+        if header["value"].get("parentCommit") != self.sha():
+            return 412, {"error": "A commit has happened since. Please refresh and try again."}
         for kind, value in ((change["key"], change["value"]) for change in changes):
             if kind == "deletedFile":
                 del Hub.files[value["path"]]
@@ -570,5 +605,11 @@ def test_every_refusal_of_the_hub_is_one_line(hub: Any, copy: Path, monkeypatch:
     for hub.deny, words in ((403, "may not write"), (401, "not know the token"), (418, "refused")):
         refused(words)
     hub.deny = 0
+    with monkeypatch.context() as patch:  # somebody commits between our look and our commit
+        patch.setattr(Hub, "sha", lambda self: f"{len(hub.log):040x}")
+        refused("A commit has happened since")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        refused("HF_HUB_OFFLINE is set")
     monkeypatch.setattr(publishing, "hub_token", lambda: None)
     refused("no Hub token")
