@@ -37,7 +37,7 @@ from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
 from medquad_utils.safety import Flag, guarded, red_flag
-from medquad_utils.serving import HOST, MAX_BYTES, MAX_WAITING, announced
+from medquad_utils.serving import HOST, MAX_WAITING, announce, stoppable
 from medquad_utils.splits import template_of
 
 # Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
@@ -53,6 +53,9 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 PORT = 7860
+MAX_CHARACTERS = 2_000  # of a question; nothing reads more of it
+MAX_BYTES = 1_000_000  # of a request
+MAX_TURNS = 20  # of a conversation; older ones leave the page
 
 VARIANTS = {"tuned": "after training (tuned)", "base": "before training (base)"}
 # MedQuAD's most frequent question types and their wording; "" leaves the question as typed.
@@ -63,6 +66,7 @@ QTYPES = {
     "susceptibility": "Who is at risk for {}?", "prevention": "How to prevent {}?",
     "inheritance": "Is {} inherited?",
 }  # fmt: skip
+TOO_LONG = f"The question is too long: at most {MAX_CHARACTERS:,} characters are read."
 BROKEN_OFF = (
     "The answer broke off here: the model failed. Ask again. "
     "If it fails again, look at the terminal where the demo was started."
@@ -129,8 +133,12 @@ class Bot:
 
     def ask(self, text: str, qtype: str, variant: str, max_new_tokens: int) -> Turn:
         """Return the next turn: ready to be answered, or with the reason why it will not be."""
+        text, whole = text[:MAX_CHARACTERS], text
         turn = Turn(tidy_question(text), variant, max_new_tokens, red_flag(text))
         context, limit = self.model.config.max_position_embeddings, self.plan.max_new_tokens
+        if len(whole) > MAX_CHARACTERS:
+            turn.problem = TOO_LONG
+            return turn
         try:
             worded = check_question(phrase(text, qtype), self.tokenizer, context, limit)
             turn.question = tidy_question(worded)
@@ -240,7 +248,7 @@ def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
         if unfinished(turns):
             waiting = "One question at a time: wait for the answer, or stop it."
             raise gradio.Error(waiting, print_exception=False)
-        turns.append(bot.ask(text, *controls))
+        turns[:] = [*turns, bot.ask(text, *controls)][-MAX_TURNS:]
         return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), messages(turns)
 
     def pick(event: gradio.SelectData, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
@@ -295,7 +303,7 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     """Serve inside the block, which gets the address; at its end stop, unfinished answers too."""
     app = page(bot)
     limit = Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BYTES)
-    guards = [limit, Middleware(BaseHTTPMiddleware, dispatch=_guard)]
+    guards = [Middleware(BaseHTTPMiddleware, dispatch=_guard), limit]
     # Gradio's own fonts come from another server.
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"],
@@ -312,11 +320,14 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     finally:
         bot.closing.set()
         app.close(verbose=False)
+        if bot.free.acquire(timeout=10):  # the last answer has ended
+            bot.free.release()
 
 
 def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    with announced("The demo", f"http://{host}:{port}", host), running(bot, host, port):
+    with stoppable("The demo"), running(bot, host, port) as address:
+        announce("The demo", address, host)
         while True:
             time.sleep(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import ctypes
 import http.client
 import json
 import os
@@ -59,16 +60,20 @@ def check_port(host: str = HOST, port: int = 0) -> int:
 
 
 @contextmanager
-def announced(what: str, address: str, host: str) -> Iterator[None]:
-    """Say inside of what runs at ``address``, and that Ctrl-C or SIGTERM has ended it."""
+def stoppable(what: str) -> Iterator[None]:
+    """Let Ctrl-C or SIGTERM end the block, and say so."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(f"{what} runs at {address} (Ctrl-C stops it).", flush=True)
-        if host not in (HOST, "localhost"):
-            print("Everyone who reaches it can use it: there is no password.", flush=True)
         yield
     except KeyboardInterrupt:
         print(f"\n{what} has stopped.", flush=True)
+
+
+def announce(what: str, address: str, host: str) -> None:
+    """Print where ``what`` runs, and who can use it."""
+    print(f"{what} runs at {address} (Ctrl-C stops it).", flush=True)
+    if host not in (HOST, "localhost"):
+        print("Everyone who reaches it can use it: there is no password.", flush=True)
 
 
 # ---- a bare server in a child process: transformers serve -----------------------------------
@@ -76,7 +81,7 @@ def announced(what: str, address: str, host: str) -> Iterator[None]:
 
 @dataclass
 class Server:
-    """A running server, a child process that ends with this one, unless that is killed."""
+    """A running server, a child process that ends with this one."""
 
     process: subprocess.Popen[bytes]
     model: str  # the name that a request must give
@@ -112,6 +117,7 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
         process = subprocess.Popen(
             [sys.executable, "-m", *line, "--host", HOST, "--port", str(port)],
             cwd=log.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=out, stderr=out,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
     server = Server(process, model, f"http://{HOST}:{port}/v1", log)
     atexit.register(server.stop)
@@ -129,6 +135,11 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
     return server
 
 
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, even by SIGKILL (prctl(2))."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
 def _healthy(port: int) -> bool:
     with suppress(OSError, http.client.HTTPException):
         urlopen(f"http://{HOST}:{port}/health", timeout=5).close()  # raises if the status is bad
@@ -141,15 +152,19 @@ def _healthy(port: int) -> bool:
 MAX_BYTES = 32_000  # of a request
 MAX_WAITING = 32  # conversations that are answered or wait; one is answered at a time
 MAX_CONNECTIONS = 256
+PATIENCE = 20.0  # seconds for a client to send its request
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """Read a JSON object."""
+    """Read a JSON object that arrives within ``PATIENCE`` seconds."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise HTTPException(415, "expected the content type application/json.")  # no web form
     try:
-        if isinstance(body := await request.json(), dict):
-            return body
+        async with asyncio.timeout(PATIENCE):
+            if isinstance(body := await request.json(), dict):
+                return body
+    except TimeoutError:
+        raise HTTPException(408, f"the request did not arrive within {PATIENCE:g} s.") from None
     except (ValueError, RecursionError):
         pass
     raise HTTPException(400, "expected a JSON object.")
@@ -228,7 +243,8 @@ class Guard:
 
         def work() -> None:
             for item in self.items(question["content"], history, limit, gone):
-                loop.call_soon_threadsafe(ready.put_nowait, item)
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(ready.put_nowait, item)
 
         async def pieces() -> Pieces:
             reason = None
@@ -337,14 +353,29 @@ def app(guard: Guard) -> Starlette:
 def serve(guard: Guard, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM; answers that are under way have five seconds to end."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        """Every ``PATIENCE`` seconds, close the connection if no request is under way."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(PATIENCE, self.look)
+
+        def look(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(PATIENCE, self.look)
 
     config = uvicorn.Config(
-        app(guard), host=host, port=port, ws="none", lifespan="off", log_level="critical",
-        access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5,
-        server_header=False, proxy_headers=False,
+        app(guard), host=host, port=port, http=Impatient, ws="none", lifespan="off",
+        log_level="critical", access_log=False, limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=5, server_header=False, proxy_headers=False,
     )  # fmt: skip
     try:
-        with announced(guard.name, f"http://{host}:{port}/v1", host):
+        with stoppable(guard.name):
+            announce(guard.name, f"http://{host}:{port}/v1", host)
             uvicorn.Server(config).run()
     finally:
         guard.worker.shutdown(cancel_futures=True)
