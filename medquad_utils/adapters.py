@@ -23,8 +23,9 @@ OF_BASE = ("config.json", "tokenizer.json", "chat_template.jinja", "*.safetensor
 FREE = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "inference_mode",
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type",
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
 }  # fmt: skip
+GAUSSIAN = ("init_lora_weights", "gaussian")  # leaves the base as it is, like peft's default
 
 
 def check_tensors(model: Any, name: str, folder: Path) -> None:
@@ -104,9 +105,10 @@ def check_adapter(plan: Plan, folder: Path) -> None:
             f"no adapter in {folder.name}/: lesson 04 trains one "
             f"(medquad run --profile {plan.profile} --only 04)."
         )
-    default = LoraConfig().to_dict()
+    default = LoraConfig(task_type="CAUSAL_LM").to_dict()
     for field, value in read_json(folder / "adapter_config.json").items():
-        if value and field not in FREE and value != default.get(field):
+        known = field in FREE or value == default.get(field) or (field, value) == GAUSSIAN
+        if value and not known:
             raise CourseError(
                 f"the adapter in {folder.name}/ has {field} = {value!r} in adapter_config.json, "
                 "which the course does not know: expected a LoRA of linear layers that leaves its "

@@ -57,14 +57,20 @@ def load_tokenizer(plan: Plan) -> Tokenizer:
 def _look(config: Any, tokenizer: Tokenizer) -> None:
     """Check what the files of a base say, before its weights are read; sets the pad token.
 
-    Raises ``ValueError``: quantised weights, no pad token, or a chat template that is missing or
-    drops the system turn.
+    Raises ``ValueError``: quantised weights, a token without an embedding, no pad token, or a chat
+    template that is missing or drops the system turn.
     """
     if quantized := getattr(config, "quantization_config", None):
         method = dict(quantized).get("quant_method", "some method")
         raise ValueError(
             f"its weights are quantised already ({method}): expected 16 or 32 bits a weight, which "
             "the course quantises itself. Name the model that these weights were made from."
+        )
+    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"its tokenizer has a token {largest}, but its embedding has {rows} rows: expected a "
+            "row for each token. Take tokenizer and weights from one source."
         )
     set_pad_token(tokenizer)
     question, reason = "Why?", "it leaves out the system turn or the question"

@@ -119,9 +119,15 @@ def _lora_factors(
             f"the adapter in {folder.name}/ is damaged ({error}): run lesson 04 again."
         ) from error
     keys = {n: [f"base_model.model.{n}.lora_{side}.weight" for side in "AB"] for n in layers}
-    factors = {n: [weights.pop(k) for k in pair] for n, pair in keys.items() if pair[0] in weights}
+    whole = {n: pair for n, pair in keys.items() if weights.keys() >= set(pair)}
+    factors = {n: [weights.pop(key) for key in pair] for n, pair in whole.items()}
+    fits = all(
+        (*b.shape, *a.shape) == (layers[n].out_features, config.r, config.r, layers[n].in_features)
+        for n, (a, b) in factors.items()
+    )
     special = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
-    if weights or special:  # what is left in the file belongs to no linear layer of a block
+    # What is left in the file belongs to no linear layer of a block, or is half of a pair.
+    if weights or special or not fits:
         raise CourseError(
             f"the adapter in {folder.name}/ is not a plain LoRA of {plan.model_id}: "
             "keep it beside its base (route 'adapter')."

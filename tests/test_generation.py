@@ -296,6 +296,7 @@ STRICT = "{{ raise_exception('System role not supported') }}"
 
 UNSUITED = [
     ("config.json", NF4, r"quantised already \(bitsandbytes\): expected 16 or 32 bits"),
+    ("config.json", {"vocab_size": 3000}, "has a token 3071, but its embedding has 3000 rows"),
     ("chat_template.jinja", "", "template cannot be used .*Use the instruct version"),
     ("chat_template.jinja", MUTE, "it leaves out the system turn or the question"),
     ("chat_template.jinja", STRICT, "System role not supported"),
@@ -330,6 +331,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "a layer less": (lambda f: without(f / WEIGHTS, "2.mlp.up_proj"), "not have the same tensors"),
     "changed base": (lambda f: spoil(f, CONFIG, {"init_lora_weights": "pissa"}), "= 'pissa'"),
     "trained tokens": (lambda f: spoil(f, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),
+    "classifier": (lambda f: spoil(f, CONFIG, {"task_type": "SEQ_CLS"}), "task_type = 'SEQ_CLS'"),
     "unknown": (lambda f: spoil(f, CONFIG, {"of_tomorrow": 1}), "has of_tomorrow = 1 in adapter"),
 }
 
@@ -343,6 +345,22 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
     with pytest.raises(CourseError, match=message) as caught:
         generation.load_tuned(tiny(), folder)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_may_not_be_read_is_not_only_called_damaged(
+    tiny_base: Any, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (PermissionError(13, "Denied"), RuntimeError("Denied (os error 13)")):
+        monkeypatch.setattr("peft.PeftModel.from_pretrained", Mock(side_effect=error))
+        with pytest.raises(CourseError, match=r"Denied.*\)\. See that you may read its files, or"):
+            generation.load_adapters(tiny(), {"own": tiny_adapter}, base=tiny_base)
+
+
+def test_a_random_start_of_an_adapter_is_accepted(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_adapter, tmp_path / "copy"))
+    for start in (True, False, "gaussian"):
+        spoil(folder, CONFIG, {"init_lora_weights": start})
+        adapters.check_adapter(tiny(), folder)
 
 
 def test_adapters_of_different_bases_are_refused_before_loading(
