@@ -547,7 +547,8 @@ def push_problem(error: Exception, repo: str) -> str:
         return f"the token may not write to {repo}: {who}."
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be sent: unset it."
-    first = " ".join(str(cause).split())[:200] or type(cause).__name__
+    told = getattr(cause, "server_message", None) or str(cause)  # the Hub's own words first
+    first = " ".join(told.split())[:200] or type(cause).__name__
     if status or isinstance(cause, ValueError):
         return f"the Hub refused {repo} ({first})."
     return f"the Hub is out of reach or the connection broke ({first}): check the network."
