@@ -19,17 +19,13 @@ if TYPE_CHECKING:
 # What identifies a local base; generation settings and pages for readers change no answer.
 OF_BASE = ("config.json", "tokenizer.json", "chat_template.jinja", "*.safetensors", "*.bin")
 # Fields of an adapter's config that may have any value: peft applies them beside the base. Every
-# other field must have one of these values, or none.
+# other field must have peft's default, or none.
 FREE = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "inference_mode",
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
 }  # fmt: skip
-FIXED: dict[str, list[Any]] = {
-    "peft_type": ["LORA"], "task_type": ["CAUSAL_LM"], "bias": ["none"],
-    "init_lora_weights": [True, "gaussian"],  # the others may change the base as well
-    "megatron_core": ["megatron.core"], "qalora_group_size": [16],  # used by nothing accepted here
-}  # fmt: skip
+GAUSSIAN = ("init_lora_weights", "gaussian")  # leaves the base as it is, like peft's default
 
 
 def check_tensors(model: Any, name: str, folder: Path) -> None:
@@ -102,13 +98,17 @@ def check_adapter(plan: Plan, folder: Path) -> None:
 
     One that records neither base nor commit is believed.
     """
+    from peft import LoraConfig
+
     if not all((folder / f"adapter_{n}").is_file() for n in ("config.json", "model.safetensors")):
         raise CourseError(
             f"no adapter in {folder.name}/: lesson 04 trains one "
             f"(medquad run --profile {plan.profile} --only 04)."
         )
+    default = LoraConfig(task_type="CAUSAL_LM").to_dict()
     for field, value in read_json(folder / "adapter_config.json").items():
-        if value and field not in FREE and value not in FIXED.get(field, ()):
+        known = field in FREE or value == default.get(field) or (field, value) == GAUSSIAN
+        if value and not known:
             raise CourseError(
                 f"the adapter in {folder.name}/ has {field} = {value!r} in adapter_config.json, "
                 "which the course does not know: expected a LoRA of linear layers that leaves its "

@@ -28,18 +28,6 @@ NOTICE = (
     "or out of date. Ask a health professional. In an emergency call your local emergency number."
 )
 
-# Writes the same bytes as Llama-3's own template.
-CHAT_TEMPLATE = (
-    "{{- bos_token }}"
-    "{%- for turn in messages %}"
-    "{{- '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' "
-    "+ turn['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}"
-    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
-    "{%- endif %}"
-)
-
 END_OF_TURN, END_OF_TEXT = "<|eot_id|>", "<|end_of_text|>"
 PAD_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "<pad>"]
 IGNORED = -100  # the label that the loss skips

@@ -1,16 +1,15 @@
 """Chat with the tuned model in a browser, on this machine or in a Hugging Face Space.
 
-The text of a person, the model or a source is escaped here (``demo.html.jinja``), because Gradio
-6.31 puts chat messages into the page as HTML, with ``render_markdown=False`` too. Gradio's
-sanitiser and a Content-Security-Policy stand behind that. Gradio's shorter ``ChatInterface`` adds
-the user's text unescaped, and runs example questions through the queue before a notice can appear.
+The text of a person, the model or a source is escaped here (``demo.html.jinja``): Gradio 6.31 puts
+chat messages into the page as HTML. Its sanitiser and a Content-Security-Policy stand behind that.
+Its shorter ``ChatInterface`` does not escape the user's text, and queues example questions before a
+notice can appear.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import PlainTextResponse
 
 from medquad_utils import CourseError, generation, machine
@@ -37,7 +37,7 @@ from medquad_utils.profiles import Plan, resolve
 from medquad_utils.publishing import COURSE, check_name, licence_of
 from medquad_utils.retrieval import NO_SOURCE, Hit, Index, Support, cite, dose_notes
 from medquad_utils.safety import Flag, guarded, red_flag
-from medquad_utils.serving import HOST
+from medquad_utils.serving import HOST, MAX_WAITING, announce, stoppable
 from medquad_utils.splits import template_of
 
 # Gradio reads these at its import: no telemetry, no proxy for this machine's own addresses.
@@ -55,9 +55,7 @@ TEMPLATES = jinja2.Environment(
 PORT = 7860
 MAX_CHARACTERS = 2_000  # of a question; nothing reads more of it
 MAX_BYTES = 1_000_000  # of a request
-MAX_WAITING = 40  # questions in the queue of all pages; one is answered at a time
 MAX_TURNS = 20  # of a conversation; older ones leave the page
-RATE = (10, 60.0)  # questions of one page, in so many seconds
 
 VARIANTS = {"tuned": "after training (tuned)", "base": "before training (base)"}
 # MedQuAD's most frequent question types and their wording; "" leaves the question as typed.
@@ -69,7 +67,6 @@ QTYPES = {
     "inheritance": "Is {} inherited?",
 }  # fmt: skip
 TOO_LONG = f"The question is too long: at most {MAX_CHARACTERS:,} characters are read."
-TOO_FAST = f"At most {RATE[0]} questions in {RATE[1]:.0f} seconds: wait a little, then ask again."
 BROKEN_OFF = (
     "The answer broke off here: the model failed. Ask again. "
     "If it fails again, look at the terminal where the demo was started."
@@ -102,7 +99,6 @@ class Turn:
     hits: list[Hit] | None = None  # None: not looked up yet
     supports: list[Support] = field(default_factory=list)
     problem: str = ""
-    asked: float = field(default_factory=time.monotonic)  # seconds
 
     @property
     def doses(self) -> list[str]:
@@ -135,23 +131,19 @@ class Bot:
         """List which models can answer: a merged model cannot take its adapter off."""
         return [*VARIANTS] if hasattr(self.model, "disable_adapter") else ["tuned"]
 
-    def ask(
-        self, earlier: list[Turn], text: str, qtype: str, variant: str, max_new_tokens: int
-    ) -> Turn:
+    def ask(self, text: str, qtype: str, variant: str, max_new_tokens: int) -> Turn:
         """Return the next turn: ready to be answered, or with the reason why it will not be."""
         text, whole = text[:MAX_CHARACTERS], text
         turn = Turn(tidy_question(text), variant, max_new_tokens, red_flag(text))
         context, limit = self.model.config.max_position_embeddings, self.plan.max_new_tokens
-        if sum(turn.asked - other.asked < RATE[1] for other in earlier) >= RATE[0]:
-            turn.problem = TOO_FAST
-        elif len(whole) > MAX_CHARACTERS:
+        if len(whole) > MAX_CHARACTERS:
             turn.problem = TOO_LONG
-        else:
-            try:
-                worded = check_question(phrase(text, qtype), self.tokenizer, context, limit)
-                turn.question = tidy_question(worded)
-            except CourseError as error:
-                turn.problem = str(error)[0].upper() + str(error)[1:]
+            return turn
+        try:
+            worded = check_question(phrase(text, qtype), self.tokenizer, context, limit)
+            turn.question = tidy_question(worded)
+        except CourseError as error:
+            turn.problem = str(error)[0].upper() + str(error)[1:]
         return turn
 
     def stream(self, question: str, variant: str, max_new_tokens: int) -> Iterator[str]:
@@ -256,7 +248,7 @@ def _wire(bot: Bot, talk: Any, box: Any, controls: list[Any]) -> None:
         if unfinished(turns):
             waiting = "One question at a time: wait for the answer, or stop it."
             raise gradio.Error(waiting, print_exception=False)
-        turns[:] = [*turns, bot.ask(turns, text, *controls)][-MAX_TURNS:]
+        turns[:] = [*turns, bot.ask(text, *controls)][-MAX_TURNS:]
         return gradio.Textbox("", submit_btn=False, stop_btn="Stop"), messages(turns)
 
     def pick(event: gradio.SelectData, turns: list[Turn], *controls: Any) -> tuple[Any, Any]:
@@ -297,16 +289,11 @@ POLICY = (
 
 
 async def _guard(request: Any, call_next: Any) -> Any:
-    """Refuse large requests, and send the policy with every reply."""
-    # A chunked request does not say its length.
-    length = MAX_BYTES + 1 if "transfer-encoding" in request.headers else 0
-    if int(request.headers.get("content-length", length)) > MAX_BYTES:
-        response = PlainTextResponse(f"A request may have {MAX_BYTES:,} bytes at most.", 413)
-    else:
-        try:
-            response = await call_next(request)
-        except ValueError:  # numbers or letters that no JSON may hold; gradio answers with them
-            response = PlainTextResponse("The request cannot be read: expected plain JSON.", 400)
+    """Send the policy with every reply."""
+    try:
+        response = await call_next(request)
+    except ValueError:  # numbers or letters that no JSON may hold; gradio answers with them
+        response = PlainTextResponse("The request cannot be read: expected plain JSON.", 400)
     response.headers["content-security-policy"] = POLICY
     return response
 
@@ -315,7 +302,8 @@ async def _guard(request: Any, call_next: Any) -> Any:
 def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
     """Serve inside the block, which gets the address; at its end stop, unfinished answers too."""
     app = page(bot)
-    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard)
+    limit = Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BYTES)
+    guards = [Middleware(BaseHTTPMiddleware, dispatch=_guard), limit]
     # Gradio's own fonts come from another server.
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"],
@@ -326,7 +314,7 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
             footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
             show_error=True, max_file_size=1, theme=theme, css_paths=ASSETS / "demo.css",
-            app_kwargs={"openapi_url": None, "middleware": [guard]},
+            app_kwargs={"openapi_url": None, "middleware": guards},
         )  # fmt: skip
         yield str(app.local_url)
     finally:
@@ -338,16 +326,10 @@ def running(bot: Bot, host: str = HOST, port: int = PORT) -> Iterator[str]:
 
 def serve(bot: Bot, host: str = HOST, port: int = PORT) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with running(bot, host, port) as address:
-            print(f"The demo runs at {address} (Ctrl-C stops it).", flush=True)
-            if host not in (HOST, "localhost"):
-                print("Everyone who reaches it can use it: there is no password.", flush=True)
-            while True:
-                time.sleep(1)
-    except KeyboardInterrupt:
-        print("\nThe demo has stopped.", flush=True)
+    with stoppable("The demo"), running(bot, host, port) as address:
+        announce("The demo", address, host)
+        while True:
+            time.sleep(1)
 
 
 # ---- a Space --------------------------------------------------------------------------------

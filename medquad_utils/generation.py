@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medquad_utils import CourseError, attention, lora
-from medquad_utils.adapters import check_adapter, check_same_base, check_tensors
+from medquad_utils.adapters import check_adapter, check_tensors
 from medquad_utils.chat import SYSTEM_PROMPT, end_ids, prompt_ids, prompt_messages, set_pad_token
 from medquad_utils.machine import free_memory, local_rank
 from medquad_utils.profiles import Plan
@@ -134,13 +134,11 @@ def load_adapters(
     """Load the 4-bit base once, and several adapters (name -> folder) beside its weights.
 
     The first adapter is active; ``model.set_adapter(name)`` switches. Adapters to train further are
-    in fp32, others in the compute dtype, which training multiplied in. ``base`` is a
-    loaded base to put them on; ``unload`` takes them off again. An adapter that is missing, damaged
-    or trained on another base raises a CourseError.
+    in fp32, others in the compute dtype, which training multiplied in. ``base`` is a loaded base to
+    put them on; ``unload`` takes them off again. An adapter that does not fit is a CourseError.
     """
     from peft import PeftModel
 
-    check_same_base(adapters)
     for folder in adapters.values():
         check_adapter(plan, folder)
     model: Any = bare_base(plan, base)
@@ -153,12 +151,10 @@ def load_adapters(
                 model = PeftModel.from_pretrained(model, folder, **options)
             check_tensors(model, name, folder)
         except Exception as error:  # of safetensors if a file is cut, of torch on a wrong shape
-            todo = "Move the folder away and run lesson 04 again."
-            if getattr(error, "strerror", None) or "(os error " in str(error):  # not the file's
-                todo = "Expected files that you may read."
             raise CourseError(
                 f"the adapter in {folder.name}/ does not load onto {plan.model_id} "
-                f"({_first_line(error)}). {todo}"
+                f"({_first_line(error)}). See that you may read its files, or move the folder away "
+                "and run lesson 04 again."
             ) from error
     if not trainable:
         lora.cast_adapters(model, getattr(torch, plan.compute_dtype))

@@ -46,9 +46,6 @@ def merge(plan: Plan, route: str, adapter: Path | None = None) -> PreTrainedMode
 
     "dequantised" and "16-bit" add in fp32 and round once, to the plan's compute dtype. They need
     one copy of the base in that dtype (16.1 GB at 8 B). What the card cannot hold stays in RAM.
-
-    Raises:
-        CourseError: unknown route, unsuitable adapter, too little memory, a weight not finite.
     """
     if route not in ROUTES:
         raise CourseError(f"unknown route {route!r}: expected one of {', '.join(ROUTES)}.")
@@ -81,7 +78,7 @@ def _merge_unquantised(plan: Plan, folder: Path, dequantised: bool) -> PreTraine
         weight = stored.data.to(plan.device)
         merged = (through_nf4(weight) if dequantised else weight).float()
         if name in factors:
-            a, b = (factor.to(merged.device) for factor in factors[name])
+            a, b = (factor.to(merged) for factor in factors[name])
             merged += scale * b @ a
         if not stored.data.copy_(merged).isfinite().all():
             raise CourseError(
@@ -108,8 +105,8 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 def _lora_factors(
     plan: Plan, folder: Path, layers: Mapping[str, torch.nn.Linear]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """Read layer -> A (r, inputs) and B (outputs, r), both fp32, and the scale alpha / r."""
+) -> tuple[dict[str, list[torch.Tensor]], float]:
+    """Read layer -> A (r, inputs) and B (outputs, r), and the scale alpha / r."""
     from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -121,15 +118,16 @@ def _lora_factors(
         raise CourseError(
             f"the adapter in {folder.name}/ is damaged ({error}): run lesson 04 again."
         ) from error
+    keys = {n: [f"base_model.model.{n}.lora_{side}.weight" for side in "AB"] for n in layers}
+    whole = {n: pair for n, pair in keys.items() if weights.keys() >= set(pair)}
+    factors = {n: [weights.pop(key) for key in pair] for n, pair in whole.items()}
+    fits = all(
+        (*b.shape, *a.shape) == (layers[n].out_features, config.r, config.r, layers[n].in_features)
+        for n, (a, b) in factors.items()
+    )
     special = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
-    factors, plain = {}, not special
-    for name, layer in layers.items():
-        keys = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
-        a, b = (weights.pop(key, None) for key in keys)
-        if a is not None and b is not None:
-            plain = plain and (b.shape[0], a.shape[1]) == layer.weight.shape
-            factors[name] = a.float(), b.float()
-    if weights or not plain:  # what is left in the file belongs to no linear layer of a block
+    # What is left in the file belongs to no linear layer of a block, or is half of a pair.
+    if weights or special or not fits:
         raise CourseError(
             f"the adapter in {folder.name}/ is not a plain LoRA of {plan.model_id}: "
             "keep it beside its base (route 'adapter')."

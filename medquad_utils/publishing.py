@@ -41,6 +41,7 @@ NEEDED = "generation_config.json tokenizer.json tokenizer_config.json README.md 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt")  # in the folder of a base
 INCOMPLETE = "THIS FILE IS A PLACEHOLDER"  # the first words of a LICENSE without the agreement
 TAG = "medquad-qlora"  # in every card: a later push recognises the repository by it
+OF_META = r"(meta[-_.]?)?llama"  # how the name of a Llama begins
 COURSE = "https://github.com/medquad-qlora/medquad-qlora"
 DOI = "10.1186/s12859-019-3119-4"
 PAPER = (
@@ -96,11 +97,10 @@ def licence_of(base: Plan | str, *texts: Path) -> Licence:
     if llama := re.search(r"/.*llama-?3(\.\d)?(?![\db])", model_id.lower()):
         return LICENCES.get(f"llama3{llama[1] or ''}", LICENCES["unknown"])
     folder = Path(getattr(base, "model_path", "") or "nowhere")
-    for file in (*texts, *(folder / name for name in LICENCE_FILES)):
-        for licence in LICENCES.values():
-            if licence.title and _text_of(licence, file):
-                return licence
-    return LICENCES["unknown"]
+    titled = [licence for licence in LICENCES.values() if licence.title]
+    copies = [*texts, *(folder / name for name in LICENCE_FILES)]
+    stated = (licence for file in copies for licence in titled if _text_of(licence, file))
+    return next(stated, LICENCES["unknown"])
 
 
 def _text_of(licence: Licence, file: Path) -> str:
@@ -123,11 +123,11 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
             f"--repo {repo!r}: expected USER/NAME, of letters, digits, '-', '_' and '.', "
             "for example me/my-model."
         ) from error
-    llama, problem = licence.begins or "llama" in model_id.lower(), ""
+    problem = ""
     if not re.match(licence.begins.replace(" ", "[-_.]?"), name, re.IGNORECASE):
         problem = f"{model_id} is under the {licence.name}, so the name of a derived model must "
         problem += f"begin with {licence.begins!r}"
-    elif not llama and re.match(r"(meta[-_.]?)?llama", name, re.IGNORECASE):
+    elif not (licence.begins or "llama" in model_id.lower()) and re.match(OF_META, name, re.I):
         problem = f"the base {model_id!r} is not a Llama of Meta, so the name must not say so"
     if problem:
         example = f"{user}/{licence.prefix}medquad-qlora"
@@ -135,37 +135,25 @@ def check_name(repo: str, base: Plan | str, licence: Licence | None = None) -> N
 
 
 def agreement(plan: Plan, licence: Licence, given: Path | None = None) -> str:
-    """Return the text of LICENSE: the base's licence, from ``given``, its folder or the cache.
+    """Return the text of LICENSE: the base's licence, from ``given`` or the folder of the base.
 
     Where this machine does not have an agreement, a placeholder says how to add it.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    if given:
-        if copy := _text_of(licence, given):
-            return copy
-        what = "is not the" if given.is_file() else "is no file, and not the"
-        title = f"a text with the title {licence.title}" if licence.title else "the text of it"
-        raise CourseError(
-            f"--licence {given.name} {what} {licence.name}: expected {title}, or no --licence."
-        )
-    if licence.id == "apache-2.0":
+    if licence.id == "apache-2.0" and not given:
         text = importlib.metadata.distribution("medquad-qlora").read_text("licenses/LICENSE")
         return text or f"{licence.name}: {licence.url}\n"
-    if plan.on_hub:
-        cached = [try_to_load_from_cache(plan.model_id, name, revision=plan.hub_revision)
-                  for name in LICENCE_FILES]  # fmt: skip
-        files = [Path(path) for path in cached if isinstance(path, str)]
-    else:
-        files = [Path(plan.model_source, name) for name in LICENCE_FILES]
-    for file in files:
+    beside = [Path(plan.model_source, name) for name in LICENCE_FILES]
+    for file in [given] if given else beside:
         if text := _text_of(licence, file):
             return text
-    place = "its authors" if plan.model_path else f"https://huggingface.co/{plan.model_id}"
+    if given:
+        title = f"a text with the title {licence.title}" if licence.title else "the text of it"
+        raise CourseError(
+            f"--licence {given.name} is not the {licence.name}: expected {title}, or no --licence."
+        )
     return (
         f"{INCOMPLETE}\n\nThis model is derived from {plan.model_id}, under the {licence.name}:\n"
-        f"{licence.url}\n\nEvery copy needs a copy of the licence, which comes from {place}:\n"
-        "medquad publish ... --licence FILE\n"
+        f"{licence.url}\n\nEvery copy needs its text: medquad publish ... --licence FILE\n"
     )
 
 
@@ -298,6 +286,7 @@ def build(
                 _copy_adapter(plan, source, fresh)
             for name, text in texts.items():
                 (fresh / name).write_text(text, encoding="utf-8")
+                (fresh / name).chmod(0o644)  # whatever the umask
             check(fresh, repo)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise CourseError(
@@ -327,64 +316,68 @@ PATHS = (
     r"(?<![\w.:/])(/(home|Users|root|tmp|mnt|data|workspace|work|content|kaggle|scratch|private|"
     r"var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
+
 # User names that are common words, or shared by many machines: in a text they identify nobody.
 COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may",
           "test", "research", "python", "base", "health", "default", "course"}  # fmt: skip
 
 
-def scan(folder: Path, repo: str) -> None:
-    """Check every text and weights header for strange files, local paths, the user name, tokens.
+def scan(folder: Path, repo: str) -> dict[str, str]:
+    """Check every file for a strange name, tokens, local paths and the user; return name -> text.
 
-    No message shows a secret. A tokenizer's vocabulary and the licence may contain any word: there,
-    only tokens and this machine's own folders count.
+    Of weights it reads the header: names, shapes, remarks. No message shows a secret. A tokenizer's
+    vocabulary and the licence may hold any word: there, only tokens and own folders count.
     """
-    secrets, words = dict(SECRETS), {"a local path": PATHS}
+    secrets, texts = dict(SECRETS), {}
     if token := hub_token():
         secrets["your Hub token"] = re.escape(token)
-    everywhere = dict(secrets)
-    own = (Path.home(), Path.cwd(), folder.resolve().parent)
-    if escaped_paths := [re.escape(str(path)) for path in own if len(path.parts) > 2]:
-        everywhere["a path of this machine"] = "|".join(escaped_paths)
-    with suppress(OSError, KeyError):  # a container without a user database
-        if len(user := getpass.getuser()) > 2 and user.lower() not in COMMON:
-            named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
-            if not re.search(named, repo):  # else it is public anyway
-                words["your user name"] = named
+    own, words = _personal(folder, repo)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_symlink() or not file.is_file() or not FILES.fullmatch(name):
             text = f"{name} does not belong in a published model: remove it from {folder.name}/."
             raise CourseError(text)
-        text = _text(file)
-        patterns = everywhere if name in ("tokenizer.json", "LICENSE") else everywhere | words
+        with file.open("rb") as opened:
+            weights = file.suffix == ".safetensors"  # begins with the length of its header
+            size = min(int.from_bytes(opened.read(8), "little"), 100_000_000) if weights else -1
+            text = texts[name] = opened.read(size).decode("utf-8", "replace")
+        for what, pattern in secrets.items():
+            if re.search(pattern, text):
+                raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
+        patterns = own if name in ("tokenizer.json", "LICENSE") else own | words
         for what, pattern in patterns.items():
             if match := re.search(pattern, text):
-                if what in secrets:
-                    raise CourseError(f"{name} holds {what}: remove it, and renew it on its site.")
                 raise CourseError(f"{name} holds {what} ({match.group()}): remove it.")
+    return texts
 
 
-def _text(file: Path) -> str:
-    """Return the text of a file; of weights, the header (names, shapes, remarks)."""
-    if file.suffix != ".safetensors":
-        return file.read_text(encoding="utf-8", errors="replace")
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return opened.read(min(size, 100_000_000)).decode("utf-8", "replace")
+def _personal(folder: Path, repo: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return patterns of this machine's own folders, and of words that may tell who works here."""
+    own, words = {}, {"a local path": PATHS}
+    folders = (Path.home(), Path.cwd(), folder.resolve().parent)
+    if paths := [re.escape(str(path)) for path in folders if len(path.parts) > 2]:
+        own["a path of this machine"] = "|".join(paths)
+    with suppress(OSError, KeyError):  # a container without a user database
+        user = getpass.getuser()
+        named = rf"(?i)(?<!\w){re.escape(user)}(?!\w)"
+        public = re.search(named, repo)
+        if len(user) > 2 and user.lower() not in COMMON and not public:
+            words["your user name"] = named
+    return own, words
 
 
 def check(folder: Path, repo: str) -> None:
     """Check that a folder is complete, keeps its licences, and holds no secret (``scan``)."""
     from huggingface_hub import ModelCard
 
-    missing = [name for name in NEEDED.split() if not (folder / name).is_file()]
-    if missing or not any(folder.glob("*.safetensors")):
+    texts = scan(folder, repo)
+    missing = [name for name in NEEDED.split() if name not in texts]
+    if missing or not any(name.endswith(".safetensors") for name in texts):
         raise CourseError(
             f"{folder.name}/ lacks {missing[0] if missing else 'weights in safetensors'}: "
             "build it with medquad publish --dry-run."
         )
-    scan(folder, repo)
-    text, credits = ((folder / n).read_text(encoding="utf-8") for n in ("README.md", "NOTICE"))
+    text, credits = texts["README.md"], texts["NOTICE"]
     try:
         data = ModelCard(text).data
     except Exception as error:  # of YAML: somebody wrote into its header
@@ -403,7 +396,7 @@ def check(folder: Path, repo: str) -> None:
             licence.built not in text or licence.notice not in credits,
         "adapter_config.json must name the Hub id and the revision of its base":
             bool(config) and (named != base or not config.get("revision")),
-        **_end_problems(folder),
+        **_generation_problems(folder),
         **_reader_problems(folder),
     }  # fmt: skip
     for problem, present in problems.items():
@@ -411,26 +404,26 @@ def check(folder: Path, repo: str) -> None:
             raise CourseError(f"{problem}: build the folder again.")
 
 
-def _end_problems(folder: Path) -> dict[str, bool]:
-    """Return whether answers run past an end token or are padded with one."""
-    from transformers import AutoTokenizer, GenerationConfig
+def _generation_problems(folder: Path) -> dict[str, bool]:
+    """Return whether answers run past an end token, are padded with one, or are drawn at random."""
+    from transformers import AutoTokenizer
 
-    read_json(folder / "generation_config.json")  # a damaged one is one message
+    name = "generation_config.json"
+    config = read_json(folder / name, eos_token_id=list)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = GenerationConfig.from_pretrained(folder)
-    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    given, pad = config.get("eos_token_id", []), config.get("pad_token_id")
     ends = [tokenizer.convert_ids_to_tokens(i) for i in end_ids(tokenizer) if i not in given]
-    name, pad = "generation_config.json", config.pad_token_id
     return {
         f"{name} does not stop at {' and '.join(ends)}, so answers would run on": bool(ends),
         f"{name} must pad with a token that does not end an answer": pad is None or pad in given,
-    }
+        f"{name} must be greedy: so were the answers that the card scores":
+            config.get("do_sample") is not False or "temperature" in config,
+    }  # fmt: skip
 
 
 def _reader_problems(folder: Path) -> dict[str, bool]:
     """Return whether transformers before 5, vLLM or Ollama would read another model; raw JSON."""
-    names = ("config.json", "tokenizer_config.json", "generation_config.json")
-    config, tokenizer, generation = (_json(folder / name) for name in names)
+    config, tokenizer = (_json(folder / n) for n in ("config.json", "tokenizer_config.json"))
     rope = config.get("rope_parameters") or {}
     scaled = rope.get("rope_type", "default") != "default"
     closed = [p.name for p in folder.iterdir() if p.stat().st_mode & 0o444 != 0o444]
@@ -441,8 +434,6 @@ def _reader_problems(folder: Path) -> dict[str, bool]:
         "tokenizer_config.json must name PreTrainedTokenizerFast and additional_special_tokens":
             tokenizer.get("tokenizer_class") != "PreTrainedTokenizerFast"
             or "extra_special_tokens" in tokenizer,
-        "generation_config.json must be greedy: so were the answers that the card scores":
-            generation.get("do_sample") is not False or "temperature" in generation,
         f"{min(closed, default='')} cannot be read by other accounts": bool(closed),
     }  # fmt: skip
 
@@ -467,7 +458,7 @@ def check_numbers(plan: Plan, repo: str, folder: Path) -> None:
 def snippet_of(folder: Path) -> str:
     """Return the Python code in the folder's card."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    if code := re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    if code := re.search(r"(?ms)^```python\n(.*?)^```", text):
         return code.group(1)
     raise CourseError(f"the card in {folder.name}/ shows no Python code: build the folder again.")
 
@@ -502,11 +493,9 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     """Send ``folder`` to the Hub as the model ``repo`` and return its address.
 
     One commit shows everything at once, so the repository is empty or complete. A broken push
-    resumes: large files that have arrived, invisible to others, are not sent again.
-
-    Raises:
-        CourseError: ``check`` fails, no agreement in LICENSE, a bad token, no network, or a
-            repository of somebody else. The folder is kept.
+    resumes: large files that have arrived, invisible to others, are not sent again. What somebody
+    else commits in the meantime is not overwritten. Whatever stands against the push is a
+    CourseError, and the folder is kept.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
@@ -518,12 +507,12 @@ def push(folder: Path, repo: str, endpoint: str | None = None) -> str:
     if not (token := hub_token()):
         raise CourseError(f"no Hub token: make a write token {TOKENS}. {kept}")
     api = HfApi(endpoint=endpoint, token=token)
-    names = sorted(path.name for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()}
     try:
         before, parent = _claim(api, repo)
-        stale = sorted(before - {*names, ".gitattributes"})
-        changes: list[Any] = [CommitOperationDelete(name) for name in stale]
-        changes += [CommitOperationAdd(name, folder / name) for name in names]
+        changes: list[Any] = [CommitOperationDelete(name) for name in sorted(before - names)]
+        changes += [CommitOperationAdd(name, folder / name) for name in sorted(names)]
+        # Not upload_folder: it may spread a large folder over several commits.
         message = "Publish with medquad"
         commit = api.create_commit(repo, changes, commit_message=message, parent_commit=parent)
     # a RuntimeError where the upload of a large file broke off
@@ -536,11 +525,10 @@ def _claim(api: Any, repo: str) -> tuple[set[str], str | None]:
     """Create the repository, or take an empty one or ours; return its files and last commit."""
     api.create_repo(repo, repo_type="model", exist_ok=True)
     info = api.model_info(repo)
-    files = {sibling.rfilename for sibling in info.siblings or []}
-    ours = info.card_data is not None and TAG in (info.card_data.get("tags") or [])
-    if (others := files - {".gitattributes"}) and not ours:
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    if files and TAG not in ((info.card_data or {}).get("tags") or []):
         raise CourseError(
-            f"{repo} exists and holds {min(others)}, which medquad publish did not put there: "
+            f"{repo} exists and holds {min(files)}, which medquad publish did not put there: "
             "choose another name, or delete it."
         )
     return files, info.sha
@@ -552,18 +540,15 @@ def push_problem(error: Exception, repo: str) -> str:
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", 0)
-    messages = {
-        401: f"the Hub does not know the token: make a new one {TOKENS}.",
-        403: f"the token may not write to {repo}: it needs the right to write, and USER must be "
-        "you or your organisation.",
-        409: f"the name {repo} is taken: choose another one.",
-        412: f"{repo} was changed by somebody else in the meantime: look at it, then push again.",
-    }
-    if status in messages:
-        return messages[status]
+    if status == 401:
+        return f"the Hub does not know the token: make a new one {TOKENS}."
+    if status == 403:
+        who = "it needs the right to write, and USER must be you or your organisation"
+        return f"the token may not write to {repo}: {who}."
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be sent: unset it."
-    first = " ".join(str(cause).split())[:200] or type(cause).__name__
+    told = getattr(cause, "server_message", None) or str(cause)  # the Hub's own words first
+    first = " ".join(told.split())[:200] or type(cause).__name__
     if status or isinstance(cause, ValueError):
         return f"the Hub refused {repo} ({first})."
     return f"the Hub is out of reach or the connection broke ({first}): check the network."

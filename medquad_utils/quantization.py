@@ -41,17 +41,12 @@ def nf4_levels(offset: float = 0.9677083) -> torch.Tensor:
 def quantize_blocks(
     weights: torch.Tensor, levels: torch.Tensor, block: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``weights`` (any shape) to the nearest of ``levels``, block by block.
+    """Round ``weights`` (any shape, whole blocks) to the nearest of ``levels``, block by block.
 
     Returns:
         codes: int64, shape (blocks, block), the index of each weight's level.
         scales: fp32, shape (blocks,), the largest magnitude of each block ("absmax").
-
-    Raises:
-        ValueError: the number of weights is not a multiple of ``block``.
     """
-    if weights.numel() % block:
-        raise ValueError(f"{weights.numel()} weights are no multiple of the block size {block}")
     blocks = weights.reshape(-1, block).float()
     scales = blocks.abs().amax(dim=1)
     # The largest weight of a block becomes 1 or -1, which are levels: it is stored exactly.

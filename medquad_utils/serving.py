@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import ctypes
-import errno
 import http.client
 import json
 import os
@@ -17,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,15 +52,28 @@ def check_port(host: str = HOST, port: int = 0) -> int:
         with socket.create_server((host, port)) as probe:
             return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
-        todo = "Stop the other program, or take another port with --port."
-        if isinstance(error, OverflowError):
-            todo = "Take another port with --port."
-        not_here = getattr(error, "errno", 0) == errno.EADDRNOTAVAIL
-        if not_here or isinstance(error.__context__, socket.gaierror):  # create_server hides it
-            todo = f"Expected an address of this machine after --host: {HOST}, or 0.0.0.0 for all."
         raise CourseError(
-            f"cannot listen on {host}:{port}: {str(error).rstrip('.')}. {todo}"
+            f"cannot listen on {host}:{port}: {str(error).rstrip('.')}. Stop the other program, or "
+            "take another port with --port. Expected an address of this machine after --host: "
+            f"{HOST}, or 0.0.0.0 for all."
         ) from error
+
+
+@contextmanager
+def stoppable(what: str) -> Iterator[None]:
+    """Let Ctrl-C or SIGTERM end the block, and say so."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{what} has stopped.", flush=True)
+
+
+def announce(what: str, address: str, host: str) -> None:
+    """Print where ``what`` runs, and who can use it."""
+    print(f"{what} runs at {address} (Ctrl-C stops it).", flush=True)
+    if host not in (HOST, "localhost"):
+        print("Everyone who reaches it can use it: there is no password.", flush=True)
 
 
 # ---- a bare server in a child process: transformers serve -----------------------------------
@@ -88,10 +100,9 @@ def start(folder: Path, port: int = 0, patience: float = 600.0) -> Server:
     Port 0 takes a free one; ``patience`` is in seconds.
     """
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
         raise CourseError(
-            f"{folder.name}/ holds {'an adapter without its base' if adapter else 'no model'}: "
-            "expected a whole model, as from medquad publish --merged --dry-run."
+            f"{folder.name}/ holds no whole model: expected one as from medquad publish --merged "
+            "--dry-run."
         )
     port = check_port(HOST, port)
     line = ["transformers.cli.transformers", "serve", folder.name]
@@ -115,8 +126,8 @@ def launch(line: Sequence[str], model: str, port: int, log: Path, patience: floa
         ended = process.poll() is not None
         if ended or time.monotonic() > deadline:
             server.stop()
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-            last = lines[-1][:200] or "no output"
+            output = log.read_text(encoding="utf-8", errors="replace").strip()
+            last = output.rpartition("\n")[2][:200] or "no output"
             why = f"transformers serve did not answer within {patience:g} s"
             why = "transformers serve ended before it answered" if ended else why
             raise CourseError(f"{why} ({last}): see {log.name}.")
@@ -139,30 +150,24 @@ def _healthy(port: int) -> bool:
 # ---- the guarded server: medquad serve ------------------------------------------------------
 
 MAX_BYTES = 32_000  # of a request
-MAX_TURNS = 20  # of a conversation, system messages aside
 MAX_WAITING = 32  # conversations that are answered or wait; one is answered at a time
 MAX_CONNECTIONS = 256
 PATIENCE = 20.0  # seconds for a client to send its request
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_BYTES``, within ``PATIENCE`` seconds."""
+    """Read a JSON object that arrives within ``PATIENCE`` seconds."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise HTTPException(415, "expected the content type application/json.")  # no web form
-    content = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
-            async for part in request.stream():
-                content += part
-                if len(content) > MAX_BYTES:
-                    raise HTTPException(413, f"a request may have {MAX_BYTES:,} bytes at most.")
-        if isinstance(value := json.loads(content.decode("utf-8")), dict):
-            return value
+            if isinstance(body := await request.json(), dict):
+                return body
     except TimeoutError:
         raise HTTPException(408, f"the request did not arrive within {PATIENCE:g} s.") from None
     except (ValueError, RecursionError):
         pass
-    raise HTTPException(400, "expected a JSON object in UTF-8.")
+    raise HTTPException(400, "expected a JSON object.")
 
 
 def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -170,23 +175,23 @@ def conversation(body: Mapping[str, Any]) -> list[dict[str, str]]:
 
     A client's system messages are ignored: ``generation.stream`` sends the course's own.
     """
-    messages, turns = body.get("messages"), list[dict[str, Any]]()
-    for message in messages if isinstance(messages, list) else ():
-        given = message if isinstance(message, dict) else {}
-        role, content = given.get("role"), given.get("content")
-        if role in ("system", "developer"):
-            continue
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts: list[Any] = [p.get("text") if isinstance(p, dict) else None for p in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise HTTPException(400, "messages: expected every content to be text.")
-        turns.append({"role": role, "content": clean_text("\n".join(texts))})
+    turns: list[dict[str, str]] = []
+    try:
+        for message in body["messages"]:
+            role, content = message["role"], message["content"]
+            parts = content if isinstance(content, list) else [{"text": content}]
+            text = clean_text("\n".join(part["text"] for part in parts))
+            if role not in ("system", "developer"):
+                turns.append({"role": role, "content": text})
+    except (KeyError, TypeError):
+        wrong = "expected a list of messages, each with a role and a text."
+        raise HTTPException(400, f"messages: {wrong}") from None
     roles = [turn["role"] for turn in turns]
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
         text = "expected a list of user and assistant turns, one after the other, the user's last."
         raise HTTPException(400, f"messages: {text}")
-    if len(turns) > MAX_TURNS or not has_words(turns[-1]["content"]):
-        raise HTTPException(400, f"messages: expected at most {MAX_TURNS} turns, and a question.")
+    if not has_words(turns[-1]["content"]):
+        raise HTTPException(400, "messages: the last one is empty: expected a question.")
     return turns
 
 
@@ -341,7 +346,8 @@ def app(guard: Guard) -> Starlette:
         Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
         Route("/health", lambda _: JSONResponse({"status": "ok"})),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    handlers = {HTTPException: refuse}
+    return Starlette(routes=routes, exception_handlers=handlers, max_body_size=MAX_BYTES)
 
 
 def serve(guard: Guard, host: str, port: int) -> None:
@@ -367,13 +373,9 @@ def serve(guard: Guard, host: str, port: int) -> None:
         log_level="critical", access_log=False, limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=5, server_header=False, proxy_headers=False,
     )  # fmt: skip
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(f"{guard.name} answers at http://{host}:{port}/v1 (Ctrl-C stops it).", flush=True)
-        if host not in (HOST, "localhost"):
-            print("Everyone who reaches it can use it: there is no password.", flush=True)
-        uvicorn.Server(config).run()
-    except KeyboardInterrupt:
-        print("\nThe server has stopped.", flush=True)
+        with stoppable(guard.name):
+            announce(guard.name, f"http://{host}:{port}/v1", host)
+            uvicorn.Server(config).run()
     finally:
         guard.worker.shutdown(cancel_futures=True)

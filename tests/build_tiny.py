@@ -26,11 +26,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medquad_utils.assets import sample
-from medquad_utils.chat import CHAT_TEMPLATE, SYSTEM_PROMPT
+from medquad_utils.chat import SYSTEM_PROMPT
 from medquad_utils.files import write_json
 from medquad_utils.profiles import TINY_MODEL as FOLDER
 
 MANIFEST = "manifest.json"
+# Writes the same bytes as Llama-3's own template. A new tokenizer gets the one that is there.
+CHAT_TEMPLATE = (FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, END_HEADER, PAD = "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"

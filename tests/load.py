@@ -91,7 +91,7 @@ def fault(payload: Payload, status: int, text: str) -> str:
         return "" if whole else f"{payload.name}: no notice: {text[:200]}"
     if status not in (307, 400, 404, 405, 413, 415):
         return f"{payload.name}: status {status}"
-    said = json.loads(text)["error"]["message"] if text else ""
+    said = json.loads(text)["error"]["message"] if text and status != 413 else ""
     return f"{payload.name}: echo" if MARK in text or "Traceback" in said else ""
 
 

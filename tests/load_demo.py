@@ -88,7 +88,7 @@ def crowd(browser: Browser, address: str, count: int) -> dict[str, Any]:
 
 
 def type_all(browser: Browser, address: str, texts: list[str]) -> dict[str, Any]:
-    """Type every text, nine on a page, which may ask ten times a minute."""
+    """Type every text, nine on a page."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
     nines = [texts[start : start + 9] for start in range(0, len(texts), 9)]

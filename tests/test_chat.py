@@ -54,7 +54,6 @@ def test_prompt_has_the_bytes_of_llama_3_and_one_begin_of_text(tiny_tokenizer: A
         "<|start_header_id|>user<|end_header_id|>\n\nWhat causes Asthma?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert tiny_tokenizer.chat_template == chat.CHAT_TEMPLATE
     ids = prompt_ids(tiny_tokenizer, messages)
     assert ids == tiny_tokenizer(written, add_special_tokens=False)["input_ids"]
     assert tiny_tokenizer.decode(ids) == written

@@ -27,6 +27,7 @@ QUESTIONS = [*chat.THREE_QUESTIONS, "Is cystic fibrosis inherited ?", LONG]
 PROMPT = chat.prompt_messages(QUESTIONS[0])
 BASE, WEIGHTS_OF_BASE = "config.json", "model.safetensors"
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "plan.json"
+CHAT_TEMPLATE = (TINY_MODEL / "chat_template.jinja").read_text()
 LAYERS = 7 * PROFILES["tiny"].shape.layers  # in 4 bits
 
 
@@ -174,7 +175,7 @@ def test_an_adapter_has_one_dtype_in_use_here_and_by_the_cards_code(tiny_adapter
 def test_todays_date_is_not_in_the_prompt(tmp_path: Path) -> None:
     """As in Llama 3.2: what is trained today is asked next week."""
     folder = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
-    dated = 'Today Date: {{ strftime_now("%d %b %Y") }} ' + chat.CHAT_TEMPLATE
+    dated = 'Today Date: {{ strftime_now("%d %b %Y") }} ' + CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(dated)
     tokenizer = generation.load_tokenizer(dataclasses.replace(tiny(), model_path=str(folder)))
     text = tokenizer.apply_chat_template(PROMPT, tokenize=False)
@@ -227,7 +228,7 @@ def test_a_base_is_named_by_all_its_tensors_and_not_by_its_folder(tmp_path: Path
 
     same, other, told = (Path(shutil.copytree(TINY_MODEL, tmp_path / n)) for n in "abc")
     flipped(other / WEIGHTS_OF_BASE, "layers.3.mlp.down_proj")  # the last of the file
-    (told / "chat_template.jinja").write_text("another " + chat.CHAT_TEMPLATE)
+    (told / "chat_template.jinja").write_text("another " + CHAT_TEMPLATE)
     assert of(same) == adapters.base_id(tiny())
     assert len({of(folder) for folder in (same, other, told)}) == 3
     (same / "chat_template.jinja").unlink()  # as in folders of transformers 4
@@ -330,6 +331,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "a layer less": (lambda f: without(f / WEIGHTS, "2.mlp.up_proj"), "not have the same tensors"),
     "changed base": (lambda f: spoil(f, CONFIG, {"init_lora_weights": "pissa"}), "= 'pissa'"),
     "trained tokens": (lambda f: spoil(f, CONFIG, {"trainable_token_indices": [7]}), "plain LoRA"),
+    "classifier": (lambda f: spoil(f, CONFIG, {"task_type": "SEQ_CLS"}), "task_type = 'SEQ_CLS'"),
     "unknown": (lambda f: spoil(f, CONFIG, {"of_tomorrow": 1}), "has of_tomorrow = 1 in adapter"),
 }
 
@@ -345,13 +347,20 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_may_not_be_read_is_not_called_damaged(
+def test_an_adapter_that_may_not_be_read_is_not_only_called_damaged(
     tiny_base: Any, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (PermissionError(13, "Denied"), RuntimeError("Denied (os error 13)")):
         monkeypatch.setattr("peft.PeftModel.from_pretrained", Mock(side_effect=error))
-        with pytest.raises(CourseError, match=r"Denied.*\)\. Expected files that you may read\.$"):
+        with pytest.raises(CourseError, match=r"Denied.*\)\. See that you may read its files, or"):
             generation.load_adapters(tiny(), {"own": tiny_adapter}, base=tiny_base)
+
+
+def test_a_random_start_of_an_adapter_is_accepted(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_adapter, tmp_path / "copy"))
+    for start in (True, False, "gaussian"):
+        spoil(folder, CONFIG, {"init_lora_weights": start})
+        adapters.check_adapter(tiny(), folder)
 
 
 def test_adapters_of_different_bases_are_refused_before_loading(
@@ -360,9 +369,12 @@ def test_adapters_of_different_bases_are_refused_before_loading(
     foreign = Path(shutil.copytree(tiny_adapter, tmp_path / "foreign"))
     spoil(foreign, RECORD, {"model_id": "some/llama", "base": "some/llama@main"})
     monkeypatch.setattr(generation, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    both = {"own": tiny_adapter, "foreign": foreign}
+    with pytest.raises(CourseError, match=r"trained on some/llama .*, but the plan loads embedded"):
+        generation.load_adapters(tiny(), both)
     said = r"different bases .*: 'own' was trained on embedded .*, 'foreign' on some/llama"
     with pytest.raises(CourseError, match=said):
-        generation.load_adapters(tiny(), {"own": tiny_adapter, "foreign": foreign})
+        adapters.check_same_base(both)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_OF_BASE, "tokenizer.json"])

@@ -190,6 +190,8 @@ ABSENT = "model.layers.9.mlp.up_proj"
         ({}, {f"{LAYER}.lora_B.bias_of": (256, 1)}, "is not a plain LoRA"),
         ({}, {f"{ABSENT}.lora_A": (16, 256), f"{ABSENT}.lora_B": (640, 16)}, "plain LoRA of emb"),
         ({}, {f"{LAYER}.lora_B": (128, 16)}, "is not a plain LoRA of"),
+        ({}, {f"{LAYER}.lora_B": None}, "is not a plain LoRA of"),
+        ({}, {f"{LAYER}.lora_A": (8, 256)}, "is not a plain LoRA of"),
         ({"lora_alpha": 1e8}, {}, "is not finite in float16: train again at half"),
     ],
 )
@@ -199,7 +201,10 @@ def test_an_adapter_that_cannot_be_merged_right_is_refused(
     folder = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
     file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
-    ones = {f"base_model.model.{name}.weight": torch.ones(size) for name, size in sizes.items()}
-    save_file(load_file(file) | ones, file)
+    tensors = load_file(file)
+    for name, size in sizes.items():
+        tensors.pop(key := f"base_model.model.{name}.weight", None)
+        tensors |= {key: torch.ones(size)} if size else {}
+    save_file(tensors, file)
     with pytest.raises(CourseError, match=message):
         merging.merge(plan("float16"), "dequantised", folder)

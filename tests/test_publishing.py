@@ -81,7 +81,11 @@ def plan(trained_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Pla
 
 @pytest.fixture(scope="module")
 def published(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publishing.build(plan, OPEN, tmp_path_factory.mktemp("hub") / OPEN)
+    before = os.umask(0o077)  # others may read what is published, all the same
+    try:
+        return publishing.build(plan, OPEN, tmp_path_factory.mktemp("hub") / OPEN)
+    finally:
+        os.umask(before)
 
 
 @pytest.fixture
@@ -270,9 +274,9 @@ def test_a_llama_names_its_base_and_carries_its_agreement(
         publishing.push(folder, NAME, "http://127.0.0.1:9")
     monkeypatch.chdir(plan.out)
     given, out = tmp_path / "given.txt", tmp_path / "out"
-    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Meta Llama 3"):
+    with pytest.raises(CourseError, match=r"given\.txt is not the Meta Llama 3"):
         publishing.build(plan, NAME, out, licence=given)
-    with pytest.raises(CourseError, match=r"given\.txt is no file, and not the Apache License"):
+    with pytest.raises(CourseError, match=r"given\.txt is not the Apache License"):
         publishing.agreement(tiny(), publishing.licence_of(tiny()), given)
     given.write_text("MIT License")
     with pytest.raises(CourseError, match=r"given\.txt is not the Meta Llama 3 Community License"):
@@ -286,6 +290,12 @@ def test_a_file_that_only_its_owner_may_read_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").chmod(0o600)
     with pytest.raises(CourseError, match=r"model\.safetensors cannot be read by other accounts"):
         publishing.check(copy, OPEN)
+
+
+def test_a_card_without_code_is_a_message(copy: Path) -> None:
+    (copy / "README.md").write_text("Nothing to run.")
+    with pytest.raises(CourseError, match=r"the card in folder/ shows no Python code: build"):
+        publishing.snippet_of(copy)
 
 
 APACHE = "Apache License\n  Version 2.0, January 2004"
@@ -381,6 +391,7 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "README.md", r"\Z", r"C:\\Users\\ada", "a local path"),
     ("tiny", "model.safetensors", '"format":"pt"', '"made":"/home/ada"', "a local path"),
     ("tiny", "chat_template.jinja", r"\Z", "by Lovelace", r"your user name \(Lovelace\)"),
+    ("tiny", "tokenizer.json", r"\Z", str(Path.cwd()), "a path of this machine"),
     ("tiny", "pytorch_model.bin", r"\Z", "", r"pytorch_model\.bin does not belong"),
     ("tiny", "README.md", "tags:", "tags: a: b", "README.md has no readable header"),
     ("tiny", "generation_config.json", r"\}", "", "generation_config.json is damaged"),
@@ -388,6 +399,7 @@ EOS, PAD = r'"eos_token_id": \[.*?\]', r'"pad_token_id": \d+'
     ("tiny", "generation_config.json", '"do_sample": false,', "", "must be greedy"),
     ("tiny", "config.json", r'"rope_theta": [\d.]+\n\}', '"x": 1\n}', "must repeat rope_theta"),
     ("tiny", "tokenizer_config.json", "PreTrainedTokenizerFast", "Backend", "must name Pre"),
+    ("tiny", "tokenizer_config.json", "additional_s", "extra_s", "additional_special_tokens"),
     ("tiny", "generation_config.json", PAD, '"pad_token_id": 4', "must pad with a token that"),
     ("llama", "README.md", "Built with Meta Llama 3", "", "must say 'Built with Meta Llama 3'"),
     ("llama", "NOTICE", "Meta Platforms", "", "NOTICE hold Meta's line"),
@@ -590,6 +602,9 @@ def test_every_refusal_of_the_hub_is_one_line(hub: Any, copy: Path, monkeypatch:
     hub.deny = 0
     with monkeypatch.context() as patch:  # somebody commits between our look and our commit
         patch.setattr(Hub, "sha", lambda self: f"{len(hub.log):040x}")
-        refused("changed by somebody else")
+        refused("A commit has happened since")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        refused("HF_HUB_OFFLINE is set")
     monkeypatch.setattr(publishing, "hub_token", lambda: None)
     refused("no Hub token")

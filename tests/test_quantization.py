@@ -65,11 +65,6 @@ def test_levels_are_those_of_the_paper_and_of_bitsandbytes() -> None:
     torch.testing.assert_close(q.FP4_LEVELS, fp4, atol=1e-7, rtol=0)
 
 
-def test_weights_that_fill_no_block_are_refused() -> None:
-    with pytest.raises(ValueError, match="65 weights are no multiple of the block size 64"):
-        q.quantize_blocks(torch.zeros(65), NF4)
-
-
 WEIGHTS = {
     "a normal matrix": normal(512, 256),
     "zeros": torch.zeros(BLOCK),

@@ -28,6 +28,7 @@ from conftest import REPO
 from nbconvert import HTMLExporter
 from papermill.clientwrap import PapermillNotebookClient
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from medquad_utils.profiles import TINY_MODEL
 
@@ -140,10 +141,11 @@ PASSED_ON: dict[str, set[str]] = {
     "medquad_utils.generation.generate": GENERATION,
     "medquad_utils.generation.ask": GENERATION | {"batch_size", "progress"},
     "jupyter_client.kernelspec.KernelSpec": {"resource_dir"},
-    "medquad_utils.files.read_json": {"profile", "model_id", "model_path", "seed"},
+    "medquad_utils.files.read_json": {"profile", "model_id", "model_path", "seed", "eos_token_id"},
     "medquad_utils.checks.common.letters": set("abcdefgh"),  # a hint for each letter
     "huggingface_hub.SpaceCardData": SPACE,
-    "starlette.middleware.Middleware": taken(BaseHTTPMiddleware),
+    "starlette.middleware.Middleware": taken(BaseHTTPMiddleware)
+    | taken(RequestBodyLimitMiddleware),
 }
 # Methods by their name, and calls of objects by the name that the course gives them.
 METHODS: dict[str, set[str]] = {
