@@ -279,7 +279,7 @@ SHAPES: dict[str, tuple[str | list[Any], str, list[Row]]] = {
     "kaggle.csv": (KAGGLE, "utf-8", GIVEN),
     "BOM.CSV": ("\ufeff" + KAGGLE, "utf-8", GIVEN),
     "windows.csv": (parted(";"), "cp1252", GIVEN),
-    "hint.csv": ("sep=|\r\n\r\n" + parted("|"), "utf-8", GIVEN),
+    "bars.csv": (parted("|"), "utf-8", GIVEN),
     "unicode.csv": (parted("\t"), "utf-16", GIVEN),
     "a.tsv": (parted("\t"), "utf-8", GIVEN),
     "packed.csv.gz": (KAGGLE, "utf-8", GIVEN),
@@ -347,8 +347,7 @@ def test_excel_files_need_an_extra_that_the_message_names(tmp_path: Path, monkey
     with pytest.raises(CourseError, match=r"it has 2 sheets \(first, second\)"):
         data.load_table(path)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    needed = r"cannot read a\.xlsx.*pip install 'medquad-qlora\[excel\]'"
-    with pytest.raises(CourseError, match=needed):
+    with pytest.raises(CourseError, match=r"cannot read a\.xlsx.*to install the openpyxl"):
         data.load_table(path)
 
 
@@ -357,29 +356,27 @@ REFUSED = {
     "two.csv": ("question,answer,Output\nA?,a,b\n", "'answer' and 'output' for the answer"),
     "none.csv": ("topic,answer\ngout,a\n", "no column for the question: .*found answer, topic"),
     "reply.csv": ("question,reply\nA?,a\n", "the answer: expected answer, .*found question, reply"),
-    "twice.csv": ("question,answer,Answer\nA?,a,b\n", "header has the column 'answer' twice"),
-    "again.csv": (f"{QA}{QA}", "line 3 repeats the header"),
+    "twice.csv": ("question,answer,Answer\nA?,a,b\n", "record has the column 'answer' twice"),
     "long.csv": (f"{QA}B?,b, c\n", "line 3 has 3 cells, and the header 2 .question, answer."),
     "short.csv": (f"{QA}\nB?\n", "row in line 4 has 1 cells, and the header 2"),
     "open.csv": (f'{QA}B?,"b\nC?,c\nD?,d\n', "line 3: unexpected end of data.*quote is not closed"),
     "lost.csv": (f'{QA}B?,"b\nC?,"c"\n', "row in line 3: ',' expected after '\"'"),
     "mysql.csv": (f'{QA}B?,"a \\"good\\" day"\n', "row in line 3: ',' expected after '\"'"),
     "headless.csv": ("Why?,So.\nB?,b.\n", "no column for the question: .* found so, why"),
-    "mixed.csv": (f"{QA}é,b\n".encode() + b"\xe9,c\n", "line 4 has bytes .* UTF-8 or cp1252"),
-    "mac.csv": (f"{QA}".encode() + b"C?,doesn\xd5t\n", "line 3 has bytes that are no text"),
-    "page.csv": ("<!doctype html>", "it is a web page"),
+    "bytes.csv": (f"{QA}é,b\n".encode() + b"\x81,c\n", "line 4 has bytes .* UTF-8 or cp1252"),
+    "page.csv": ("<!doctype html>\n<p>", "no column for the question"),
     "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
-    "excel.csv": (b"PK\x03\x04", "zip archive or an Excel file"),
+    "excel.csv": (b"PK\x03\x04\nab", "no column for the question"),
     "cut.csv.gz": (gzip.compress(QA.encode())[:-9], "Compressed file ended"),
     "cut.jsonl": ('{"question": "A?", "answer": "a"}\n{"question": "B', "line 2 column 14"),
     "text.jsonl": ('{"question": "A?"}\n"a line"', "record 2 is not an object: a line"),
-    "twice.json": ('[{"answer": "a", "Answer": "b"}]', "record 1 has the column 'answer' twice"),
+    "twice.json": ('[{"answer": "a", "Answer": "b"}]', "a record has the column 'answer' twice"),
     "key.jsonl": ('{"answer": "a"}\n{"Answer": "b", "q": {}, "Answer": "c"}\n',
-                  "record 2 has the column 'answer' twice: delete or rename one"),
-    "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record 3 .* 'q' twice"),
+                  "a record has the column 'answer' twice: delete or rename one"),
+    "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record .* 'q' twice"),
     "deep.json": ("[" * 100_000, "cannot read deep.json: "),
     "torn.parquet": (b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read torn\.parquet: "),
-    "list.csv": ('[{"question": "A?"}]', r"it is JSON: give its name the ending \.json"),
+    "list.csv": ('[{"question": "A?"}]\n[]', "no column for the question"),
     "text.xlsx": ("no sheet", r"cannot read text\.xlsx: "),
 }  # fmt: skip
 
