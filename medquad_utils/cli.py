@@ -311,7 +311,7 @@ def _data(options: argparse.Namespace) -> None:
     folder = options.out or (plan.folder if own else Path(plan.out)) / "data"
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
-    print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
+    print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, data.json")
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     train = draw_fitting(plan, tokenizer, splits.train, plan.rows)
     held_out = (splits.validation, splits.test)
     validation, test = (draw_fitting(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
-    drawn = Splits(train, validation, test, splits.cleaning, splits.notes)
+    drawn = Splits(train, validation, test)
     if empty := [part for part, count in drawn.sizes().items() if not count]:
         raise CourseError(
             f"no row of the {empty[0]} part of {plan.source!r} fits into {plan.fit.max_length} "
