@@ -1,14 +1,8 @@
 """Train the adapter by supervised fine-tuning: rows -> trainer -> checkpoints -> saved adapter.
 
-``train`` is the whole run, and the file follows its order:
-
-- ``select`` draws the rows that fit into ``max_length``.
-- ``build_trainer`` gives them to TRL. ``chat.to_dataset`` makes a prompt and a completion of a row;
-  TRL tokenizes both and labels the prompt -100, so that only the answer is in the loss
-  (``chat.encode`` shows this label mask).
-- ``preflight.checks`` looks at what TRL made of the rows, before the first step.
-- ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
-- ``finish`` saves the adapter with its record, and the metrics.
+``train`` is the whole run, and the file follows its order. ``chat.to_dataset`` makes a prompt and a
+completion of a row; TRL tokenizes both and labels the prompt -100, so that only the answer is in
+the loss (``chat.encode`` shows this label mask).
 
 ``medquad train`` does it without a notebook. ``torchrun`` and ``accelerate launch`` take it as
 ``-m medquad_utils.training``: process 0 prepares the data, prints and writes, the others compute.
@@ -23,14 +17,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora, preflight
@@ -69,14 +62,14 @@ def train(plan: Plan) -> dict[str, Any]:
     state = process_state(plan)
     tokenizer = load_tokenizer(plan)
     with ExitStack() as lock:
-        with main_first(state):
+        with state.main_process_first():  # the others read what it wrote: in one file system
             if state.is_main_process:
                 lock.enter_context(locked(plan.folder / "checkpoints", wait=False))
             splits = data.prepare(plan)
         rows = select(plan, tokenizer, splits)
         trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
         preflight.require(preflight.checks(plan, tokenizer, rows.train, trainer))
-        with main_first(state):
+        with state.main_process_first():
             checkpoint = resumable(plan)
         started = time.time()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -308,7 +301,7 @@ def resumable(plan: Plan) -> Path | None:
             f"the checkpoints in {plan.profile}/checkpoints are of another plan "
             f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
-    if process_state(plan).is_main_process:
+    if PartialState().is_main_process:
         for path in itertools.takewhile(lambda path: path != checkpoint, checkpoints(folder)):
             shutil.rmtree(path)
         write_json(record, now)
@@ -327,10 +320,8 @@ def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """List the folders of checkpoints, newest first; a copy or an archive has another name."""
-    steps = {
-        p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()
-    }
-    return sorted((p for p in steps if steps[p].isdecimal()), key=lambda p: -int(steps[p]))
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, numbered), key=lambda p: -int(p.name.partition("-")[2]))
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
@@ -425,26 +416,6 @@ def process_state(plan: Plan) -> PartialState:
     return state
 
 
-@contextmanager
-def main_first(state: PartialState) -> Iterator[None]:
-    """Run the block in process 0, then in the others, which read what it wrote.
-
-    accelerate's ``main_process_first`` would leave the others waiting if process 0 fails. Here
-    they stop with a message. Several machines need a common file system.
-    """
-    done = [False]
-    try:
-        if state.is_main_process:
-            yield  # the block, in process 0
-            done = [True]
-    finally:
-        broadcast_object_list(done)  # the others wait here until process 0 comes
-    if not state.is_main_process:
-        if not done[0]:
-            raise CourseError("process 0 stopped.")
-        yield  # the block, in the others
-
-
 def run(plan: Plan) -> None:
     """Train in every process of a launcher, or in this one alone; the first prints."""
     state = process_state(plan)
@@ -452,7 +423,7 @@ def run(plan: Plan) -> None:
         state.print(plan)
         metrics = train(plan)
     finally:
-        state.destroy_process_group()  # or the others wait for a process that has gone
+        state.destroy_process_group()
     long = ("plan", "train_curve", "validation_curve", "singular_values")
     state.print({name: value for name, value in metrics.items() if name not in long})
 
