@@ -117,7 +117,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--length", "N", 0, "tokens of a row (default: the plan's)"),
         ("--rank", "R", 0, "rank of the adapters (default: the profile's)"),
         ("--packing", None, True, "let short rows share a long one (default: on)"),
-        ("--checkpointing", "C", "", "off, full, or N for every N-th block (default: the plan's)"),
+        ("--checkpointing", None, ("off", "full"), "recompute each block (default: the plan's)"),
         ("--price", "X", 0.0, "price of the card for an hour (default: show no price)"),
         ("--tokens", "N", 0, "tokens of an epoch (default: MedQuAD's training part)"),
         ("--out", "FILE.png", "", "also draw the memory as a picture"),
@@ -439,14 +439,11 @@ def _publish(options: argparse.Namespace) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     from medquad_utils import estimate
 
-    words = {"": None, "off": 0, "full": 1}
-    every = options.checkpointing
-    if every not in words and not (every.isdecimal() and int(every)):
-        raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number N.")
     _check_out(options.out, ".png")
+    checkpointing = {"off": False, "full": True}.get(options.checkpointing)
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
-        packing=options.packing, checkpointing=words[every] if every in words else int(every),
+        packing=options.packing, checkpointing=checkpointing,
         price=options.price, tokens=options.tokens, config=options.model,
     )  # fmt: skip
     print(result)

@@ -175,8 +175,8 @@ class Plan:
                 " Expected OWNER/NAME or the folder of a Llama."
             ) from error
 
-    def micro(self, tokens: int, checkpoint: int = 0) -> Micro:
-        """Return a micro-batch of one packed row; every ``checkpoint``-th block is recomputed."""
+    def micro(self, tokens: int, checkpoint: bool = False) -> Micro:
+        """Return a micro-batch of one packed row; ``checkpoint``: each block is recomputed."""
         return micro_of(vars(self), tokens, checkpoint)
 
     @property
@@ -404,7 +404,7 @@ def optimizer(hardware: Hardware, sharded: bool) -> str:
     return "adamw_torch_fused" if hardware.memory_gb > 20 else "paged_adamw_8bit"
 
 
-def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: int) -> Micro:
+def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: bool) -> Micro:
     """Return a packed row of ``tokens`` under the fields of a plan, as recorded with a run."""
     compute, adapter = (
         4 if plan[f"{name}_dtype"] == "float32" else 2 for name in ("compute", "adapter")
@@ -480,7 +480,7 @@ def fit_step(plan: Plan) -> Fit:
             f"evenly, and its size decides what is learned: launch {', '.join(map(str, counts))}."
         )
 
-    def need(tokens: int, checkpoint: int) -> float:
+    def need(tokens: int, checkpoint: bool) -> float:
         return sum(training_memory(shape, plan.micro(tokens, checkpoint)).values())
 
     share = profile.tokens_per_step // plan.processes
@@ -488,12 +488,12 @@ def fit_step(plan: Plan) -> Fit:
     for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
         most = max(length, min(share, limit))
         packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
-        for checkpoint, tokens in itertools.product((0, 1), packs):
+        for checkpoint, tokens in itertools.product((False, True), packs):
             if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
-                return Fit(share // tokens, length, tokens, bool(checkpoint), memory)
+                return Fit(share // tokens, length, tokens, checkpoint, memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {need(profile.max_length // 4, 1):.1f} GB even for "
+        f"profile {profile.name} needs about {need(profile.max_length // 4, True):.1f} GB even for "
         f"its shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller "
         f"profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )
