@@ -12,7 +12,7 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,6 @@ SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "fi
            "parquet": "file"}  # fmt: skip
 LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
 ROOM = 0.92  # share of the memory that is planned with; fragments take some
-MOST_RANK = 4096  # of an adapter: the width of the largest base
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
 # token with the whole row and masks the rest. A CPU's caches hold short rows only: tiny trains
@@ -305,7 +304,7 @@ def resolve(
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
     hardware, why = hardware or machine.detect(), "as asked"
     if profile == "auto":
-        profile, why = look_and_choose(hardware)
+        profile, why = choose(hardware)
     source, data_path = find_data(source, data_path, PROFILES[profile].source)
     chosen = sized(PROFILES[profile], source)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
@@ -328,8 +327,6 @@ def check_ranges(**given: int) -> None:
     """Check the ranges of ``resolve``'s numbers."""
     for name, value in given.items():
         number(name, int, str(value))
-    if given["lora_r"] > MOST_RANK:
-        raise CourseError(f"lora_r={given['lora_r']}: expected a rank of at most {MOST_RANK:,}.")
     if given["max_steps"] == 1:
         raise CourseError(
             "max_steps=1: the first step only warms up, at rate 0. Expected 0, or at least 2."
@@ -345,23 +342,10 @@ def number(name: str, kind: type, text: str) -> Any:
     raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")
 
 
-def look_and_choose(hardware: Hardware) -> tuple[str, str]:
-    """Look for the Hub, a token and weights on this machine, then ``choose``."""
-    if hardware.device != "cuda":  # nothing to choose from: nobody waits for the Hub
-        return choose(hardware, reachable=False, token=False)
-    reachable = machine.hub_reachable()
-    token = bool(reachable and machine.hub_token())
-    here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
-    return choose(hardware, reachable, token, machine.token_gap(), here)
-
-
-def choose(
-    hardware: Hardware, reachable: bool, token: bool, gap: str = "", here: Collection[str] = ()
-) -> tuple[str, str]:
+def choose(hardware: Hardware) -> tuple[str, str]:
     """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
 
-    On a CPU it is ``tiny``: everything else would take an hour unasked. ``reachable`` is the Hub;
-    ``gap`` says why there is no ``token``; ``here`` are profiles whose weights this machine has.
+    On a CPU it is ``tiny``: everything else would take an hour unasked.
     """
     if hardware.device != "cuda":
         return "tiny", (
@@ -369,10 +353,13 @@ def choose(
             "on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
         )
     gb, card, obstacle = hardware.memory_gb, f"a GPU with {hardware.memory_gb:.0f} GB", ""
+    reachable = machine.hub_reachable()
+    token, gap = bool(reachable and machine.hub_token()), machine.token_gap()
     hub = "the Hugging Face Hub is out of reach"
     accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept its licence on the Hub first"
     for name, profile in reversed(PROFILES.items()):  # the largest first
-        loads = name in here or (reachable and (token or not profile.gated))
+        loads = reachable and (token or not profile.gated)
+        loads = loads or machine.is_here(profile.model_id, profile.revision)
         if gb >= profile.gpu_gb and loads:
             return name, f"auto: {card}{obstacle}"
         lacks = f"{profile.gpu_gb} GB" if gb < profile.gpu_gb else accept if reachable else hub

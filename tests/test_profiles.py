@@ -206,9 +206,14 @@ def test_results_go_where_the_environment_or_the_checkout_says(
     ],
 )
 def test_auto_says_why_and_what_leads_to_a_larger_profile(
-    hardware: Hardware, reachable: bool, token: bool, here: str, expected: str, next_step: str
-) -> None:
-    name, why = choose(hardware, reachable, token, here=here.split())
+    hardware: Hardware, reachable: bool, token: bool, here: str, expected: str, next_step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    on_disk = ["embedded", *(PROFILES[name].model_id for name in here.split())]
+    monkeypatch.setattr(machine, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(machine, "hub_token", lambda: "hf_x" if token else None)
+    monkeypatch.setattr(machine, "is_here", lambda model_id, revision: model_id in on_disk)
+    name, why = choose(hardware)
     assert name == resolve(name, hardware=hardware).profile == expected
     assert next_step in why
 
