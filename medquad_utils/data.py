@@ -323,35 +323,30 @@ def _card(loaded: Loaded, effects: Mapping[str, Effect], splits: Splits) -> dict
 
 def summary(card: Mapping[str, Any]) -> str:
     """Describe in text what ``make`` loaded, cleaned and split, and what leaks."""
+    import pandas
+
     leaks, units = dict(card["leakage"]), card["lost_units"]
-    common = {
-        f"{' '.join(answer.split())[:60]} ...": f"{foci:,} diseases"
-        for answer, foci in leaks.pop("boilerplate").items()
+    common = {" ".join(a.split())[:60]: foci for a, foci in leaks.pop("boilerplate").items()}
+    sections = {
+        "source": {"rows": card["by_source"]},
+        "question type": {"rows": card["by_qtype"]},
+        "cleaning rule": pandas.DataFrame(card["cleaning"]).T,
+        "part": {"rows": card["rows"]},
+        "leakage": leaks,
+        "boilerplate": {"diseases": common},
     }
-    effect = "{changed:,} changed, {dropped:,} dropped"
-    effects = {rule: effect.format(**counts) for rule, counts in card["cleaning"].items()}
+    shown = {head: pandas.DataFrame(columns) for head, columns in sections.items()}
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
         f"an answer + {sum(card['skipped'].values()):,} skipped",
         f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
         f"{card['dropped']:,} dropped by cleaning"
         + (f" + {card['other_specialties']:,} of other fields" if card["specialty"] else ""),
-        "\n".join(card["reading"]),
-        _table("source", card["by_source"]),
-        _table("question type", card["by_qtype"]),
-        _table("cleaning rule", effects),
-        _table("part", {part: f"{n:,} rows" for part, n in card["rows"].items()}),
+        *card["reading"],
         *card["notes"],
-        *(_table(f"leakage, {pair}", shares) for pair, shares in leaks.items()),
-        _table("boilerplate", common),
+        *(f"{head}\n{table.to_string(float_format='{:.1%}'.format)}"
+          for head, table in shown.items() if len(table)),
         f"{card['lost_letters']:,} words lost a letter upstream; {len(units):,} numbers may have "
         "lost the prefix of their unit" + "".join(f"\n  {place}" for place in units),
-    ]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _table(head: str, values: Mapping[str, Any]) -> str:
-    width = max(map(len, [head, *values]))
-    forms = {int: ",", float: ".1%", str: ""}
-    lines = [f"  {name:<{width}}  {value:{forms[type(value)]}}" for name, value in values.items()]
-    return "\n".join([head, *lines]) if values else ""
+    ]  # fmt: skip
+    return "\n\n".join(blocks)

@@ -75,9 +75,8 @@ def flops_per_token(shape: Shape, recomputed: bool = False, rank: int = 0) -> fl
     """Return the FLOP of training one token with a frozen base, 4N, and adapters; no attention.
 
     N counts the weights that multiply: all linear layers and the head, not the embedding. The
-    forward pass is 2N (a multiply and an add). The backward pass of a linear layer has two products
-    of that size: the gradient of its inputs (2N), which the layers below need, and the gradient of
-    its weights, which a frozen layer does not. 6N (Kaplan et al., arXiv 2001.08361) counts both.
+    forward pass is 2N (a multiply and an add), the gradient of the inputs 2N. The gradient of the
+    weights, the last third of 6N (Kaplan et al., arXiv 2001.08361), a frozen layer does not need.
 
     Args:
         shape: of the model. Llama-3-8B: 30.0 GF.
@@ -116,8 +115,8 @@ def dequantisation_seconds(shape: Shape, card: Card, recomputed: bool = False) -
     """Return the seconds that one micro-batch spends on unpacking 4-bit weights, at any length.
 
     Each pass (forward, backward, forward again where recomputed) reads the packed weights, writes
-    them unpacked and reads them again: 31.5 GB at 8 B in 16 bits. Over the memory's bandwidth that
-    gives the reported costs: about 315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
+    them unpacked and reads them again: 31.5 GB at 8 B in 16 bits, and the reported costs: about
+    315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
     """
     packed, unpacked = memory.bits_per_parameter(double_quant=True) / 8, 2 if card.capability else 4
     moved = shape.block_parameters * (packed + 2 * unpacked)
@@ -270,9 +269,6 @@ def estimate(
         tokens: real tokens of an epoch (default: of MedQuAD's training part).
         config: another Llama: OWNER/NAME, a folder, or the path of its ``config.json``.
         runs: measured runs to compare with (default: those of the package).
-
-    Raises:
-        CourseError: unknown profile, card or model.
     """
     if not (card := next((c for c in CARDS.values() if c.name.lower() == gpu.lower()), None)):
         names = ", ".join(CARDS)

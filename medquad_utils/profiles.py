@@ -33,8 +33,7 @@ LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger s
 ROOM = 0.92  # share of the memory that is planned with; fragments take some
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
-# token with the whole row and masks the rest. A CPU's caches hold short rows only: tiny trains
-# 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
+# token with the whole row and masks the rest. A CPU's caches hold short rows only.
 MAX_PACK = {VARLEN: 8192, "sdpa": 2048, "cpu": 512}
 
 
@@ -124,8 +123,8 @@ class Plan:
     out: str
     card_gb: float  # memory of the card, or of the machine on a CPU
     why: str  # why this profile was taken
-    # fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
-    # schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
+    # fp16 adapters break the gradient scaler; bf16 ones lose small updates, and peft 0.21 loads
+    # them as fp32 when a run resumes.
     adapter_dtype: str = "float32"
     processes: int = 1  # that share every step, each on its own GPU
     sharded: bool = False  # FSDP: a process holds a part of the weights. DDP: each holds all
@@ -135,10 +134,9 @@ class Plan:
 
     @cached_property
     def fit(self) -> Fit:
-        """The sizes of one training step on this hardware; asking and serving never need them.
+        """The sizes of one training step here, as ``fit_step`` finds them on first use.
 
-        Raises:
-            CourseError: no setting fits in memory, or the processes cannot share a step evenly.
+        Asking and serving never need them.
         """
         return self.fixed_fit or fit_step(self)
 
@@ -153,11 +151,7 @@ class Plan:
 
     @property
     def shape(self) -> Shape:
-        """The sizes of the base: those of a profile are listed, others are in ``config.json``.
-
-        Raises:
-            CourseError: no readable config, or a model that is built unlike a Llama.
-        """
+        """The sizes of the base: those of a profile are listed, others are in ``config.json``."""
         if not self.model_path and self.model_id in BASES:
             return BASES[self.model_id].shape
         from transformers import AutoConfig
@@ -195,10 +189,7 @@ class Plan:
 
     @property
     def model_source(self) -> str:
-        """The folder or Hub id for ``from_pretrained``.
-
-        Fetched weights win over the Hub: a run must not change its base when a network comes back.
-        """
+        """The folder or Hub id for ``from_pretrained``; fetched weights win over the Hub's."""
         if self.model_id == "embedded":
             return self.model_path or str(TINY_MODEL)
         return self.model_path or str(machine.fetched(self.model_id) or self.model_id)
@@ -211,10 +202,7 @@ class Plan:
 
     @property
     def launch(self) -> str:
-        """The command that trains on the machine's other GPUs as well; "" if there are none.
-
-        It starts one process a GPU, or the largest number below that shares a step evenly.
-        """
+        """The command for the machine's other GPUs, of as many as share a step evenly, or ""."""
         count = max(n for n in shares(self.sized) if n <= max(1, self.gpus))
         if self.processes > 1 or count == 1:
             return ""
@@ -289,13 +277,9 @@ def resolve(
 ) -> Plan:  # fmt: skip
     """Join a profile and the hardware to a plan; empty or zero arguments keep the profile's value.
 
-    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. What ``medquad
-    fetch`` brought is used instead of the Hub. Under a launcher the plan is one process's share of
-    a step. Two side effects keep the lessons to one line: a notebook shows errors plainly, and
-    without ``hardware`` this process takes one GPU (``detect``).
-
-    Raises:
-        CourseError: an unknown profile, source or model, or a source without its path.
+    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. Under a launcher the
+    plan is one process's share of a step. Two side effects keep the lessons to one line: a notebook
+    shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
     """
     machine.show_errors_plainly()
     check_ranges(rows=rows, max_steps=max_steps, lora_r=lora_r, seed=seed)
@@ -413,10 +397,9 @@ def sized(profile: Profile, source: str) -> Profile:
 
 
 def find_data(source: str, data_path: str, usual: str) -> tuple[str, str]:
-    """Return source and path, checked.
+    """Return source and path, checked; without a source, the path's ending or ``usual`` names it.
 
-    Without a source, the ending of the path names it, or it is the profile's ``usual`` one. A
-    fetched MedQuAD is used where no other path is given.
+    A fetched MedQuAD is used where no other path is given.
     """
     data_path = str(user_path(data_path)) if data_path else ""
     ending = Path(data_path.lower().removesuffix(".gz")).suffix[1:]
@@ -456,9 +439,9 @@ def find_base(profile: Profile, model: str) -> dict[str, Any]:
 def fit_step(plan: Plan) -> Fit:
     """Return the first training step that fits in memory, in the order of what is faster.
 
-    The longest examples come first: longer ones are left out of the data. Then come the longest
-    packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
-    comes last: it computes the forward pass a second time.
+    The longest examples come first: longer ones are left out of the data. Then come steps without
+    activation checkpointing, which computes the forward pass a second time, and the longest packed
+    rows, because each micro-batch dequantises all weights once.
     """
     profile, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:

@@ -44,10 +44,8 @@ class Parts(NamedTuple):
 def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str) -> Parts:
     """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
 
-    Validation rows select nothing here, so they are held-out rows as well as the test rows.
-
-    Raises:
-        CourseError: no such specialty, too few rows to train on, or too few held out.
+    Validation rows select nothing here, so they are held-out rows as well as the test rows. Too few
+    rows of either kind raise a CourseError.
     """
     own, field = select(splits.train, specialty), SPECIALTIES[specialty]
     held_out = splits.validation + splits.test

@@ -79,9 +79,7 @@ def train(plan: Plan) -> dict[str, Any]:
 def ensure_adapter(plan: Plan) -> Path:
     """Return the folder of lesson 04's adapter; train it if it is missing or of another plan.
 
-    Raises:
-        CourseError: it would have to be trained on another base than the embedded one, which may
-            take hours; names what differs.
+    On another base than the embedded one it may take hours: a CourseError names what differs.
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
@@ -286,11 +284,8 @@ def recipe(plan: Plan) -> dict[str, Any]:
 def resumable(plan: Plan) -> Path | None:
     """Return the checkpoint to resume from, or ``None``; deletes newer ones, which a kill tore.
 
-    Where no record of a plan is, the checkpoints count as this plan's. A finished run left none:
-    training begins anew.
-
-    Raises:
-        CourseError: the checkpoints belong to another plan or base; names what differs.
+    Checkpoints of another plan or base raise a CourseError that names what differs. Without a
+    record of a plan they count as this plan's.
     """
     folder = plan.folder / "checkpoints"
     record, now = folder / "plan.json", recipe(plan)
