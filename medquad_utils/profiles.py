@@ -439,9 +439,8 @@ def find_base(profile: Profile, model: str) -> dict[str, Any]:
 def fit_step(plan: Plan) -> Fit:
     """Return the first training step that fits in memory, in the order of what is faster.
 
-    The longest examples come first: longer ones are left out of the data. Then come steps without
-    activation checkpointing, which computes the forward pass a second time, and the longest packed
-    rows, because each micro-batch dequantises all weights once.
+    Steps without activation checkpointing come first: it computes the forward pass a second time.
+    Of these the longest packed rows do, because each micro-batch dequantises all weights once.
     """
     profile, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:
@@ -455,17 +454,16 @@ def fit_step(plan: Plan) -> Fit:
 
     share = profile.tokens_per_step // plan.processes
     limit = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
-    for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
-        most = max(length, min(share, limit))
-        packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
-        for checkpoint, tokens in itertools.product((False, True), packs):
-            if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
-                return Fit(share // tokens, length, tokens, checkpoint, memory)
+    most = max(profile.max_length, min(share, limit))
+    packs = [most >> n for n in range(most.bit_length()) if most >> n >= profile.max_length]
+    for checkpoint, tokens in itertools.product((False, True), packs):  # all are powers of two
+        if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
+            return Fit(share // tokens, profile.max_length, tokens, checkpoint, memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {need(profile.max_length // 4, True):.1f} GB even for "
-        f"its shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller "
-        f"profile ({', '.join(smaller) or 'none is left'}) or a larger card."
+        f"profile {profile.name} needs about {need(profile.max_length, True) / ROOM:.1f} GB even "
+        f"with activation checkpointing, but this machine offers {plan.card_gb:.1f} GB. Choose a "
+        f"smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
     )
 
 
