@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +60,9 @@ MADE_FROM = ("base", "data", "seed", "rows", "max_steps", "lora_r", "lora_alpha"
 def train(plan: Plan) -> dict[str, Any]:
     """Do the whole run; one that was interrupted goes on. Returns the metrics of ``finish``."""
     state = process_state(plan)
-    tokenizer = load_tokenizer(plan)
-    with ExitStack() as lock:
+    tokenizer, lock = load_tokenizer(plan), locked(plan.folder / "checkpoints", wait=False)
+    with lock if state.is_main_process else nullcontext():
         with state.main_process_first():  # the others read what it wrote: in one file system
-            if state.is_main_process:
-                lock.enter_context(locked(plan.folder / "checkpoints", wait=False))
             splits = data.prepare(plan)
         rows = select(plan, tokenizer, splits)
         trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
