@@ -300,53 +300,42 @@ def make(
 def _card(loaded: Loaded, effects: Mapping[str, Effect], splits: Splits) -> dict[str, Any]:
     """Count what was loaded, what cleaning did, what each part holds, and what leaks."""
     skipped = {reason: at for reason, at in loaded.skipped.items() if reason != NO_ANSWER}
-    lost = damage(loaded.rows)
+    leaks, lost = leakage_report(splits), damage(loaded.rows)
+    common = {" ".join(a.split())[:60]: foci for a, foci in leaks.pop("boilerplate").items()}
     return {
         "records": loaded.records,
         "loaded": len(loaded.rows),
         "unanswered": len(loaded.skipped.get(NO_ANSWER, ())),
         "skipped": {reason: len(at) for reason, at in skipped.items()},
         "reading": [*listed(skipped), *listed(loaded.notes)],
-        "commit": loaded.commit or None,
+        "commit": loaded.commit,
         "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
         "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
         "cleaning": {n: {"changed": e.changed, "dropped": e.dropped} for n, e in effects.items()},
         "dropped": sum(effect.dropped for effect in effects.values()),
         "rows": splits.sizes(),
         "notes": splits.notes,
-        "lost_letters": len(lost["letters"]),
-        "lost_units": [f"{loaded.origins[n][0]}: {words}" for n, words in lost["units"]],
+        "leakage": leaks,
+        "diseases_of_boilerplate": common,
+        "words_that_lost_letters": len(lost["letters"]),
+        "units_that_may_lack_a_prefix": [
+            f"{loaded.origins[number][0]}: {words}" for number, words in lost["units"]
+        ],
         "splits": _hash(splits),
-        "leakage": leakage_report(splits),
     }
 
 
 def summary(card: Mapping[str, Any]) -> str:
-    """Describe in text what ``make`` loaded, cleaned and split, and what leaks."""
+    """Write the record of ``make`` as text: single values in one table, and the others each."""
     import pandas
 
-    leaks, units = dict(card["leakage"]), card["lost_units"]
-    common = {" ".join(a.split())[:60]: foci for a, foci in leaks.pop("boilerplate").items()}
-    sections = {
-        "source": {"rows": card["by_source"]},
-        "question type": {"rows": card["by_qtype"]},
-        "cleaning rule": pandas.DataFrame(card["cleaning"]).T,
-        "part": {"rows": card["rows"]},
-        "leakage": leaks,
-        "boilerplate": {"diseases": common},
-    }
-    shown = {head: pandas.DataFrame(columns) for head, columns in sections.items()}
-    blocks = [
-        f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
-        f"an answer + {sum(card['skipped'].values()):,} skipped",
-        f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
-        f"{card['dropped']:,} dropped by cleaning"
-        + (f" + {card['other_specialties']:,} of other fields" if card["specialty"] else ""),
-        *card["reading"],
-        *card["notes"],
-        *(f"{head}\n{table.to_string(float_format='{:.1%}'.format)}"
-          for head, table in shown.items() if len(table)),
-        f"{card['lost_letters']:,} words lost a letter upstream; {len(units):,} numbers may have "
-        "lost the prefix of their unit" + "".join(f"\n  {place}" for place in units),
-    ]  # fmt: skip
+    single = {name: value for name, value in card.items() if isinstance(value, int | str)}
+    blocks = [pandas.Series(single).to_string()]
+    for name, value in card.items():
+        if value and isinstance(value, list):
+            blocks.append("\n".join([name, *value]))
+        elif value and isinstance(value, dict):
+            of_dicts = all(isinstance(part, dict) for part in value.values())
+            table = pandas.DataFrame(value).T if of_dicts else pandas.Series(value)
+            blocks.append(f"{name}\n{table.to_string(float_format='{:.1%}'.format)}")
     return "\n\n".join(blocks)
