@@ -284,8 +284,7 @@ def estimate(
     rows, known = next(part for most, part in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
     context = min(CONTEXT, mean / 2) if micro.varlen else mean
-    asked = plan.profile, shape, micro
-    taken = [r for r in (read_runs() if runs is None else runs) if r.on(card)]
-    same = [r for r in taken if (r.profile, r.shape, r.micro) == asked]
+    asked, measured = (plan.profile, shape, micro), read_runs() if runs is None else runs
+    same = [r for r in measured if r.on(card) and (r.profile, r.shape, r.micro) == asked]
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
     return Estimate(name, shape, card, micro, packing, tokens or known, mean, context, price, run)

@@ -282,7 +282,11 @@ def resolve(
     shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
     """
     machine.show_errors_plainly()
-    check_ranges(rows=rows, max_steps=max_steps, lora_r=lora_r, seed=seed)
+    numbers = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
+    for name, value in numbers.items():
+        number(name, int, str(value))
+    if max_steps == 1:
+        raise CourseError("max_steps=1: the first step only warms up. Expected 0, or at least 2.")
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
@@ -305,16 +309,6 @@ def resolve(
         card_gb=hardware.memory_gb, why=why, processes=machine.processes(), sharded=sharded,
         gpus=hardware.gpus,
     )  # fmt: skip
-
-
-def check_ranges(**given: int) -> None:
-    """Check the ranges of ``resolve``'s numbers."""
-    for name, value in given.items():
-        number(name, int, str(value))
-    if given["max_steps"] == 1:
-        raise CourseError(
-            "max_steps=1: the first step only warms up, at rate 0. Expected 0, or at least 2."
-        )
 
 
 def number(name: str, kind: type, text: str) -> Any:
