@@ -46,9 +46,14 @@ ROLES = {"user": "question", "human": "question", "assistant": "answer", "gpt": 
 CONTROL = re.compile(  # control characters, direction marks, surrogates; tabs and newlines stay
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-# What files that are damaged raise, or a reader that is not installed.
-Error = (OSError, ValueError, EOFError, KeyError, ImportError, RecursionError, zlib.error,
-         zipfile.BadZipFile)  # fmt: skip
+# Bytes that cp1252 would misread: a letter in UTF-8, and the apostrophe of old Macs.
+NOT_CP1252 = re.compile(rb"[\xc2-\xde][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[a-z]\xd5[a-z]")
+FOREIGN = {  # how files begin that are not the table which their ending promises
+    b"version https://git-lfs": "it is a Git LFS pointer, not the data: run git lfs pull",
+    b"<": "it is a web page or XML: download the table itself",
+}
+ZIP = b"PK\x03\x04"  # so does an Excel file
+Error = (OSError, ValueError, EOFError, KeyError, RecursionError, zlib.error, zipfile.BadZipFile)
 
 
 def list_files(path: Path, endings: Collection[str]) -> list[Path]:
@@ -73,8 +78,10 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
     try:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
-        if raw.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a Git LFS pointer, not the data: run git lfs pull")
+        if told := [FOREIGN[head] for head in FOREIGN if raw[:99].lstrip().startswith(head)]:
+            raise ValueError(told[0])
+        if ending != ".xlsx" and raw.startswith(ZIP):
+            raise ValueError("it is a zip archive or an Excel file: unpack it, or call it .xlsx")
         if ending in (".xlsx", ".parquet"):
             records = (_excel if ending == ".xlsx" else _parquet)(raw)
         else:
@@ -105,11 +112,14 @@ def _repeat_an_instruction(records: Sequence[Row]) -> bool:
 
 def _decoded(raw: bytes) -> tuple[str, str]:
     """Decode a text: Unicode as its first bytes say, UTF-8 without them, else cp1252 (Windows)."""
-    for encoding in (json.detect_encoding(raw), "cp1252"):
+    encoding = json.detect_encoding(raw)
+    with suppress(UnicodeDecodeError):
+        return raw.decode(encoding), encoding
+    if encoding == "utf-8" and not NOT_CP1252.search(raw):
         with suppress(UnicodeDecodeError):
-            return raw.decode(encoding), encoding
-    line = raw.decode("cp1252", "replace").partition("\ufffd")[0].count("\n") + 1
-    raise ValueError(f"line {line} has bytes that are no text in UTF-8 or cp1252")
+            return raw.decode("cp1252"), "cp1252"
+    line = raw.decode(encoding, "replace").partition("\ufffd")[0].count("\n") + 1
+    raise ValueError(f"line {line} has bytes that are no text in {encoding.upper()} or cp1252")
 
 
 @functools.cache
@@ -117,26 +127,30 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "_", name.lower()).strip("_")
 
 
-def _record(pairs: Iterable[tuple[Any, Any]]) -> Row:
-    """Return values by the plain names of their columns, none of which may stand twice."""
-    named = [(_plain(str(name)), value) for name, value in pairs]
-    counts = Counter(name for name, _ in named if name)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"a record has the column {twice[0]!r} twice: delete or rename one")
-    return dict(named)
+def _keys(names: Iterable[Any], where: str = "the header") -> list[str]:
+    """Return the plain names of columns, none of them twice."""
+    keys = [_plain(name) if isinstance(name, str) else "" for name in names]
+    if twice := [key for key, count in Counter(keys).items() if key and count > 1]:
+        raise ValueError(f"{where} has the column {twice[0]!r} twice: delete or rename one")
+    return keys
 
 
-def _records(rows: Sequence[Sequence[Any]]) -> list[Row]:
+def _dicts(rows: Sequence[Sequence[Any]]) -> list[Row]:
     """Make records of rows, the first of which is the header."""
-    return [_record(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    keys = _keys(rows[0]) if rows else []
+    return [dict(zip(keys, row, strict=True)) for row in rows[1:]]
 
 
 def _csv(text: str) -> list[Row]:
     """Read a table with commas, semicolons, tabs or bars, strictly."""
     csv.field_size_limit(1 << 30)  # answers can be longer than the default of 128 KiB
+    if re.match(r"\s*[\[{]", text):
+        raise ValueError("it is JSON: give its name the ending .json")
+    hint = re.match(r"sep=(.)(?=[\r\n])", text)  # a first line for Excel
+    text = text[hint.end() :] if hint else text
     head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     names = {mark: map(_plain, head.split(mark)) for mark in ",;\t|"}
-    mark = max(names, key=lambda mark: len(KNOWN.intersection(names[mark])))
+    mark = hint[1] if hint else max(names, key=lambda mark: len(KNOWN.intersection(names[mark])))
     rows, line = list[list[str]](), 1
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
@@ -146,25 +160,34 @@ def _csv(text: str) -> list[Row]:
                     f"the row in line {line} has {len(cells)} cells, and the header {len(rows[0])} "
                     f"({', '.join(rows[0])}). Put text that holds {mark!r} into double quotes"
                 )
+            if rows and cells == rows[0]:
+                raise ValueError(f"line {line} repeats the header: delete it")
             if any(cells):
                 rows.append(cells)
             line = reader.line_num + 1
     except csv.Error as error:
         advice = "A quote is not closed, or one inside a cell is not written twice"
         raise ValueError(f"the row in line {line}: {error}. {advice}") from error
-    return _records(rows)
+    return _dicts(rows)
 
 
 def _json(text: str) -> list[Row]:
     """Read objects: in a list, one on each line, or one after the other."""
-    values, decoder, end = list[Any](), json.JSONDecoder(object_pairs_hook=_record), 0
+    values, decoder, end = list[Any](), json.JSONDecoder(object_pairs_hook=_object), 0
     space = re.compile(r"\s*")
     while (start := space.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         value, end = decoder.raw_decode(text, start)
         values += value if isinstance(value, list) else [value]
-    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict)]:
+    if wrong := [n for n, value in enumerate(values) if not isinstance(value, dict | tuple)]:
         raise ValueError(f"record {wrong[0] + 1} is not an object: {str(values[wrong[0]])[:60]}")
-    return values
+    keys = [_keys(value, f"record {n}") for n, value in enumerate(values, start=1)]
+    return [dict(zip(k, v.values(), strict=True)) for k, v in zip(keys, values, strict=True)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row | tuple[str, ...]:
+    """Return an object, or a tuple of its keys if one stands twice, which ``_keys`` refuses."""
+    names = [key for key, _ in pairs if _plain(key)]
+    return dict(pairs) if len({*names}) == len(names) else tuple(names)
 
 
 def _parquet(raw: bytes) -> list[Row]:
@@ -173,21 +196,23 @@ def _parquet(raw: bytes) -> list[Row]:
 
     table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
     cells = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    return _records([table.column_names, *cells])
+    return _dicts([table.column_names, *cells])
 
 
 def _excel(raw: bytes) -> list[Row]:
     """Read the only sheet of an Excel file that has cells."""
     import pandas
 
-    # Without keep_default_na=False the text NA would be an empty cell.
-    read = pandas.read_excel(
-        io.BytesIO(raw), sheet_name=None, header=None, engine="openpyxl", keep_default_na=False
-    )
+    try:
+        read = pandas.read_excel(
+            io.BytesIO(raw), sheet_name=None, header=None, engine="openpyxl", keep_default_na=False
+        )  # without it, the text NA would be an empty cell
+    except ImportError as error:
+        raise ValueError("it takes openpyxl: pip install 'medquad-qlora[excel]'") from error
     sheets = {str(name): frame.values.tolist() for name, frame in read.items() if len(frame)}
     if len(sheets) > 1:
         raise ValueError(f"it has {len(sheets)} sheets ({', '.join(sheets)}): keep one of them")
-    return _records(next(iter(sheets.values()), []))
+    return _dicts(next(iter(sheets.values()), []))
 
 
 def _named(records: Sequence[Row | None]) -> list[Row | None]:
@@ -248,19 +273,21 @@ def has_words(text: str) -> bool:
 
 def texts(value: Any) -> list[str] | None:
     """List the texts in a cell: a text, a list, or a list written as text. Else return ``None``."""
-    if isinstance(value, str) and value[:2] in ("['", '["') and value.endswith("]"):
-        return _written_list(value)
     values = value if isinstance(value, list) else [value]
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        values = _written_list(value)
+        if values == [value] and value[1:2] in ("'", '"'):
+            return None  # it begins as a list of texts and is none, such as numpy's ['a' 'b']
     values = [v for v in values if v is not None and v == v]  # NaN differs from itself
     return values if all(isinstance(v, str) for v in values) else None
 
 
-def _written_list(text: str) -> list[str] | None:
-    """Read a list of texts that JSON or pandas wrote."""
+def _written_list(text: str) -> list[Any]:
+    """Read a list that JSON or pandas wrote; any other text is the only one."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             values = read(text)
             # Python takes numpy's ['a' 'b'] for ['ab']; repr tells the two apart.
             if read is json.loads or repr(values) == text:
-                return texts(values)
-    return None
+                return list(values)
+    return [text]
