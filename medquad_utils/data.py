@@ -122,7 +122,7 @@ def _add_document(root: ElementTree.Element, loaded: Loaded) -> None:
     shared["source"] = root.get("source", root.get("corpus"))
     shared["url"] = root.get("url")
     shared["document_id"] = root.get("id", root.get("docid"))
-    place = shared["document_id"] or root.tag
+    place, before = shared["document_id"] or root.tag, loaded.records
     pairs = list(root.iter("QAPair"))
     for pair in pairs:
         own = {"question": pair.findtext("Question"), "answer": pair.findtext("Answer")}
@@ -130,6 +130,7 @@ def _add_document(root: ElementTree.Element, loaded: Loaded) -> None:
         _add(shared | own | {"qtype": qtype}, place, loaded)
     if not pairs:
         loaded.skipped["a document without questions"].append(place)
+    assert loaded.records == before + max(1, len(pairs)), f"{place}: a question was lost"
 
 
 def load_hub(name: str) -> Loaded:
@@ -172,6 +173,7 @@ def load_table(path: Path) -> Loaded:
                 loaded.skipped["a chat that is not one question and its answer"].append(number)
             else:
                 _add(record, number, loaded)
+    assert loaded.records == number, f"{number} records, but {loaded.records} are accounted for"
     return _with_rows(loaded, path.name)
 
 
@@ -219,19 +221,35 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, its files, code, seed and options."""
-    path, here = SAMPLE if plan.source == "sample" else Path(plan.data_path), Path(__file__).parent
+    path, here = _path(plan), Path(__file__).parent
     names = ("data", "tables", "cleaning", "splits", "specialties")
     code = [here / f"{name}.py" for name in names]
-    sources = [] if plan.source == "hub" else list_files(path, [".xml", *ENDINGS])
     return {
         "code": files.content_hash(code, here),  # a new rule makes the rows anew
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "files": files.content_hash(sources, path if path.is_dir() else path.parent),
+        "files": files.content_hash(_files_of(plan), path if path.is_dir() else path.parent),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
     }
+
+
+def _path(plan: Plan) -> Path:
+    return SAMPLE if plan.source == "sample" else Path(plan.data_path)
+
+
+def _files_of(plan: Plan) -> list[Path]:
+    """List the files of the plan's source on this machine."""
+    return [] if plan.source == "hub" else list_files(_path(plan), [".xml", *ENDINGS])
+
+
+def _check_replaced(plan: Plan, card: Path, parts: Sequence[Path]) -> None:
+    """Check that the files to write replace no input and nothing that others wrote."""
+    inputs = {file.resolve() for file in _files_of(plan)}
+    if own := [path.name for path in (*parts, card) if path.resolve() in inputs]:
+        raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
+    atomic.check_ours(card, '"other_specialties"', *parts)
 
 
 def prepare(plan: Plan) -> Splits:
@@ -277,7 +295,7 @@ def make(
     splits and the content of ``data.json``.
     """
     parts = {part: folder / f"{part}.parquet" for part in PARTS}
-    atomic.check_ours(folder / "data.json", '"other_specialties"', *parts.values())
+    _check_replaced(plan, folder / "data.json", list(parts.values()))
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
     chosen = specialties.select(rows, specialty) if specialty else rows
@@ -287,6 +305,8 @@ def make(
         raise CourseError(f"{error} Loaded: {loaded}.") from error
     card = _card(loaded, effects, splits) | {"recipe": _recipe(plan, without, specialty)}
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
+    kept = sum(splits.sizes().values()) + card["other_specialties"]
+    assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
     with atomic.locked(folder), ExitStack() as stack:
         # All is written before anything is replaced, in the order of a stack: data.json first. It
         # says whose folder it is, and its hash tells parts that a kill left of another recipe.
@@ -326,16 +346,25 @@ def _card(loaded: Loaded, effects: Mapping[str, Effect], splits: Splits) -> dict
 
 
 def summary(card: Mapping[str, Any]) -> str:
-    """Write the record of ``make`` as text: single values in one table, and the others each."""
+    """Write the record of ``make`` as text: where its records are, and a table of each count."""
     import pandas
 
-    single = {name: value for name, value in card.items() if isinstance(value, int | str)}
-    blocks = [pandas.Series(single).to_string()]
+    blocks = [
+        f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
+        f"an answer + {sum(card['skipped'].values()):,} skipped\n"
+        f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
+        f"{card['dropped']:,} dropped by cleaning"
+        + (f" + {card['other_specialties']:,} of other fields" if card["specialty"] else ""),
+        f"{card['words_that_lost_letters']:,} words lost a letter upstream; "
+        f"{len(card['units_that_may_lack_a_prefix']):,} numbers may have lost the prefix of their "
+        "unit",
+    ]
     for name, value in card.items():
+        head = name.replace("_", " ")
         if value and isinstance(value, list):
-            blocks.append("\n".join([name, *value]))
-        elif value and isinstance(value, dict):
+            blocks.append("\n".join([head, *value]))
+        elif value and isinstance(value, dict) and name != "recipe":
             of_dicts = all(isinstance(part, dict) for part in value.values())
             table = pandas.DataFrame(value).T if of_dicts else pandas.Series(value)
-            blocks.append(f"{name}\n{table.to_string(float_format='{:.1%}'.format)}")
+            blocks.append(f"{head}\n{table.to_string(float_format='{:.1%}'.format)}")
     return "\n\n".join(blocks)

@@ -43,10 +43,12 @@ def test_printed_numbers_are_the_written_ones(tmp_path: Path, capsys: Any) -> No
     assert table(text, "rows") == {name: str(size) for name, size in sizes.items()}
     assert list(table(text, "cleaning")) == list(NAMES) == list(card["cleaning"])
     dropped = sum(effect["dropped"] for effect in card["cleaning"].values())
+    parts = f"{card['loaded']:,} rows = {sum(sizes.values()):,} in the parts + {dropped} dropped"
+    assert parts in text
     assert sum(sizes.values()) == card["loaded"] - dropped
     lost = card["unanswered"] + sum(card["skipped"].values())
     assert card["records"] == card["loaded"] + lost
-    assert table(text, "by_qtype") == {k: str(n) for k, n in card["by_qtype"].items()}
+    assert table(text, "by qtype") == {k: str(n) for k, n in card["by_qtype"].items()}
     shares = {p: " ".join(f"{n:.1%}" for n in of.values()) for p, of in card["leakage"].items()}
     assert table(text, "leakage") == shares
     assert list(shares) == ["train / validation", "train / test", "validation / test"]
@@ -71,9 +73,10 @@ def test_rule_that_is_left_out_keeps_its_rows(tmp_path: Path, capsys: Any) -> No
 def test_large_group_lost_units_and_skipped_rows_are_told(tmp_path: Path, capsys: Any) -> None:
     gout = [f"Levels over {n} g/L cause it at once." for n in range(20)]
     text = run(capsys, tmp_path / "out", *own(tmp_path / "a.jsonl", *gout, ""))
-    assert re.match(r"records +101\nloaded +100\nunanswered +1\n", text)
+    assert text.startswith("101 records = 100 rows + 1 without an answer + 0 skipped\n100 rows = ")
     assert "group 'gout' (20 rows) is larger than a part of 10: kept in training" in text
-    units = text.split("units_that_may_lack_a_prefix\n")[1].split("\n\n")[0]
+    assert "20 numbers may have lost the prefix of their unit" in text
+    units = text.split("units that may lack a prefix\n")[1].split("\n\n")[0]
     assert units.count(" g/L cause it") == 20
 
 
