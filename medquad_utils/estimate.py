@@ -274,8 +274,8 @@ def estimate(
         names = ", ".join(CARDS)
         raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
-    shape, most = plan.shape, plan.sized.max_length
-    fit = Fit(1, most, most, checkpointing=True, memory_gb=0)  # to show by how much
+    shape, shortest = plan.shape, plan.sized.max_length // 4
+    fit = Fit(1, shortest, shortest, checkpointing=True, memory_gb=0)  # to show by how much
     with suppress(CourseError):  # nothing fits
         fit = plan.fit
     length = length or (fit.pack_length if packing else fit.max_length)

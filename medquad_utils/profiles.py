@@ -31,6 +31,7 @@ SOURCES = {"sample": "", "hub": "", "xml": "folder", "csv": "file", "jsonl": "fi
            "parquet": "file"}  # fmt: skip
 LARGEST = 2**32 - 1  # number that a parameter may have; numpy takes no larger seed
 ROOM = 0.92  # share of the memory that is planned with; fragments take some
+MOST_RANK = 4096  # of an adapter: the width of the largest base
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
 # token with the whole row and masks the rest. A CPU's caches hold short rows only.
@@ -285,6 +286,8 @@ def resolve(
     numbers = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
     for name, value in numbers.items():
         number(name, int, str(value))
+    if lora_r > MOST_RANK:
+        raise CourseError(f"lora_r={lora_r}: expected a rank of at most {MOST_RANK:,}.")
     if max_steps == 1:
         raise CourseError("max_steps=1: the first step only warms up. Expected 0, or at least 2.")
     if profile not in ("auto", *PROFILES):
@@ -433,8 +436,9 @@ def find_base(profile: Profile, model: str) -> dict[str, Any]:
 def fit_step(plan: Plan) -> Fit:
     """Return the first training step that fits in memory, in the order of what is faster.
 
-    Steps without activation checkpointing come first: it computes the forward pass a second time.
-    Of these the longest packed rows do, because each micro-batch dequantises all weights once.
+    The longest examples come first: longer ones are left out of the data. Then come the longest
+    packed rows, because each micro-batch dequantises all weights once. Activation checkpointing
+    comes last: it computes the forward pass a second time.
     """
     profile, shape, counts = plan.sized, plan.shape, shares(plan.sized)
     if plan.processes not in counts:
@@ -448,16 +452,17 @@ def fit_step(plan: Plan) -> Fit:
 
     share = profile.tokens_per_step // plan.processes
     limit = MAX_PACK["cpu" if plan.device == "cpu" else plan.attention]
-    most = max(profile.max_length, min(share, limit))
-    packs = [most >> n for n in range(most.bit_length()) if most >> n >= profile.max_length]
-    for checkpoint, tokens in itertools.product((False, True), packs):  # all are powers of two
-        if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
-            return Fit(share // tokens, profile.max_length, tokens, checkpoint, memory)
+    for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
+        most = max(length, min(share, limit))
+        packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
+        for checkpoint, tokens in itertools.product((False, True), packs):
+            if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
+                return Fit(share // tokens, length, tokens, checkpoint, memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {need(profile.max_length, True) / ROOM:.1f} GB even "
-        f"with activation checkpointing, but this machine offers {plan.card_gb:.1f} GB. Choose a "
-        f"smaller profile ({', '.join(smaller) or 'none is left'}) or a larger card."
+        f"profile {profile.name} needs about {need(length, True) / ROOM:.1f} GB even for its "
+        f"shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller profile "
+        f"({', '.join(smaller) or 'none is left'}) or a larger card."
     )
 
 
