@@ -17,24 +17,24 @@ import numpy
 from medquad_utils import CourseError
 from medquad_utils.files import Row
 
-# The questions of MedQuAD, with its odd spaces -> the type that each has, without an exception.
+# The questions of MedQuAD, with or without its odd spaces -> the type of each, with no exception.
 TEMPLATES = {
-    r"what is \(are\) {} \?": "information",
-    r"what are the symptoms of {} \?": "symptoms",
-    r"what are the treatments for {} \?": "treatment",
-    r"is {} inherited \?": "inheritance",
-    r"how many people are affected by {} \?": "frequency",
-    r"what are the genetic changes related to {} \?": "genetic changes",
-    r"what causes {} \?": "causes",
-    r"how to diagnose {} \?": "exams and tests",
-    r"what research \(or clinical trials\) is being done for {} \?": "research",
-    r"what is the outlook for {} \?": "outlook",
-    r"who is at risk for {}\? \?": "susceptibility",
-    r"what to do for {} \?": "considerations",
-    r"how to prevent {} \?": "prevention",
-    r"what are the stages of {} \?": "stages",
-    r"what are the complications of {} \?": "complications",
-    r"where to find support for people with {} \?": "support groups",
+    r"what is \(are\) {} ?\?": "information",
+    r"what are the symptoms of {} ?\?": "symptoms",
+    r"what are the treatments for {} ?\?": "treatment",
+    r"is {} inherited ?\?": "inheritance",
+    r"how many people are affected by {} ?\?": "frequency",
+    r"what are the genetic changes related to {} ?\?": "genetic changes",
+    r"what causes {} ?\?": "causes",
+    r"how to diagnose {} ?\?": "exams and tests",
+    r"what research \(or clinical trials\) is being done for {} ?\?": "research",
+    r"what is the outlook for {} ?\?": "outlook",
+    r"who is at risk for {}\?? ?\?": "susceptibility",
+    r"what to do for {} ?\?": "considerations",
+    r"how to prevent {} ?\?": "prevention",
+    r"what are the stages of {} ?\?": "stages",
+    r"what are the complications of {} ?\?": "complications",
+    r"where to find support for people with {} ?\?": "support groups",
     r"do you have information about {}": "information",
 }
 TYPES = tuple(TEMPLATES.values())

@@ -282,6 +282,7 @@ SHAPES: dict[str, tuple[str | list[Any], str, list[Row]]] = {
     "BOM.CSV": ("\ufeff" + KAGGLE, "utf-8", GIVEN),
     "windows.csv": (parted(";"), "cp1252", GIVEN),
     "bars.csv": (parted("|"), "utf-8", GIVEN),
+    "hint.csv": ("sep=|\r\n\r\n" + parted("|"), "utf-8", GIVEN),
     "unicode.csv": (parted("\t"), "utf-16", GIVEN),
     "a.tsv": (parted("\t"), "utf-8", GIVEN),
     "packed.csv.gz": (KAGGLE, "utf-8", GIVEN),
@@ -349,7 +350,8 @@ def test_excel_files_need_an_extra_that_the_message_names(tmp_path: Path, monkey
     with pytest.raises(CourseError, match=r"it has 2 sheets \(first, second\)"):
         data.load_table(path)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(CourseError, match=r"cannot read a\.xlsx.*to install the openpyxl"):
+    needed = r"cannot read a\.xlsx.*pip install 'medquad-qlora\[excel\]'"
+    with pytest.raises(CourseError, match=needed):
         data.load_table(path)
 
 
@@ -358,22 +360,29 @@ REFUSED = {
     "two.csv": ("question,answer,Output\nA?,a,b\n", "'answer' and 'output' for the answer"),
     "none.csv": ("topic,answer\ngout,a\n", "no column for the question: .*found answer, topic"),
     "reply.csv": ("question,reply\nA?,a\n", "the answer: expected answer, .*found question, reply"),
-    "twice.csv": ("question,answer,Answer\nA?,a,b\n", "record has the column 'answer' twice"),
+    "twice.csv": ("question,answer,Answer\nA?,a,b\n", "header has the column 'answer' twice"),
+    "again.csv": (f"{QA}{QA}", "line 3 repeats the header"),
     "long.csv": (f"{QA}B?,b, c\n", "line 3 has 3 cells, and the header 2 .question, answer."),
     "short.csv": (f"{QA}\nB?\n", "row in line 4 has 1 cells, and the header 2"),
     "open.csv": (f'{QA}B?,"b\nC?,c\nD?,d\n', "line 3: unexpected end of data.*quote is not closed"),
     "lost.csv": (f'{QA}B?,"b\nC?,"c"\n', "row in line 3: ',' expected after '\"'"),
     "mysql.csv": (f'{QA}B?,"a \\"good\\" day"\n', "row in line 3: ',' expected after '\"'"),
     "headless.csv": ("Why?,So.\nB?,b.\n", "no column for the question: .* found so, why"),
-    "bytes.csv": (f"{QA}é,b\n".encode() + b"\x81,c\n", "line 4 has bytes .* UTF-8 or cp1252"),
+    "mixed.csv": (f"{QA}é,b\n".encode() + b"\xe9,c\n", "line 4 has bytes .* UTF-8 or cp1252"),
+    "mac.csv": (f"{QA}".encode() + b"C?,doesn\xd5t\n", "line 3 has bytes that are no text"),
+    "page.csv": ("<!doctype html>", "it is a web page"),
     "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
+    "excel.csv": (b"PK\x03\x04", "zip archive or an Excel file"),
     "cut.csv.gz": (gzip.compress(QA.encode())[:-9], "Compressed file ended"),
     "cut.jsonl": ('{"question": "A?", "answer": "a"}\n{"question": "B', "line 2 column 14"),
     "text.jsonl": ('{"question": "A?"}\n"a line"', "record 2 is not an object: a line"),
-    "twice.json": ('[{"answer": "a", "Answer": "b"}]', "a record has the column 'answer' twice"),
-    "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record .* 'q' twice"),
+    "twice.json": ('[{"answer": "a", "Answer": "b"}]', "record 1 has the column 'answer' twice"),
+    "key.jsonl": ('{"answer": "a"}\n{"Answer": "b", "q": {}, "Answer": "c"}\n',
+                  "record 2 has the column 'answer' twice: delete or rename one"),
+    "keys.json": ('[{"answer": "a"}, {"": 1, "": 2}, {"q": 1, "q": 1}]', "record 3 .* 'q' twice"),
     "deep.json": ("[" * 100_000, "cannot read deep.json: "),
     "torn.parquet": (b"PAR1" + bytes(99) + b"2\0\0\0PAR1", r"cannot read torn\.parquet: "),
+    "list.csv": ('[{"question": "A?"}]', r"it is JSON: give its name the ending \.json"),
     "text.xlsx": ("no sheet", r"cannot read text\.xlsx: "),
 }  # fmt: skip
 
@@ -686,12 +695,32 @@ def test_parts_replace_neither_their_input_nor_what_others_wrote(name: str, tmp_
     theirs = tmp_path / "out" / name.replace("mine", "test")
     theirs.write_text("mine") if name != "mine.parquet" else theirs.symlink_to(mine)
     plan, before = tiny(source="parquet", data_path=str(mine)), theirs.read_bytes()
-    with pytest.raises(CourseError, match=f"{theirs.name} (is there already|is a link)"):
+    with pytest.raises(CourseError, match=f"{theirs.name} (is there already|would replace)"):
         data.make(plan, tmp_path / "out")
     assert theirs.read_bytes() == before
     assert [p.name for p in (tmp_path / "out").iterdir()] == [theirs.name]
-    with pytest.raises(CourseError, match=r"train\.parquet is there already"):
+    with pytest.raises(CourseError, match="would replace the file that it is made from"):
         data.make(replace(plan, data_path=str(mine.rename(tmp_path / "train.parquet"))), tmp_path)
+
+
+def test_parts_do_not_replace_their_input_beside_our_own_record(tmp_path: Path) -> None:
+    data.make(own_rows(tmp_path), folder := tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    plan = tiny(source="parquet", data_path=str(folder / "train.parquet"))
+    with pytest.raises(CourseError, match=r"train\.parquet would replace the file that it is made"):
+        data.make(plan, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_question_of_a_template_needs_no_odd_space() -> None:
+    asked = {
+        "What are the symptoms of asthma?": "symptoms", "What is (are) asthma?": "information",
+        "Is asthma inherited?": "inheritance", "who is at risk for Asthma?": "susceptibility",
+        "Who is at risk for asthma? ?": "susceptibility", "What causes asthma ?": "causes",
+    }  # fmt: skip
+    for question, qtype in asked.items():
+        number, name = splits.template_of(question) or (-1, "")
+        assert (splits.TYPES[number], name.lower()) == (qtype, "asthma")
 
 
 def test_a_write_sweeps_what_killed_ones_left_and_goes_through_no_link(tmp_path: Path) -> None:
@@ -772,6 +801,22 @@ def test_a_kill_between_two_renames_mixes_no_parts(
         monkeypatch.undo()
         assert data.written(folder) is None, "the parts are not those of data.json"
         assert data.prepare(plan) == made, "the folder is still ours"
+
+
+def test_interrupted_prepare_never_mixes_two_seeds(tmp_path: Path, monkeypatch: Any) -> None:
+    plan = own_rows(tmp_path)
+    made = data.prepare(plan)
+    real, calls = pyarrow.parquet.write_table, iter(range(9))
+
+    def interrupted(*args: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pyarrow.parquet, "write_table", interrupted)
+        data.prepare(replace(plan, seed=1))
+    assert data.prepare(plan) == made
 
 
 def test_draw_takes_the_same_rows_in_the_same_order_for_a_seed() -> None:
