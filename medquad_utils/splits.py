@@ -39,7 +39,7 @@ TEMPLATES = {
 }
 TYPES = tuple(TEMPLATES.values())
 # The focus is the disease that a question names.
-_PATTERNS = [re.compile(t.format("(?P<focus>.+?)"), re.IGNORECASE) for t in TEMPLATES]
+_PATTERNS = [re.compile(t.format(r"(?P<focus>[^\s?].*?)"), re.IGNORECASE) for t in TEMPLATES]
 
 
 def template_of(question: str) -> tuple[int, str] | None:

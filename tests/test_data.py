@@ -721,6 +721,8 @@ def test_a_question_of_a_template_needs_no_odd_space() -> None:
     for question, qtype in asked.items():
         number, name = splits.template_of(question) or (-1, "")
         assert (splits.TYPES[number], name.lower()) == (qtype, "asthma")
+    for nameless in ("What is (are)  ?", "Who is at risk for ? ?", "How to prevent ?"):
+        assert splits.template_of(nameless) is None
 
 
 def test_a_write_sweeps_what_killed_ones_left_and_goes_through_no_link(tmp_path: Path) -> None:
