@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from medquad_utils import CourseError
 from medquad_utils.files import Row
@@ -57,8 +58,8 @@ def _cut(answer: str, *patterns: tuple[str, str]) -> str:
     return answer if left == answer else left.strip()
 
 
-def _drop_link_list(answer: str) -> str:
-    return "" if LINK_LIST.match(answer) else answer
+def _drop_if(test: Callable[[str], Any]) -> Callable[[str], str]:
+    return lambda answer: "" if test(answer) else answer
 
 
 def _drop_phenotypes(answer: str) -> str:
@@ -72,10 +73,6 @@ def _cut_phenotypes(answer: str) -> str:
     return _cut(answer, PHENOTYPES) if _drop_phenotypes(answer) else answer
 
 
-def _drop_heading(answer: str) -> str:
-    return "" if HEADING.fullmatch(answer) else answer
-
-
 def _cut_heading(answer: str) -> str:
     match = HEADING.match(answer)
     return answer[match.end() :] if match and match.end() < len(answer) else answer
@@ -87,10 +84,6 @@ def _cut_institutes(answer: str) -> str:
     while (start := answer.rfind("NIH:", 0, end)) >= 0 and INSTITUTE.fullmatch(answer, start, end):
         end = start
     return answer if end == len(answer) else answer[:end].strip()
-
-
-def _drop_short(answer: str) -> str:
-    return answer if len(answer.split()) >= 5 else ""
 
 
 def tidy_space(text: str) -> str:
@@ -109,7 +102,7 @@ class Rule:
 
 # In the order of their work. A new rule is one more line: it is counted and can be left out.
 RULES = (
-    Rule("link list", "a list of links without a sentence: dropped", _drop_link_list),
+    Rule("link list", "a list of links without a sentence: dropped", _drop_if(LINK_LIST.match)),
     Rule("phenotype list", "a table of phenotypes without prose: dropped", _drop_phenotypes),
     Rule("phenotype tail", "a table of phenotypes after prose: cut", _cut_phenotypes),
     Rule(
@@ -118,11 +111,11 @@ RULES = (
         lambda text: _cut(text, *NAVIGATION),
     ),
     Rule("Key Points", "bullets that repeat the text: cut", lambda text: _cut(text, KEY_POINTS)),
-    Rule("heading alone", "a heading without a text: dropped", _drop_heading),
+    Rule("heading alone", "a heading without a text: dropped", _drop_if(HEADING.fullmatch)),
     Rule("heading repeated", "a question at the beginning: cut", _cut_heading),
     Rule("institute tail", "the institute's name: cut", _cut_institutes),
     Rule("white space", "several spaces or empty lines: one", tidy_space),
-    Rule("under five words", "too short to answer anything: dropped", _drop_short),
+    Rule("under five words", "too short: dropped", _drop_if(lambda text: len(text.split()) < 5)),
 )
 DUPLICATE = "exact duplicate"
 NAMES = (*(rule.name for rule in RULES), DUPLICATE)

@@ -127,7 +127,7 @@ COMMANDS: dict[str, tuple[str, tuple[tuple[str, str | None, Any, str], ...]]] = 
         ("--length", "N", 0, "tokens of a row (default: the plan's)"),
         ("--rank", "R", 0, "rank of the adapters (default: the profile's)"),
         ("--packing", None, True, "let short rows share a long one (default: on)"),
-        ("--checkpointing", "C", "", "off, full, or N for every N-th block (default: the plan's)"),
+        ("--checkpointing", None, ("off", "full"), "recompute each block (default: the plan's)"),
         ("--price", "X", 0.0, "price of the card for an hour (default: show no price)"),
         ("--tokens", "N", 0, "tokens of an epoch (default: MedQuAD's training part)"),
         ("--out", "FILE.png", "", "also draw the memory as a picture"),
@@ -248,7 +248,7 @@ def _data(options: argparse.Namespace) -> None:
     folder = options.out or (plan.folder if own else Path(plan.out)) / "data"
     _, card = data.make(plan, folder, options.without, options.specialty)
     parts = ", ".join(f"{part}.parquet" for part in splits.PARTS)
-    print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, leakage.json, data.json")
+    print(f"{data.summary(card)}\n\nwritten to {folder}: {parts}, data.json")
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -375,14 +375,10 @@ def _publish(options: argparse.Namespace) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     from medquad_utils import estimate
 
-    words = {"": None, "off": 0, "full": 1}
-    if (every := options.checkpointing) not in words:
-        if not (every.isdecimal() and int(every)):
-            raise CourseError(f"--checkpointing {every!r}: expected off, full, or a whole number.")
-        words[every] = int(every)
+    checkpointing = {"off": False, "full": True}.get(options.checkpointing)
     result = estimate.estimate(
         options.profile, options.gpu, length=options.length, rank=options.rank,
-        packing=options.packing, checkpointing=words[every], price=options.price,
+        packing=options.packing, checkpointing=checkpointing, price=options.price,
         tokens=options.tokens, config=options.model,
     )  # fmt: skip
     print(result)

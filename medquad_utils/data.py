@@ -7,7 +7,6 @@ BMC Bioinformatics 2019, 20:511; CC BY 4.0.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
@@ -18,17 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from medquad_utils import CourseError, atomic, files, machine, specialties, tables
-from medquad_utils.cleaning import clean, damage
+from medquad_utils.cleaning import Effect, clean, damage
 from medquad_utils.files import ASSETS, COLUMNS, LISTS, Row
 from medquad_utils.profiles import Plan
-from medquad_utils.splits import (
-    PARTS,
-    TYPES,
-    Splits,
-    leakage_report,
-    split,
-    template_of,
-)
+from medquad_utils.splits import PARTS, TYPES, Splits, leakage_report, split, template_of
 from medquad_utils.tables import ENDINGS, clean_text, has_words, list_files
 
 HUB_DATASET = "keivalya/MedQuad-MedicalQnADataset"
@@ -229,35 +221,35 @@ def _add(record: Mapping[str, Any], place: Place, loaded: Loaded) -> None:
 
 def _recipe(plan: Plan, without: Sequence[str] = (), specialty: str = "") -> dict[str, Any]:
     """Describe what determines the written rows: source, its files, code, seed and options."""
-    sources, here = _files_of(plan), Path(__file__).parent
+    path, here = _path(plan), Path(__file__).parent
     names = ("data", "tables", "cleaning", "splits", "specialties")
     code = [here / f"{name}.py" for name in names]
     return {
         "code": files.content_hash(code, here),  # a new rule makes the rows anew
         "source": plan.source,
         "data": Path(plan.data_path).name,
-        "files": files.content_hash(sources, Path(os.path.commonpath(sources or [Path()]))),
+        "files": files.content_hash(_files_of(plan), path if path.is_dir() else path.parent),
         "seed": plan.seed,
         "without": sorted(without),
         "specialty": specialty,
     }
 
 
-def _check_replaced(plan: Plan, folder: Path) -> None:
-    """Check that the files to write replace no input and nothing that others wrote."""
-    card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
-    inputs = {file.resolve() for file in _files_of(plan)}
-    if own := [path.name for path in parts if path.resolve() in inputs]:
-        raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
-    atomic.check_ours(card, '"other_specialties"', folder / "leakage.json", *parts)
+def _path(plan: Plan) -> Path:
+    return SAMPLE if plan.source == "sample" else Path(plan.data_path)
 
 
 def _files_of(plan: Plan) -> list[Path]:
     """List the files of the plan's source on this machine."""
-    if plan.source == "sample":
-        return list_files(SAMPLE, [".xml"])
-    path = Path(plan.data_path)
-    return [] if plan.source == "hub" else list_files(path, [".xml", *ENDINGS])
+    return [] if plan.source == "hub" else list_files(_path(plan), [".xml", *ENDINGS])
+
+
+def _check_replaced(plan: Plan, card: Path, parts: Sequence[Path]) -> None:
+    """Check that the files to write replace no input and nothing that others wrote."""
+    inputs = {file.resolve() for file in _files_of(plan)}
+    if own := [path.name for path in (*parts, card) if path.resolve() in inputs]:
+        raise CourseError(f"{own[0]} would replace the file that it is made from: set --out.")
+    atomic.check_ours(card, '"other_specialties"', *parts)
 
 
 def prepare(plan: Plan) -> Splits:
@@ -275,11 +267,11 @@ def written(folder: Path, recipe: Mapping[str, Any] | None = None) -> Splits | N
     card, parts = folder / "data.json", [folder / f"{part}.parquet" for part in PARTS]
     if not (card.is_file() and all(part.is_file() for part in parts)):
         return None
-    record = files.read_json(card, "recipe", "cleaning", "notes", "splits")
+    record = files.read_json(card, "recipe", "splits")
     if recipe not in (None, record["recipe"]):
         return None
     train, validation, test = map(files.read_rows, parts)
-    splits = Splits(train, validation, test, record["cleaning"], record["notes"])
+    splits = Splits(train, validation, test)
     return splits if _hash(splits) == record["splits"] else None
 
 
@@ -297,97 +289,82 @@ def identity(folder: Path) -> str:
 def make(
     plan: Plan, folder: Path, without: Sequence[str] = (), specialty: str = ""
 ) -> tuple[Splits, dict[str, Any]]:
-    """Load, clean, split and write three parquet files, ``leakage.json`` and ``data.json``.
+    """Load, clean, split and write three parquet files and ``data.json``.
 
     ``without`` names cleaning rules to turn off. ``specialty`` selects a sub-corpus. Returns the
     splits and the content of ``data.json``.
     """
-    _check_replaced(plan, folder)
+    parts = {part: folder / f"{part}.parquet" for part in PARTS}
+    _check_replaced(plan, folder / "data.json", list(parts.values()))
     loaded = load(plan)
     rows, effects = clean(loaded.rows, without)
     chosen = specialties.select(rows, specialty) if specialty else rows
-    cleaning = {name: {"changed": e.changed, "dropped": e.dropped} for name, e in effects.items()}
     try:
-        splits = dataclasses.replace(split(chosen, seed=plan.seed), cleaning=cleaning)
+        splits = split(chosen, seed=plan.seed)
     except CourseError as error:  # too few: what was skipped may be why
         raise CourseError(f"{error} Loaded: {loaded}.") from error
-    card = _card(loaded, splits) | {"recipe": _recipe(plan, without, specialty)}
+    card = _card(loaded, effects, splits) | {"recipe": _recipe(plan, without, specialty)}
     card |= {"specialty": specialty, "other_specialties": len(rows) - len(chosen)}
     kept = sum(splits.sizes().values()) + card["other_specialties"]
     assert card["loaded"] == kept + card["dropped"], f"{card['loaded']} rows, {kept} are in parts"
-    card |= {"splits": _hash(splits), "leakage": leakage_report(splits)}
     with atomic.locked(folder), ExitStack() as stack:
         # All is written before anything is replaced, in the order of a stack: data.json first. It
         # says whose folder it is, and its hash tells parts that a kill left of another recipe.
-        for part in PARTS:
-            path = stack.enter_context(atomic.whole_file(folder / f"{part}.parquet"))
-            files.write_rows(path, getattr(splits, part))
-        for name, value in {"leakage.json": card["leakage"], "data.json": card}.items():
-            files.dump_json(stack.enter_context(atomic.whole_file(folder / name)), value)
+        for part, path in parts.items():
+            temporary = stack.enter_context(atomic.whole_file(path))
+            files.write_rows(temporary, getattr(splits, part))
+        files.dump_json(stack.enter_context(atomic.whole_file(folder / "data.json")), card)
     return splits, card
 
 
-def _card(loaded: Loaded, splits: Splits) -> dict[str, Any]:
-    """Count what was loaded, what cleaning did, and what each part holds."""
-    about = [
-        " ".join(filter(None, (row["source"], row["document_id"], row["question"])))
-        for row in loaded.rows
-    ]
+def _card(loaded: Loaded, effects: Mapping[str, Effect], splits: Splits) -> dict[str, Any]:
+    """Count what was loaded, what cleaning did, what each part holds, and what leaks."""
     skipped = {reason: at for reason, at in loaded.skipped.items() if reason != NO_ANSWER}
+    leaks, lost = leakage_report(splits), damage(loaded.rows)
+    common = {" ".join(a.split())[:60]: foci for a, foci in leaks.pop("boilerplate").items()}
     return {
         "records": loaded.records,
         "loaded": len(loaded.rows),
         "unanswered": len(loaded.skipped.get(NO_ANSWER, ())),
         "skipped": {reason: len(at) for reason, at in skipped.items()},
         "reading": [*listed(skipped), *listed(loaded.notes)],
-        "commit": loaded.commit or None,
+        "commit": loaded.commit,
         "by_source": dict(Counter(row["source"] or "unknown" for row in loaded.rows).most_common()),
         "by_qtype": dict(Counter(row["qtype"] for row in loaded.rows).most_common()),
-        "cleaning": splits.cleaning,
-        "dropped": sum(effect["dropped"] for effect in splits.cleaning.values()),
+        "cleaning": {n: {"changed": e.changed, "dropped": e.dropped} for n, e in effects.items()},
+        "dropped": sum(effect.dropped for effect in effects.values()),
         "rows": splits.sizes(),
-        "shares": splits.shares(),
         "notes": splits.notes,
-        "damage": {
-            kind: [f"{about[number]}: {words}" for number, words in places]
-            for kind, places in damage(loaded.rows).items()
-        },
+        "leakage": leaks,
+        "diseases_of_boilerplate": common,
+        "words_that_lost_letters": len(lost["letters"]),
+        "units_that_may_lack_a_prefix": [
+            f"{loaded.origins[number][0]}: {words}" for number, words in lost["units"]
+        ],
+        "splits": _hash(splits),
     }
 
 
 def summary(card: Mapping[str, Any]) -> str:
-    """Describe in text what ``make`` loaded, cleaned and split, and what leaks."""
-    leaks = dict(card["leakage"])
-    common = {
-        f"{' '.join(b['answer'].split())[:60]} ...": f"{b['foci']:,} diseases, "
-        f"{sum(b['rows'].values()):,} rows"
-        for b in leaks.pop("boilerplate")
-    }
-    effect = "{changed:,} changed, {dropped:,} dropped"
-    effects = {rule: effect.format(**counts) for rule, counts in card["cleaning"].items()}
-    letters, units = card["damage"]["letters"], card["damage"]["units"]
+    """Write the record of ``make`` as text: where its records are, and a table of each count."""
+    import pandas
+
     blocks = [
         f"{card['records']:,} records = {card['loaded']:,} rows + {card['unanswered']:,} without "
-        f"an answer + {sum(card['skipped'].values()):,} skipped",
+        f"an answer + {sum(card['skipped'].values()):,} skipped\n"
         f"{card['loaded']:,} rows = {sum(card['rows'].values()):,} in the parts + "
         f"{card['dropped']:,} dropped by cleaning"
         + (f" + {card['other_specialties']:,} of other fields" if card["specialty"] else ""),
-        "\n".join(card["reading"]),
-        _table("source", card["by_source"]),
-        _table("question type", card["by_qtype"]),
-        _table("cleaning rule", effects),
-        _table("part", {part: f"{n:,} rows" for part, n in card["rows"].items()}),
-        *card["notes"],
-        *(_table(f"leakage, {pair}", shares) for pair, shares in leaks.items()),
-        _table("boilerplate", common),
-        f"{len(letters):,} words lost a letter upstream; {len(units):,} numbers may have lost "
-        "the prefix of their unit" + "".join(f"\n  {place}" for place in units),
+        f"{card['words_that_lost_letters']:,} words lost a letter upstream; "
+        f"{len(card['units_that_may_lack_a_prefix']):,} numbers may have lost the prefix of their "
+        "unit",
     ]
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _table(head: str, values: Mapping[str, Any]) -> str:
-    width = max(map(len, [head, *values]))
-    forms = {int: ",", float: ".1%", str: ""}
-    lines = [f"  {name:<{width}}  {value:{forms[type(value)]}}" for name, value in values.items()]
-    return "\n".join([head, *lines]) if values else ""
+    for name, value in card.items():
+        head = name.replace("_", " ")
+        if value and isinstance(value, list):
+            blocks.append("\n".join([head, *value]))
+        elif value and isinstance(value, dict) and name != "recipe":
+            of_dicts = all(isinstance(part, dict) for part in value.values())
+            table = pandas.DataFrame(value).T if of_dicts else pandas.Series(value)
+            blocks.append(f"{head}\n{table.to_string(float_format='{:.1%}'.format)}")
+    return "\n\n".join(blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from medquad_utils import CourseError, memory
 from medquad_utils.files import MEASURED, read_json
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import Micro, Shape
-from medquad_utils.profiles import ROOM, micro_of, resolve
+from medquad_utils.profiles import ROOM, Fit, micro_of, resolve
 
 # MedQuAD's training part (13,351 rows kept of 16,423, split by disease group): how many rows fit
 # into so many tokens, and their tokens. Measured with the tiny model's tokenizer (vocabulary
@@ -72,17 +71,16 @@ CARDS = {card.name: card for card in (
 )}  # fmt: skip
 
 
-def flops_per_token(shape: Shape, recomputed: float = 0.0, rank: int = 0) -> float:
+def flops_per_token(shape: Shape, recomputed: bool = False, rank: int = 0) -> float:
     """Return the FLOP of training one token with a frozen base, 4N, and adapters; no attention.
 
     N counts the weights that multiply: all linear layers and the head, not the embedding. The
-    forward pass is 2N (a multiply and an add). The backward pass of a linear layer has two products
-    of that size: the gradient of its inputs (2N), which the layers below need, and the gradient of
-    its weights, which a frozen layer does not. 6N (Kaplan et al., arXiv 2001.08361) counts both.
+    forward pass is 2N (a multiply and an add), the gradient of the inputs 2N. The gradient of the
+    weights, the last third of 6N (Kaplan et al., arXiv 2001.08361), a frozen layer does not need.
 
     Args:
         shape: of the model. Llama-3-8B: 30.0 GF.
-        recomputed: share of the blocks with activation checkpointing: +2N of them (44.0 GF: all).
+        recomputed: with activation checkpointing: +2N of the blocks (44.0 GF).
         rank: of the adapters on all linear layers: 6 FLOP a trained number, 8 if computed twice.
     """
     blocks = shape.block_parameters
@@ -90,7 +88,7 @@ def flops_per_token(shape: Shape, recomputed: float = 0.0, rank: int = 0) -> flo
     return frozen + memory.adapter_parameters(shape, rank) * (6 + 2 * recomputed)
 
 
-def attention_flops(shape: Shape, context: float, recomputed: float = 0.0) -> float:
+def attention_flops(shape: Shape, context: float, recomputed: bool = False) -> float:
     """Return attention's FLOP a token, of which each meets ``context`` keys on average.
 
     Two products need both gradients: 4 x width x context forward, twice that backward. SDPA with a
@@ -99,7 +97,7 @@ def attention_flops(shape: Shape, context: float, recomputed: float = 0.0) -> fl
     return shape.layers * shape.linears()["o_proj"][0] * context * (12 + 4 * recomputed)
 
 
-def elementwise_bytes(shape: Shape, micro: Micro, recomputed: float = 0.0) -> float:
+def elementwise_bytes(shape: Shape, micro: Micro) -> float:
     """Return the bytes a token that all kernels but products and attention read and write.
 
     Norms, rotations, SiLU, residuals, casts, LoRA's sums: memory-bound, 2.9 MB a block at 8 B.
@@ -110,15 +108,15 @@ def elementwise_bytes(shape: Shape, micro: Micro, recomputed: float = 0.0) -> fl
     q, kv = shape.linears()["o_proj"][0], shape.linears()["k_proj"][1]
     moved = 280 * h + c * (42 * h + 35 * i + 39 * q + 46 * kv)
     moved += 10 * c * (5 * h + q + i) if micro.dropout else 0
-    return shape.layers * moved * (1 + 0.42 * recomputed)
+    return shape.layers * moved * (1 + 0.42 * micro.checkpoint)
 
 
-def dequantisation_seconds(shape: Shape, card: Card, recomputed: float = 0.0) -> float:
+def dequantisation_seconds(shape: Shape, card: Card, recomputed: bool = False) -> float:
     """Return the seconds that one micro-batch spends on unpacking 4-bit weights, at any length.
 
     Each pass (forward, backward, forward again where recomputed) reads the packed weights, writes
-    them unpacked and reads them again: 31.5 GB at 8 B in 16 bits. Over the memory's bandwidth that
-    gives the reported costs: about 315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
+    them unpacked and reads them again: 31.5 GB at 8 B in 16 bits, and the reported costs: about
+    315 ms on a T4 or an L4, 61 on an A100, 28 on an H100.
     """
     packed, unpacked = memory.bits_per_parameter(double_quant=True) / 8, 2 if card.capability else 4
     moved = shape.block_parameters * (packed + 2 * unpacked)
@@ -152,7 +150,7 @@ def read_runs(folder: Path = MEASURED) -> list[Run]:
             plan, ours = run["plan"], run["arms"].get("c", {})
             if not ours.get("figures"):
                 continue
-            micro = micro_of(plan, plan["pack_length"], int(plan["checkpointing"]))
+            micro = micro_of(plan, plan["pack_length"], plan["checkpointing"])
             runs.append(Run(
                 name, run["machine"]["device"], run["date"], Shape(**run["shape"]), micro,
                 plan["max_length"], ours["peak_gb"], ours["figures"]["tokens_per_s"],
@@ -175,16 +173,9 @@ class Estimate:
     price: float  # of an hour, in any currency; 0 = not asked for
     run: Run | None  # the same run, if it was measured
 
-    parts = property(lambda self: memory.training_memory(self.shape, self.micro))  # name -> GB
-    groups = property(lambda self: memory.grouped(self.parts))  # six, as many as a picture shows
-    memory_gb = property(lambda self: sum(self.parts.values()))  # the predicted peak
+    groups = property(lambda self: memory.training_memory(self.shape, self.micro))  # name -> GB
+    memory_gb = property(lambda self: sum(self.groups.values()))  # the predicted peak
     minutes = property(lambda self: self.tokens / self.tokens_per_second / 60)  # of an epoch
-
-    @property
-    def recomputed(self) -> float:
-        """Share of the blocks that run forward twice."""
-        n = self.micro.checkpoint
-        return math.ceil(self.shape.layers / n) / self.shape.layers if n else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -194,10 +185,10 @@ class Estimate:
     @property
     def seconds(self) -> dict[str, float]:
         """Part -> seconds of the mean micro-batch, each at its own rate."""
-        card, again, shape = self.card, self.recomputed, self.shape
+        card, again, shape = self.card, self.micro.checkpoint, self.shape
         products = flops_per_token(shape, again, self.micro.rank) / card.efficiency
         attention = attention_flops(shape, self.context, again) / ATTENTION
-        moved = elementwise_bytes(shape, self.micro, again)
+        moved = elementwise_bytes(shape, self.micro)
         parts = {
             "products": self.row * products / card.tflops / 1e12,
             "attention": self.row * attention / card.tflops / 1e12,
@@ -215,14 +206,15 @@ class Estimate:
     @property
     def micro_words(self) -> str:
         """The micro-batch in words."""
-        n, length = self.micro.checkpoint, f"{self.micro.length:,}"
-        packed, alone = f"1 packed row of {length} tokens", f"1 example of up to {length} tokens"
-        again = {0: "off", 1: "every block"}.get(n, f"every {n} blocks")
-        return f"{packed if self.packed else alone}, activation checkpointing {again}"
+        row = "1 packed row of" if self.packed else "1 example of up to"
+        again = "every block" if self.micro.checkpoint else "off"
+        return f"{row} {self.micro.length:,} tokens, activation checkpointing {again}"
 
     def __str__(self) -> str:
         card, micro, total, basis = self.card, self.micro, self.memory_gb, f"[{self.basis}]"
-        plain, again = (flops_per_token(self.shape, part) / 1e9 for part in (0, self.recomputed))
+        plain, again = (
+            flops_per_token(self.shape, part) / 1e9 for part in (False, micro.checkpoint)
+        )
         times = ", ".join(f"{name} {1000 * part:.0f}" for name, part in self.seconds.items())
         does_not = "does not fit: try --length, --rank or --checkpointing full, or another card"
         verdict = "fits" if total <= ROOM * card.memory_gb else does_not
@@ -232,7 +224,7 @@ class Estimate:
             f"on {card.name} ({card.memory_gb:g} GB)",
             f"{8 * micro.compute_bytes}-bit compute, {8 * micro.adapter_bytes}-bit adapters "
             f"of rank {micro.rank}; {self.micro_words}",
-            "", *itertools.starmap(row, self.parts.items()),
+            "", *itertools.starmap(row, self.groups.items()),
             f"{row('all', total)} of {card.memory_gb:g}: {verdict}  [estimate]",
             f"{row('peak', self.run.peak_gb)}  {basis}" if self.run else None,
             "",
@@ -255,7 +247,9 @@ class Estimate:
             "Python and libraries": LIBRARIES_GB,
             "one shard of the files": min(SHARD_GB, 2 * shape.parameters / 1e9),
             "the largest tensor": 2 * shape.vocab * shape.hidden / 1e9,
-            "the 4-bit model": 0.0 if self.card.capability else memory.weights_gb(self.parts),
+            "the 4-bit model": 0.0
+            if self.card.capability
+            else self.groups["4-bit weights"] + self.groups["embeddings and head"],
         }
         parts = " + ".join(f"{gb:.1f} {name}" for name, gb in ram.items())
         return f"{sum(ram.values()):.1f} GB: {parts}"
@@ -263,7 +257,7 @@ class Estimate:
 
 def estimate(
     profile: str = "llama-8b", gpu: str = "T4", *, length: int = 0, rank: int = 0,
-    packing: bool = True, checkpointing: int | None = None, price: float = 0.0, tokens: int = 0,
+    packing: bool = True, checkpointing: bool | None = None, price: float = 0.0, tokens: int = 0,
     config: str = "", runs: list[Run] | None = None,
 ) -> Estimate:  # fmt: skip
     """Estimate training; what is not given is what ``profiles.resolve`` chooses on that card.
@@ -272,31 +266,25 @@ def estimate(
         profile: the recipe: lengths, rank, tokens a step.
         gpu: one of ``CARDS``, in any case.
         length: tokens of a packed row, or of the longest example with ``packing=False``.
-        checkpointing: 0 off, 1 every block, n every n-th block.
         tokens: real tokens of an epoch (default: of MedQuAD's training part).
         config: another Llama: OWNER/NAME, a folder, or the path of its ``config.json``.
         runs: measured runs to compare with (default: those of the package).
-
-    Raises:
-        CourseError: unknown profile, card or model.
     """
     if not (card := next((c for c in CARDS.values() if c.name.lower() == gpu.lower()), None)):
         names = ", ".join(CARDS)
         raise CourseError(f"unknown card {gpu!r}: expected {names}. Take the one most like yours.")
     plan = resolve(profile, hardware=card.hardware, model=config, lora_r=rank)
     shape, shortest = plan.shape, plan.sized.max_length // 4
-    longest, pack, checkpoint = shortest, shortest, 1  # where nothing fits: show by how much
-    with suppress(CourseError):
+    fit = Fit(1, shortest, shortest, checkpointing=True, memory_gb=0)  # to show by how much
+    with suppress(CourseError):  # nothing fits
         fit = plan.fit
-        longest, pack, checkpoint = fit.max_length, fit.pack_length, int(fit.checkpointing)
-    length = length or (pack if packing else longest)
-    micro = plan.micro(length, checkpoint if checkpointing is None else checkpointing)
-    longest = min(longest, length) if packing else length  # longer rows are left out
+    length = length or (fit.pack_length if packing else fit.max_length)
+    micro = plan.micro(length, fit.checkpointing if checkpointing is None else checkpointing)
+    longest = min(fit.max_length, length) if packing else length  # longer rows are left out
     rows, known = next(part for most, part in TRAINING_PART.items() if most >= longest)
     mean = length if packing else min(length, known / rows)  # a padded row alone has no pads
     context = min(CONTEXT, mean / 2) if micro.varlen else mean
-    asked = plan.profile, shape, micro
-    taken = [r for r in (read_runs() if runs is None else runs) if r.on(card)]
-    same = [r for r in taken if (r.profile, r.shape, r.micro) == asked]
+    asked, measured = (plan.profile, shape, micro), read_runs() if runs is None else runs
+    same = [r for r in measured if r.on(card) and (r.profile, r.shape, r.micro) == asked]
     name, run = plan.model_id if config else plan.profile, same[-1] if same else None
     return Estimate(name, shape, card, micro, packing, tokens or known, mean, context, price, run)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +76,7 @@ class Micro:
     rank: int
     compute_bytes: int = 2
     adapter_bytes: int = 2
-    checkpoint: int = 0  # recompute every n-th block from its input; 0 = none, 1 = every block
+    checkpoint: bool = False  # recompute each block from its input
     dropout: bool = False  # on the adapters' inputs
     cuda: bool = True
     varlen: bool = False  # attention within each example, by torch's kernel; else SDPA with a mask
@@ -124,12 +122,11 @@ def block_bytes(shape: Shape, micro: Micro) -> float:
 
 def activation_bytes(shape: Shape, micro: Micro) -> float:
     """Return the bytes that autograd keeps of a whole micro-batch after the forward pass."""
-    c, h, n = micro.compute_bytes, shape.hidden, micro.checkpoint
-    again = -(-shape.layers // n) if n else 0  # blocks that keep their input only: every n-th
-    blocks = (shape.layers - again) * block_bytes(shape, micro) + again * h * c
-    ends = h * ((4 if again else 0) + c)  # the last norm (or in place of the first one), the head
+    c, h = micro.compute_bytes, shape.hidden
+    block = h * c if micro.checkpoint else block_bytes(shape, micro)
+    ends = h * (4 * micro.checkpoint + c)  # the last norm (or in place of the first one), the head
     cast = adapter_parameters(shape, micro.rank) * c if micro.adapter_bytes != c else 0
-    return micro.length * (blocks + ends) + cast
+    return micro.length * (shape.layers * block + ends) + cast
 
 
 def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
@@ -141,7 +138,6 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     """
     c, adapters = micro.compute_bytes, adapter_parameters(shape, micro.rank)
     norms = shape.parameters - shape.block_parameters - shape.embedding_parameters
-    scale_bits = bits_per_parameter(double_quant=True) - NF4_CODE_BITS
     rows = min(micro.length, LOSS_ROWS)
     tile: float = rows * LOSS_COLUMNS * c
     if not micro.cuda:  # no Triton: a handful of further tiles in 32 bits, 8.3 in all (counted)
@@ -149,34 +145,15 @@ def training_memory(shape: Shape, micro: Micro) -> dict[str, float]:
     again = block_bytes(shape, micro) if micro.checkpoint else 0
     loss = tile + 4 * micro.length * shape.hidden
     backward = micro.length * (again + shape.intermediate * c)
+    unpacked = max(i * o for i, o in shape.linears().values()) * c
+    averages = 2 * (micro.adam_bytes + (4 / 256 if micro.adam_bytes == 1 else 0))
     parts = {
-        "4-bit weights": shape.block_parameters * NF4_CODE_BITS / 8,
-        "quantisation constants": shape.block_parameters * scale_bits / 8,
+        "4-bit weights": shape.block_parameters * bits_per_parameter(double_quant=True) / 8,
         "embeddings and head": (shape.embedding_parameters + norms) * c,
-        "adapters": adapters * micro.adapter_bytes,
-        "gradients": adapters * micro.adapter_bytes,
-        "optimizer": adapters * 2 * (micro.adam_bytes + (4 / 256 if micro.adam_bytes == 1 else 0)),
+        # each trained number, its gradient and its averages
+        "adapters and optimizer": adapters * (2 * micro.adapter_bytes + averages),
         "activations": activation_bytes(shape, micro),
-        "loss or backward pass": max(loss, backward),
-        "unpacked weights": max(i * o for i, o in shape.linears().values()) * c,
+        "temporary": max(loss, backward) + unpacked,
         "CUDA context" if micro.cuda else "Python and libraries": BASE_GB * 1e9,
     }
     return {name: size / 1e9 for name, size in parts.items()}
-
-
-def weights_gb(parts: Mapping[str, float]) -> float:
-    """Sum the frozen model's parts of ``training_memory``: 5.70 GB for Llama-3-8B."""
-    return sum(parts[n] for n in ("4-bit weights", "quantisation constants", "embeddings and head"))
-
-
-def grouped(parts: Mapping[str, float]) -> dict[str, float]:
-    """Sum the ten parts of ``training_memory`` to six that a picture can tell apart."""
-    groups = {
-        "quantisation constants": "4-bit weights", "adapters": "adapters and optimizer",
-        "gradients": "adapters and optimizer", "optimizer": "adapters and optimizer",
-        "loss or backward pass": "temporary", "unpacked weights": "temporary",
-    }  # fmt: skip
-    sums: dict[str, float] = defaultdict(float)
-    for name, gb in parts.items():
-        sums[groups.get(name, name)] += gb
-    return dict(sums)

@@ -89,6 +89,6 @@ def require_learning(model: torch.nn.Module) -> None:
     if idle := [name for name, norm in norms.items() if norm == 0]:
         raise CourseError(
             f"{len(idle)} adapters did not learn (lora_B is zero), the first is {idle[0]}: "
-            "gradients do not reach them. With activation checkpointing call "
-            "model.enable_input_require_grads() first."
+            "gradients do not reach them. Load an adapter that goes on with is_trainable=True. "
+            "With activation checkpointing call model.enable_input_require_grads() first."
         )

@@ -12,7 +12,7 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,8 +34,7 @@ ROOM = 0.92  # share of the memory that is planned with; fragments take some
 MOST_RANK = 4096  # of an adapter: the width of the largest base
 VARLEN = "medquad_varlen"  # attention within each example of a packed row (attention.py)
 # Tokens of a packed row at most: what is fastest by the course's own estimate. SDPA compares every
-# token with the whole row and masks the rest. A CPU's caches hold short rows only: tiny trains
-# 1,500 tokens/s in rows of 512 and 1,200 in rows of 2,048.
+# token with the whole row and masks the rest. A CPU's caches hold short rows only.
 MAX_PACK = {VARLEN: 8192, "sdpa": 2048, "cpu": 512}
 
 
@@ -125,8 +124,8 @@ class Plan:
     out: str
     card_gb: float  # memory of the card, or of the machine on a CPU
     why: str  # why this profile was taken
-    # fp16 adapters break the gradient scaler. bf16 ones lose the small updates at the end of the
-    # schedule, and peft 0.21 loads them as fp32 when a run resumes, which makes it another run.
+    # fp16 adapters break the gradient scaler; bf16 ones lose small updates, and peft 0.21 loads
+    # them as fp32 when a run resumes.
     adapter_dtype: str = "float32"
     processes: int = 1  # that share every step, each on its own GPU
     sharded: bool = False  # FSDP: a process holds a part of the weights. DDP: each holds all
@@ -136,10 +135,9 @@ class Plan:
 
     @cached_property
     def fit(self) -> Fit:
-        """The sizes of one training step on this hardware; asking and serving never need them.
+        """The sizes of one training step here, as ``fit_step`` finds them on first use.
 
-        Raises:
-            CourseError: no setting fits in memory, or the processes cannot share a step evenly.
+        Asking and serving never need them.
         """
         return self.fixed_fit or fit_step(self)
 
@@ -154,11 +152,7 @@ class Plan:
 
     @property
     def shape(self) -> Shape:
-        """The sizes of the base: those of a profile are listed, others are in ``config.json``.
-
-        Raises:
-            CourseError: no readable config, or a model that is built unlike a Llama.
-        """
+        """The sizes of the base: those of a profile are listed, others are in ``config.json``."""
         if not self.model_path and self.model_id in BASES:
             return BASES[self.model_id].shape
         from transformers import AutoConfig
@@ -175,8 +169,8 @@ class Plan:
                 " Expected OWNER/NAME or the folder of a Llama."
             ) from error
 
-    def micro(self, tokens: int, checkpoint: int = 0) -> Micro:
-        """Return a micro-batch of one packed row; every ``checkpoint``-th block is recomputed."""
+    def micro(self, tokens: int, checkpoint: bool = False) -> Micro:
+        """Return a micro-batch of one packed row; ``checkpoint``: each block is recomputed."""
         return micro_of(vars(self), tokens, checkpoint)
 
     @property
@@ -196,10 +190,7 @@ class Plan:
 
     @property
     def model_source(self) -> str:
-        """The folder or Hub id for ``from_pretrained``.
-
-        Fetched weights win over the Hub: a run must not change its base when a network comes back.
-        """
+        """The folder or Hub id for ``from_pretrained``; fetched weights win over the Hub's."""
         if self.model_id == "embedded":
             return self.model_path or str(TINY_MODEL)
         return self.model_path or str(machine.fetched(self.model_id) or self.model_id)
@@ -212,10 +203,7 @@ class Plan:
 
     @property
     def launch(self) -> str:
-        """The command that trains on the machine's other GPUs as well; "" if there are none.
-
-        It starts one process a GPU, or the largest number below that shares a step evenly.
-        """
+        """The command for the machine's other GPUs, of as many as share a step evenly, or ""."""
         count = max(n for n in shares(self.sized) if n <= max(1, self.gpus))
         if self.processes > 1 or count == 1:
             return ""
@@ -290,22 +278,24 @@ def resolve(
 ) -> Plan:  # fmt: skip
     """Join a profile and the hardware to a plan; empty or zero arguments keep the profile's value.
 
-    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. What ``medquad
-    fetch`` brought is used instead of the Hub. Under a launcher the plan is one process's share of
-    a step. Two side effects keep the lessons to one line: a notebook shows errors plainly, and
-    without ``hardware`` this process takes one GPU (``detect``).
-
-    Raises:
-        CourseError: an unknown profile, source or model, or a source without its path.
+    ``model`` replaces the profile's base: OWNER/NAME on the Hub, or a folder. Under a launcher the
+    plan is one process's share of a step. Two side effects keep the lessons to one line: a notebook
+    shows errors plainly, and without ``hardware`` this process takes one GPU (``detect``).
     """
     machine.show_errors_plainly()
-    check_ranges(rows=rows, max_steps=max_steps, lora_r=lora_r, seed=seed)
+    numbers = {"rows": rows, "max_steps": max_steps, "lora_r": lora_r, "seed": seed}
+    for name, value in numbers.items():
+        number(name, int, str(value))
+    if lora_r > MOST_RANK:
+        raise CourseError(f"lora_r={lora_r}: expected a rank of at most {MOST_RANK:,}.")
+    if max_steps == 1:
+        raise CourseError("max_steps=1: the first step only warms up. Expected 0, or at least 2.")
     if profile not in ("auto", *PROFILES):
         names = ", ".join(PROFILES)
         raise CourseError(f"unknown profile {profile!r}: expected auto, {names}. Set one of these.")
     hardware, why = hardware or machine.detect(), "as asked"
     if profile == "auto":
-        profile, why = look_and_choose(hardware)
+        profile, why = choose(hardware)
     source, data_path = find_data(source, data_path, PROFILES[profile].source)
     chosen = sized(PROFILES[profile], source)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # of accelerate launch
@@ -324,18 +314,6 @@ def resolve(
     )  # fmt: skip
 
 
-def check_ranges(**given: int) -> None:
-    """Check the ranges of ``resolve``'s numbers."""
-    for name, value in given.items():
-        number(name, int, str(value))
-    if given["lora_r"] > MOST_RANK:
-        raise CourseError(f"lora_r={given['lora_r']}: expected a rank of at most {MOST_RANK:,}.")
-    if given["max_steps"] == 1:
-        raise CourseError(
-            "max_steps=1: the first step only warms up, at rate 0. Expected 0, or at least 2."
-        )
-
-
 def number(name: str, kind: type, text: str) -> Any:
     """Read a parameter of ``kind`` int or float, from 0 to ``LARGEST``."""
     with suppress(ValueError):
@@ -345,23 +323,10 @@ def number(name: str, kind: type, text: str) -> Any:
     raise CourseError(f"{name}={text}: expected a {what} from 0 to {LARGEST:,}.")
 
 
-def look_and_choose(hardware: Hardware) -> tuple[str, str]:
-    """Look for the Hub, a token and weights on this machine, then ``choose``."""
-    if hardware.device != "cuda":  # nothing to choose from: nobody waits for the Hub
-        return choose(hardware, reachable=False, token=False)
-    reachable = machine.hub_reachable()
-    token = bool(reachable and machine.hub_token())
-    here = [p.name for p in PROFILES.values() if machine.is_here(p.model_id, p.revision)]
-    return choose(hardware, reachable, token, machine.token_gap(), here)
-
-
-def choose(
-    hardware: Hardware, reachable: bool, token: bool, gap: str = "", here: Collection[str] = ()
-) -> tuple[str, str]:
+def choose(hardware: Hardware) -> tuple[str, str]:
     """Return the profile that ``auto`` takes, and why, with the step to the next larger one.
 
-    On a CPU it is ``tiny``: everything else would take an hour unasked. ``reachable`` is the Hub;
-    ``gap`` says why there is no ``token``; ``here`` are profiles whose weights this machine has.
+    On a CPU it is ``tiny``: everything else would take an hour unasked.
     """
     if hardware.device != "cuda":
         return "tiny", (
@@ -369,10 +334,13 @@ def choose(
             "on Colab choose Runtime > Change runtime type > T4 GPU for a Llama"
         )
     gb, card, obstacle = hardware.memory_gb, f"a GPU with {hardware.memory_gb:.0f} GB", ""
+    reachable = machine.hub_reachable()
+    token, gap = bool(reachable and machine.hub_token()), machine.token_gap()
     hub = "the Hugging Face Hub is out of reach"
     accept = f"no HF_TOKEN{f' ({gap})' if gap else ''}: accept its licence on the Hub first"
     for name, profile in reversed(PROFILES.items()):  # the largest first
-        loads = name in here or (reachable and (token or not profile.gated))
+        loads = reachable and (token or not profile.gated)
+        loads = loads or machine.is_here(profile.model_id, profile.revision)
         if gb >= profile.gpu_gb and loads:
             return name, f"auto: {card}{obstacle}"
         lacks = f"{profile.gpu_gb} GB" if gb < profile.gpu_gb else accept if reachable else hub
@@ -404,7 +372,7 @@ def optimizer(hardware: Hardware, sharded: bool) -> str:
     return "adamw_torch_fused" if hardware.memory_gb > 20 else "paged_adamw_8bit"
 
 
-def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: int) -> Micro:
+def micro_of(plan: Mapping[str, Any], tokens: int, checkpoint: bool) -> Micro:
     """Return a packed row of ``tokens`` under the fields of a plan, as recorded with a run."""
     compute, adapter = (
         4 if plan[f"{name}_dtype"] == "float32" else 2 for name in ("compute", "adapter")
@@ -426,10 +394,9 @@ def sized(profile: Profile, source: str) -> Profile:
 
 
 def find_data(source: str, data_path: str, usual: str) -> tuple[str, str]:
-    """Return source and path, checked.
+    """Return source and path, checked; without a source, the path's ending or ``usual`` names it.
 
-    Without a source, the ending of the path names it, or it is the profile's ``usual`` one. A
-    fetched MedQuAD is used where no other path is given.
+    A fetched MedQuAD is used where no other path is given.
     """
     data_path = str(user_path(data_path)) if data_path else ""
     ending = Path(data_path.lower().removesuffix(".gz")).suffix[1:]
@@ -480,7 +447,7 @@ def fit_step(plan: Plan) -> Fit:
             f"evenly, and its size decides what is learned: launch {', '.join(map(str, counts))}."
         )
 
-    def need(tokens: int, checkpoint: int) -> float:
+    def need(tokens: int, checkpoint: bool) -> float:
         return sum(training_memory(shape, plan.micro(tokens, checkpoint)).values())
 
     share = profile.tokens_per_step // plan.processes
@@ -488,14 +455,14 @@ def fit_step(plan: Plan) -> Fit:
     for length in (profile.max_length >> n for n in range(3)):  # all sizes are powers of two
         most = max(length, min(share, limit))
         packs = [most >> n for n in range(most.bit_length()) if most >> n >= length]
-        for checkpoint, tokens in itertools.product((0, 1), packs):
+        for checkpoint, tokens in itertools.product((False, True), packs):
             if (memory := need(tokens, checkpoint)) <= ROOM * plan.card_gb:
-                return Fit(share // tokens, length, tokens, bool(checkpoint), memory)
+                return Fit(share // tokens, length, tokens, checkpoint, memory)
     smaller = [p.name for p in PROFILES.values() if p.shape.parameters < shape.parameters]
     raise CourseError(
-        f"profile {profile.name} needs about {need(profile.max_length // 4, 1):.1f} GB even for "
-        f"its shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller "
-        f"profile ({', '.join(smaller) or 'none is left'}) or a larger card."
+        f"profile {profile.name} needs about {need(length, True) / ROOM:.1f} GB even for its "
+        f"shortest rows, but this machine offers {plan.card_gb:.1f} GB. Choose a smaller profile "
+        f"({', '.join(smaller) or 'none is left'}) or a larger card."
     )
 
 

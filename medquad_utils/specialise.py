@@ -16,7 +16,7 @@ from medquad_utils import CourseError, generation, preflight, training
 from medquad_utils.adapters import adapter_id, adapter_record
 from medquad_utils.files import Row, value_hash, write_json
 from medquad_utils.profiles import Plan
-from medquad_utils.specialties import SPECIALTIES, Specialty, select
+from medquad_utils.specialties import SPECIALTIES, select
 from medquad_utils.splits import Splits, draw
 
 if TYPE_CHECKING:
@@ -41,16 +41,13 @@ class Parts(NamedTuple):
         return {name: len(rows) for name, rows in self._asdict().items()}
 
 
-def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str | Specialty) -> Parts:
+def parts(plan: Plan, tokenizer: Tokenizer, splits: Splits, specialty: str) -> Parts:
     """Divide ``splits`` into rows inside and outside of a specialty, drawn as the plan says.
 
-    Validation rows select nothing here, so they are held-out rows as well as the test rows.
-
-    Raises:
-        CourseError: no such specialty, too few rows to train on, or too few held out.
+    Validation rows select nothing here, so they are held-out rows as well as the test rows. Too few
+    rows of either kind raise a CourseError.
     """
-    own = select(splits.train, specialty)
-    field = SPECIALTIES[specialty] if isinstance(specialty, str) else specialty
+    own, field = select(splits.train, specialty), SPECIALTIES[specialty]
     held_out = splits.validation + splits.test
     draw_rows = partial(training.draw_fitting, plan, tokenizer)
     most = math.ceil(plan.rows / ONE_IN)  # 0 stays 0: all rows
@@ -125,15 +122,11 @@ def _limit_steps(plan: Plan, trainer: SFTTrainer, steps: int) -> None:
 
 def mixed(own: Sequence[Row], general: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
     """Mix all ``own`` rows with drawn ``general`` ones that make up ``share`` of the result."""
-    if not 0 <= share < 1:
+    count = round(len(own) * share / (1 - share)) if 0 <= share < 1 else -1
+    if not 0 <= count <= len(general):
+        most = len(general) / (len(general) + len(own))
         raise CourseError(
-            f"a mixing share of {share} is outside [0, 1). Choose 0 for the sub-corpus alone."
-        )
-    count = round(len(own) * share / (1 - share))
-    if count > len(general):
-        limit = len(general) / (len(general) + len(own))
-        raise CourseError(
-            f"a share of {share} takes {count} general rows, and there are {len(general)}: "
-            f"choose up to {limit:.2f}."
+            f"no mixture has a share of {share}: with {len(general)} general rows choose from 0, "
+            f"the sub-corpus alone, to {most:.2f}."
         )
     return draw([*own, *(draw(general, count, seed) if count else ())], 0, seed)

@@ -19,24 +19,13 @@ class Specialty:
     names: str
     semantic_types: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        try:
-            self._pattern()
-        except re.error as error:
-            raise CourseError(
-                f"Specialty(names={self.names!r}) is no pattern: {error}. "
-                "Separate names by a bar: 'heart|cardi'."
-            ) from error
-
     def holds(self, row: Row) -> bool:
         """Return whether a row's focus, a synonym or a semantic type belongs to the field."""
         if set(self.semantic_types) & set(row["semantic_type"] or ()):
             return True
         names = [row["focus"] or "", focus_of(row), *(row["synonyms"] or ())]
-        return bool(self.names) and any(map(self._pattern().search, names))
-
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"\b(?:{self.names})", re.IGNORECASE)  # re keeps it compiled
+        pattern = re.compile(rf"\b(?:{self.names})", re.IGNORECASE)  # re keeps it compiled
+        return bool(self.names) and any(map(pattern.search, names))
 
 
 _TOML = (ASSETS / "specialties.toml").read_text(encoding="utf-8")
@@ -46,18 +35,16 @@ SPECIALTIES = {
 }
 
 
-def select(rows: Sequence[Row], specialty: str | Specialty, least: int = 50) -> list[Row]:
-    """Select the rows of a specialty, a name of ``SPECIALTIES`` or your own; ``least`` or more."""
-    chosen = SPECIALTIES.get(specialty) if isinstance(specialty, str) else specialty
-    if chosen is None:
+def select(rows: Sequence[Row], specialty: str, least: int = 50) -> list[Row]:
+    """Select the rows of a specialty, a name of ``SPECIALTIES``; ``least`` or more."""
+    if specialty not in SPECIALTIES:
         raise CourseError(
             f"no specialty {specialty!r}: there are {', '.join(SPECIALTIES)}. Take one of them."
         )
-    selected = [row for row in rows if chosen.holds(row)]
+    selected = [row for row in rows if SPECIALTIES[specialty].holds(row)]
     if len(selected) < least:
-        name = specialty if isinstance(specialty, str) else specialty.names
         raise CourseError(
-            f"{len(selected)} rows about {name!r} are too few to train on (at least {least}): "
+            f"{len(selected)} rows about {specialty!r} are too few to train on (at least {least}): "
             "widen it or load more rows."
         )
     return selected

@@ -51,8 +51,8 @@ NOT_CP1252 = re.compile(rb"[\xc2-\xde][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[a-z
 FOREIGN = {  # how files begin that are not the table which their ending promises
     b"version https://git-lfs": "it is a Git LFS pointer, not the data: run git lfs pull",
     b"<": "it is a web page or XML: download the table itself",
-    b"PK\x03\x04": "it is a zip archive or an Excel file: unpack it, or call it .xlsx",
 }
+ZIP = b"PK\x03\x04"  # so does an Excel file
 Error = (OSError, ValueError, EOFError, KeyError, RecursionError, zlib.error, zipfile.BadZipFile)
 
 
@@ -78,31 +78,36 @@ def read(file: Path) -> tuple[list[Row | None], list[str]]:
     try:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
-        if ending == ".xlsx":
-            records = _excel(raw)
-        elif told := [FOREIGN[head] for head in FOREIGN if raw[:99].lstrip().startswith(head)]:
+        if told := [FOREIGN[head] for head in FOREIGN if raw[:99].lstrip().startswith(head)]:
             raise ValueError(told[0])
-        elif ending == ".parquet":
-            records = _parquet(raw)
+        if ending != ".xlsx" and raw.startswith(ZIP):
+            raise ValueError("it is a zip archive or an Excel file: unpack it, or call it .xlsx")
+        if ending in (".xlsx", ".parquet"):
+            records = (_excel if ending == ".xlsx" else _parquet)(raw)
         else:
             text, encoding = _decoded(raw)
             if not encoding.startswith("utf-8"):
                 notes.append(f"{file.name} is not in UTF-8: read as {encoding}")
-            records = _csv(text) if ending in (".csv", ".tsv") else _json(text)
+            records = (_csv if ending in (".csv", ".tsv") else _json)(text)
         if unread := sorted({name for record in records for name in record} - KNOWN - {""}):
             notes.append(f"{file.name} has columns that are not read: {', '.join(unread)}")
-        # "Answer as a doctor" before every input is no part of a question.
-        told_all = {str(record.get("instruction")) for record in records}
-        shared = told_all != {"None"} and len(told_all) == 1 < len(records)
-        if shared := shared and all(record.get("input") for record in records):
+        if _repeat_an_instruction(records):
             notes.append(f"{file.name} repeats one instruction: the questions are the inputs")
-        return _named([_unfolded(record, shared) for record in records]), notes
+            records = [record | {"instruction": ""} for record in records]
+        return _named([_unfolded(record) for record in records]), notes
     except Error as error:
         why, todo = str(error), "or save the table again as .csv or .jsonl in UTF-8"
         if isinstance(error, OSError) and error.strerror:  # the system's, not one of gzip
             why, todo = error.strerror, "or give another file"
-        why = " ".join(why.split())
+        why = " ".join(why.split()).rstrip(".")
         raise CourseError(f"cannot read {file.name}: {why}. Correct that, {todo}.") from error
+
+
+def _repeat_an_instruction(records: Sequence[Row]) -> bool:
+    """Say whether "Answer as a doctor" or the like is before every input: no part of a question."""
+    told = {str(record.get("instruction")) for record in records}
+    alike = told != {"None"} and len(told) == 1 < len(records)
+    return alike and all(record.get("input") for record in records)
 
 
 def _decoded(raw: bytes) -> tuple[str, str]:
@@ -189,10 +194,9 @@ def _parquet(raw: bytes) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-    names = table.schema_arrow.names
-    _keys(names)  # first, because pyarrow drops a column whose name stands twice
-    return _dicts([names, *(list(row.values()) for row in table.read().to_pylist())])
+    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
+    cells = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return _dicts([table.column_names, *cells])
 
 
 def _excel(raw: bytes) -> list[Row]:
@@ -215,7 +219,7 @@ def _named(records: Sequence[Row | None]) -> list[Row | None]:
     """Name the values of records by the columns of a row."""
     present = {name for record in records for name in record or ()}
     for column in ("question", "answer"):
-        if any(r is not None for r in records) and not present.intersection(NAMES[column]):
+        if present and not present.intersection(NAMES[column]):
             raise ValueError(
                 f"no column for the {column}: expected {', '.join(NAMES[column])}; found "
                 f"{', '.join(sorted(present)[:12])}. Rename one"
@@ -232,15 +236,15 @@ def _picked(record: Row, number: int) -> Row:
     return {column: record[names[0]] for column, names in found.items() if names}
 
 
-def _unfolded(record: Row, shared: bool) -> Row | None:
+def _unfolded(record: Row) -> Row | None:
     """Unfold a chat, or an instruction with its input, to a question and its answer.
 
-    ``shared``: all records have the same instruction. A longer chat is ``None``.
+    A longer chat is ``None``.
     """
     if {"instruction", "input"} <= record.keys():
-        parts = [record["input"]] if shared else [record["instruction"], record["input"]]
-        joined = "\n".join(part for part in parts if isinstance(part, str) and part.strip())
-        record = {k: v for k, v in record.items() if k != "input"} | {"instruction": joined}
+        parts = (record["instruction"], record.pop("input"))
+        texts = [part for part in parts if isinstance(part, str) and part.strip()]
+        record["instruction"] = "\n".join(texts)
     chats = [record[name] for name in CHATS if name in record]
     if isinstance(prompt := record.get("prompt"), list):  # the way of TRL
         chats = [[*prompt, *(record.get("completion") or ())]]

@@ -1,14 +1,8 @@
 """Train the adapter by supervised fine-tuning: rows -> trainer -> checkpoints -> saved adapter.
 
-``train`` is the whole run, and the file follows its order:
-
-- ``select`` draws the rows that fit into ``max_length``.
-- ``build_trainer`` gives them to TRL. ``chat.to_dataset`` makes a prompt and a completion of a row;
-  TRL tokenizes both and labels the prompt -100, so that only the answer is in the loss
-  (``chat.encode`` shows this label mask).
-- ``preflight.checks`` looks at what TRL made of the rows, before the first step.
-- ``resumable`` finds the checkpoint from which ``trainer.train`` resumes an interrupted run.
-- ``finish`` saves the adapter with its record, and the metrics.
+``train`` is the whole run, and the file follows its order. ``chat.to_dataset`` makes a prompt and a
+completion of a row; TRL tokenizes both and labels the prompt -100, so that only the answer is in
+the loss (``chat.encode`` shows this label mask).
 
 ``medquad train`` does it without a notebook. ``torchrun`` and ``accelerate launch`` take it as
 ``-m medquad_utils.training``: process 0 prepares the data, prints and writes, the others compute.
@@ -23,14 +17,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from medquad_utils import CourseError, data, generation, lora, preflight
@@ -67,16 +60,14 @@ MADE_FROM = ("base", "data", "seed", "rows", "max_steps", "lora_r", "lora_alpha"
 def train(plan: Plan) -> dict[str, Any]:
     """Do the whole run; one that was interrupted goes on. Returns the metrics of ``finish``."""
     state = process_state(plan)
-    tokenizer = load_tokenizer(plan)
-    with ExitStack() as lock:
-        with main_first(state):
-            if state.is_main_process:
-                lock.enter_context(locked(plan.folder / "checkpoints", wait=False))
+    tokenizer, lock = load_tokenizer(plan), locked(plan.folder / "checkpoints", wait=False)
+    with lock if state.is_main_process else nullcontext():
+        with state.main_process_first():  # the others read what it wrote: in one file system
             splits = data.prepare(plan)
         rows = select(plan, tokenizer, splits)
         trainer = build_trainer(plan, load_base(plan), tokenizer, rows)
         preflight.require(preflight.checks(plan, tokenizer, rows.train, trainer))
-        with main_first(state):
+        with state.main_process_first():
             checkpoint = resumable(plan)
         started = time.time()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -86,9 +77,7 @@ def train(plan: Plan) -> dict[str, Any]:
 def ensure_adapter(plan: Plan) -> Path:
     """Return the folder of lesson 04's adapter; train it if it is missing or of another plan.
 
-    Raises:
-        CourseError: it would have to be trained on another base than the embedded one, which may
-            take hours; names what differs.
+    On another base than the embedded one it may take hours: a CourseError names what differs.
     """
     folder = plan.folder / "adapter"
     data.prepare(plan)
@@ -132,7 +121,7 @@ def select(plan: Plan, tokenizer: Tokenizer, splits: Splits) -> Splits:
     train = draw_fitting(plan, tokenizer, splits.train, plan.rows)
     held_out = (splits.validation, splits.test)
     validation, test = (draw_fitting(plan, tokenizer, rows, plan.eval_rows) for rows in held_out)
-    drawn = Splits(train, validation, test, splits.cleaning, splits.notes)
+    drawn = Splits(train, validation, test)
     if empty := [part for part, count in drawn.sizes().items() if not count]:
         raise CourseError(
             f"no row of the {empty[0]} part of {plan.source!r} fits into {plan.fit.max_length} "
@@ -293,11 +282,8 @@ def recipe(plan: Plan) -> dict[str, Any]:
 def resumable(plan: Plan) -> Path | None:
     """Return the checkpoint to resume from, or ``None``; deletes newer ones, which a kill tore.
 
-    Where no record of a plan is, the checkpoints count as this plan's. A finished run left none:
-    training begins anew.
-
-    Raises:
-        CourseError: the checkpoints belong to another plan or base; names what differs.
+    Checkpoints of another plan or base raise a CourseError that names what differs. Without a
+    record of a plan they count as this plan's.
     """
     folder = plan.folder / "checkpoints"
     record, now = folder / "plan.json", recipe(plan)
@@ -308,7 +294,7 @@ def resumable(plan: Plan) -> Path | None:
             f"the checkpoints in {plan.profile}/checkpoints are of another plan "
             f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
-    if process_state(plan).is_main_process:
+    if PartialState().is_main_process:
         for path in itertools.takewhile(lambda path: path != checkpoint, checkpoints(folder)):
             shutil.rmtree(path)
         write_json(record, now)
@@ -327,10 +313,8 @@ def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """List the folders of checkpoints, newest first; a copy or an archive has another name."""
-    steps = {
-        p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()
-    }
-    return sorted((p for p in steps if steps[p].isdecimal()), key=lambda p: -int(steps[p]))
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, numbered), key=lambda p: -int(p.name.partition("-")[2]))
 
 
 def finish(plan: Plan, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
@@ -425,26 +409,6 @@ def process_state(plan: Plan) -> PartialState:
     return state
 
 
-@contextmanager
-def main_first(state: PartialState) -> Iterator[None]:
-    """Run the block in process 0, then in the others, which read what it wrote.
-
-    accelerate's ``main_process_first`` would leave the others waiting if process 0 fails. Here
-    they stop with a message. Several machines need a common file system.
-    """
-    done = [False]
-    try:
-        if state.is_main_process:
-            yield  # the block, in process 0
-            done = [True]
-    finally:
-        broadcast_object_list(done)  # the others wait here until process 0 comes
-    if not state.is_main_process:
-        if not done[0]:
-            raise CourseError("process 0 stopped.")
-        yield  # the block, in the others
-
-
 def run(plan: Plan) -> None:
     """Train in every process of a launcher, or in this one alone; the first prints."""
     state = process_state(plan)
@@ -452,7 +416,7 @@ def run(plan: Plan) -> None:
         state.print(plan)
         metrics = train(plan)
     finally:
-        state.destroy_process_group()  # or the others wait for a process that has gone
+        state.destroy_process_group()
     long = ("plan", "train_curve", "validation_curve", "singular_values")
     state.print({name: value for name, value in metrics.items() if name not in long})
 

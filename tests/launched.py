@@ -1,7 +1,8 @@
 """Small runs for test_launch.py, in the processes of ``torchrun``: ``launched.py JOB:FOLDER ...``.
 
-Killed and stopped jobs end at step 3, the job "fails" while process 0 prepares the data. Process 1
-creates files with other permissions, so that a test can tell who wrote a file.
+Killed and stopped jobs end at step 3, the job "fails" while process 0 prepares the data, and so it
+is alone: the other waits for its end. Process 1 creates files with other permissions, so that a
+test can tell who wrote a file.
 """
 
 from __future__ import annotations

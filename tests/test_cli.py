@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_and_starts_nothing(
 MINE = dict.fromkeys(
     ("answers.parquet", "report.md", "report.html", "figures"), "evaluate --questions a --out mine"
 ) | {
-    "leakage.json": "data --out mine", "test.parquet": "data --out mine",
+    "train.parquet": "data --out mine", "test.parquet": "data --out mine",
     "a.png": "estimate --out mine/a.png", "a.html": "explain Why? --out mine/a.html",
     "config.json": "publish --profile tiny --dry-run --repo me/a --out mine",
     "README.md": "demo --profile tiny --repo me/a --space mine",

@@ -220,7 +220,8 @@ from medquad_utils import machine
 from medquad_utils.machine import Hardware
 token = machine.hub_token()
 print("token:", token)
-print(profiles.choose({T4!r}, True, bool(token), "" if token else machine.token_gap()))
+machine.hub_reachable = lambda: True
+print(profiles.choose({T4!r}))
 import huggingface_hub
 print("headers:", "authorization" in huggingface_hub.utils.build_hf_headers())
 """

@@ -112,9 +112,11 @@ def test_real_split_shares_no_disease(real_rows: Any, real_cleaned: Any, medquad
             assert 0 < shares["answer"] < 0.05
             assert rows is not real_rows or 0.2 < shares["8-gram"] < 0.4
         if any(r["url"] for r in rows):  # the salt was chosen for the columns of the XML
-            large = [share for name, share in split.shares().items() if QTYPES[name] >= 70]
-            assert [share["test"] for share in large] == pytest.approx([0.1] * 14, abs=0.03)
-            assert [share["validation"] for share in large] == pytest.approx([0.1] * 14, abs=0.035)
+            whole = Counter(r["qtype"] for r in rows)
+            for part, near in ((split.test, 0.03), (split.validation, 0.035)):
+                counts = Counter(r["qtype"] for r in part)
+                large = [counts[name] / whole[name] for name, n in QTYPES.items() if n >= 70]
+                assert large == pytest.approx([0.1] * 14, abs=near)
 
 
 @pytest.mark.full
@@ -279,6 +281,7 @@ SHAPES: dict[str, tuple[str | list[Any], str, list[Row]]] = {
     "kaggle.csv": (KAGGLE, "utf-8", GIVEN),
     "BOM.CSV": ("\ufeff" + KAGGLE, "utf-8", GIVEN),
     "windows.csv": (parted(";"), "cp1252", GIVEN),
+    "bars.csv": (parted("|"), "utf-8", GIVEN),
     "hint.csv": ("sep=|\r\n\r\n" + parted("|"), "utf-8", GIVEN),
     "unicode.csv": (parted("\t"), "utf-16", GIVEN),
     "a.tsv": (parted("\t"), "utf-8", GIVEN),
@@ -509,7 +512,7 @@ def test_grouped_split_keeps_rows_and_leaks_only_boilerplate(seed: int) -> None:
     everything = [r for part in parts for r in part]
     assert sorted(map(repr, everything)) == sorted(map(repr, rows))
     report = splits.leakage_report(split)
-    assert [b["answer"] for b in report.pop("boilerplate")] == list(splits.boilerplate(everything))
+    assert report.pop("boilerplate") == splits.boilerplate(everything)
     assert {shares[name] for shares in report.values() for name in SEALED} == {0}
     for a, b in combinations(parts, 2):
         assert not {r["url"] for r in a} & {r["url"] for r in b} - {None}
@@ -528,12 +531,9 @@ def test_adding_or_reordering_diseases_moves_no_row(seed: int) -> None:
 
 
 @pytest.mark.parametrize("split", [splits.split, splits.split_by_row])
-def test_fractions_are_kept_and_must_add_up_to_one(split: Any) -> None:
+def test_fractions_are_kept(split: Any) -> None:
     sizes = split(diseases(3000), (0.5, 0.3, 0.2)).sizes().values()
     assert [n / 3000 for n in sizes] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
-    for wrong in ((0.8, 0.1, 0.2), (1, 0, 0), (1.2, -0.1, -0.1), (NAN, 0.5, 0.5)):
-        with pytest.raises(CourseError, match=r"be positive and add up to 1, for example \(0\.8"):
-            split(diseases(100), wrong)
 
 
 def test_group_larger_than_the_test_part_stays_in_training() -> None:
@@ -602,16 +602,12 @@ def test_specialty_finds_rows_by_focus_synonym_or_semantic_type() -> None:
     assert specialties.select(rows, "cardiology", least=1) == hearts
     assert specialties.select(rows, "oncology", least=1) == [growth]
     own = specialties.Specialty("gout", ("T047",))
-    assert specialties.select(rows, own, least=1) == [others[0], growth]
+    assert [r for r in rows if own.holds(r)] == [others[0], growth]
     crohn = row(focus="Crohn's Disease")
     assert specialties.Specialty("crohn's").holds(crohn), "a name as it is written"
     for wrong, message in (("heart", "there are cardiology"), ("cardiology", "3 rows .* too few")):
         with pytest.raises(CourseError, match=message):
             specialties.select(rows, wrong)
-    with pytest.raises(CourseError, match=r"Specialty\(names='heart\('\) is no pattern"):
-        specialties.Specialty("heart(")
-    with pytest.raises(CourseError, match="is no pattern"):
-        specialties.Specialty("(?i)heart")
 
 
 def test_disk_that_fills_up_loses_no_written_data(tmp_path: Path) -> None:
@@ -653,7 +649,7 @@ def test_prepare_writes_once_and_reads_back_the_same(tmp_path: Path) -> None:
     made = data.prepare(plan)
     folder = plan.folder / "data"
     times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert set(times) == {*(f"{name}.parquet" for name in PARTS), "leakage.json", "data.json"}
+    assert set(times) == {*(f"{name}.parquet" for name in PARTS), "data.json"}
     assert data.prepare(plan) == made
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
     (folder / "test.parquet").unlink()
@@ -678,7 +674,7 @@ def test_prepare_starts_again_for_another_seed_rule_or_content(tmp_path: Path) -
     plan = own_rows(tmp_path)
     first, file, folder = data.prepare(plan), tmp_path / "mine.jsonl", plan.folder / "data"
     assert data.prepare(replace(plan, seed=1)).train != first.train
-    assert "white space" not in data.make(plan, folder, ["white space"])[0].cleaning
+    assert "white space" not in data.make(plan, folder, ["white space"])[1]["cleaning"]
     assert data.prepare(plan) == first
     state, text = file.stat(), file.read_text()
     file.write_text(text.replace("Only", "Just"))  # of the same size and time
@@ -705,6 +701,28 @@ def test_parts_replace_neither_their_input_nor_what_others_wrote(name: str, tmp_
     assert [p.name for p in (tmp_path / "out").iterdir()] == [theirs.name]
     with pytest.raises(CourseError, match="would replace the file that it is made from"):
         data.make(replace(plan, data_path=str(mine.rename(tmp_path / "train.parquet"))), tmp_path)
+
+
+def test_parts_do_not_replace_their_input_beside_our_own_record(tmp_path: Path) -> None:
+    data.make(own_rows(tmp_path), folder := tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    plan = tiny(source="parquet", data_path=str(folder / "train.parquet"))
+    with pytest.raises(CourseError, match=r"train\.parquet would replace the file that it is made"):
+        data.make(plan, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_question_of_a_template_needs_no_odd_space() -> None:
+    asked = {
+        "What are the symptoms of asthma?": "symptoms", "What is (are) asthma?": "information",
+        "Is asthma inherited?": "inheritance", "who is at risk for Asthma?": "susceptibility",
+        "Who is at risk for asthma? ?": "susceptibility", "What causes asthma ?": "causes",
+    }  # fmt: skip
+    for question, qtype in asked.items():
+        number, name = splits.template_of(question) or (-1, "")
+        assert (splits.TYPES[number], name.lower()) == (qtype, "asthma")
+    for nameless in ("What is (are)  ?", "Who is at risk for ? ?", "How to prevent ?"):
+        assert splits.template_of(nameless) is None
 
 
 def test_a_write_sweeps_what_killed_ones_left_and_goes_through_no_link(tmp_path: Path) -> None:
@@ -770,7 +788,7 @@ def test_a_damaged_record_is_named_with_what_to_do(content: str, tmp_path: Path)
         data.prepare(plan)
 
 
-@pytest.mark.parametrize("renamed", range(1, 5))
+@pytest.mark.parametrize("renamed", range(1, 4))
 def test_a_kill_between_two_renames_mixes_no_parts(
     renamed: int, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from medquad_utils import CourseError, adapters, files, machine
 from medquad_utils.machine import Hardware
 from medquad_utils.memory import training_memory
-from medquad_utils.profiles import PROFILES, Shape, choose, resolve
+from medquad_utils.profiles import PROFILES, ROOM, Shape, choose, resolve
 
 T4 = Hardware("cuda", "Tesla T4", 15.0, (7, 5), cores=2, gpus=1)
 V100 = Hardware("cuda", "Tesla V100", 34.0, (7, 0), cores=8, gpus=1)
@@ -206,11 +206,36 @@ def test_results_go_where_the_environment_or_the_checkout_says(
     ],
 )
 def test_auto_says_why_and_what_leads_to_a_larger_profile(
-    hardware: Hardware, reachable: bool, token: bool, here: str, expected: str, next_step: str
-) -> None:
-    name, why = choose(hardware, reachable, token, here=here.split())
+    hardware: Hardware, reachable: bool, token: bool, here: str, expected: str, next_step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    on_disk = ["embedded", *(PROFILES[name].model_id for name in here.split())]
+    waits = Mock(return_value=reachable)
+    monkeypatch.setattr(machine, "hub_reachable", waits)
+    monkeypatch.setattr(machine, "hub_token", lambda: "hf_x" if token else None)
+    monkeypatch.setattr(machine, "is_here", lambda model_id, revision: model_id in on_disk)
+    name, why = choose(hardware)
     assert name == resolve(name, hardware=hardware).profile == expected
     assert next_step in why
+    assert waits.called == (hardware.device == "cuda"), "on a CPU nobody waits for the Hub"
+
+
+def test_a_small_card_gets_shorter_examples_before_it_is_refused() -> None:
+    sizes, gb = set(), 15.0
+    with pytest.raises(CourseError, match=r"even for its shortest rows, but .* offers \d\.\d GB"):
+        while True:
+            plan = resolve("llama-8b", hardware=dataclasses.replace(T4, memory_gb=gb))
+            sizes.add(plan.fit.max_length)
+            assert plan.fit.memory_gb <= ROOM * gb
+            gb -= 0.1
+    longest = PROFILES["llama-8b"].max_length
+    assert sizes == {longest, longest // 2, longest // 4}
+
+
+def test_a_rank_above_the_width_of_every_base_is_refused_at_once() -> None:
+    with pytest.raises(CourseError, match="lora_r=4097: expected a rank of at most 4,096"):
+        resolve("tiny", hardware=LAPTOP, lora_r=4097)
+    assert resolve("tiny", hardware=LAPTOP, lora_r=4096).lora_r == 4096
 
 
 def test_fetched_weights_and_data_are_used_without_being_named(

@@ -171,7 +171,7 @@ class Session:
         trainer = train_speed.our_trainer({}, moved, [*first, *rows], base.train())
         try:
             made = train_speed.train(trainer, generation.load_tokenizer(moved).pad_token_id, 60)
-            micro = moved.micro(moved.fit.pack_length, int(moved.fit.checkpointing))
+            micro = moved.micro(moved.fit.pack_length, moved.fit.checkpointing)
             made |= {"rows": len(rows), "row_tokens": sum(len(r["input_ids"]) for r in rows)}
             made["figures"] = train_speed.figures(made, moved.shape, self.rate)
             made["adapters"] = lora.dtype_census(trainer.model)["trained"]

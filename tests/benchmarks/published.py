@@ -29,7 +29,7 @@ class Published:
     gpu: str
     length: int  # tokens of a micro-batch, pads included
     rank: int
-    checkpointing: int
+    checkpointing: bool
     context: float  # keys that a token meets in attention, on average
     tokens_per_s: float  # as published
     real: float = 1.0  # share of the tokens that are no pads
@@ -57,16 +57,17 @@ class Published:
 # 100 rows and five samples of 100 tokens take about 15 % of its time.
 RUNS = (
     Published("Llama-3.1-8B QLoRA, 2 x 2,048 packed, compiled", "torchtune", LLAMA, "RTX 4090",
-              4096, 8, 1, 215, 2413, gb=7.9),
+              4096, 8, True, 215, 2413, gb=7.9),
     *(Published(f"Qwen-7B Q-LoRA (GPTQ), FlashAttention-2, {length:,}", "Qwen README", QWEN,
-                "A100-80", length, 64, 1, length / 2, 8 * length / seconds, other={"dropout": True})
+                "A100-80", length, 64, True, length / 2, 8 * length / seconds,
+                other={"dropout": True})
       for length, seconds in ((256, 3.0), (512, 3.0), (1024, 3.5), (2048, 7.0), (4096, 11.6))),
     *(Published(f"Llama-3-8B QLoRA, Alpaca 2k, rows of {mean}", "litgpt config_hub", LLAMA, "A10G",
-                round(2.5 * mean), 32, 0, 1.25 * mean, 3800 * mean / (22.24 * 60), real=0.8,
+                round(2.5 * mean), 32, False, 1.25 * mean, 3800 * mean / (22.24 * 60), real=0.8,
                 training=0.85, other=LITGPT)
       for mean in (110, 130)),
-    Published("the same, memory of 2 x 512", "litgpt config_hub", LLAMA, "A10G", 1024, 32, 0, 512,
-              0, gb=17.4, other=LITGPT),
+    Published("the same, memory of 2 x 512", "litgpt config_hub", LLAMA, "A10G", 1024, 32, False,
+              512, 0, gb=17.4, other=LITGPT),
 )  # fmt: skip
 
 
