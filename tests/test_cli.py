@@ -67,7 +67,7 @@ RUN, ASK, DEMO = ([command, "--profile", "tiny"] for command in ("run", "ask", "
     ([*RUN, "-p", "profile=small"], "parameter profile is given twice"),
     ([*RUN, "-p", "out=a", "--runs", "b"], "parameter out is given twice"),
     ([*RUN, "--only", ","], "--only ',': expected numbers of lessons, such as 02,04"),
-    (["estimate", "--checkpointing", "0"], "--checkpointing '0': expected off, full, or a whole"),
+    (["estimate", "--checkpointing", "0"], "invalid choice: '0'"),
     ([*RUN, "-p", "data_path=a file"], "'sample' reads no file, and data_path is 'a file'"),
     ([*RUN, "--reference", "a file/kept"], "cannot write to kept: Not a directory"),
     ([*ASK, "A?", "--runs", "~no one/x"], "'~no one/x': Could not determine home directory"),
