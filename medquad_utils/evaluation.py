@@ -402,20 +402,14 @@ def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]
     return {"texts": len(texts), **cells, "ratio": ratio}
 
 
-def short(text: str) -> str:
-    """Cut a text at 300 characters, in any script."""
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:296]} ..."
-
-
 def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Show all answers, shortened, where the tuned model's ROUGE-L is best, middling and worst."""
+    """Show all answers where the tuned model's ROUGE-L is best, middling and worst."""
     tuned = by_arm(table)["tuned"].sort_values("rougeL", ascending=False, kind="stable")
     shown = []
     for what, place in {"best": 0, "middling": len(tuned) // 2, "worst": -1}.items():
         row = tuned.iloc[place]
-        texts = {"question": short(row["question"]), "reference": short(row["references"][0])}
-        answers = table[table["id"] == row["id"]].set_index("arm")["answer"].map(short).to_dict()
+        texts = {"question": row["question"], "reference": row["references"][0]}
+        answers = table[table["id"] == row["id"]].set_index("arm")["answer"].to_dict()
         shown.append({"what": what, "row": int(row["id"]), **texts, "answers": answers})
     return shown
 

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy
 
-from medquad_utils import CourseError, chat, scores
-from medquad_utils.atomic import whole_file
+from medquad_utils import CourseError, chat, report, scores
 from medquad_utils.evaluation import PASSAGE_WORDS, check_question, whole_archive
-from medquad_utils.files import ASSETS
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
@@ -178,14 +175,10 @@ def explain(plan: Plan, question: str) -> Explanation:
 
 
 def write_page(explanation: Explanation, path: Path) -> Path:
-    """Write one HTML page without scripts or links to load; every text in it is escaped."""
-    assets = jinja2.FileSystemLoader(ASSETS)
-    page = jinja2.Environment(loader=assets, autoescape=True, undefined=jinja2.StrictUndefined)
+    """Write the explanation as one HTML page."""
     largest = max(map(abs, explanation.values.tolist()), default=0.0)
-    text = page.get_template("page.html.jinja").render(
-        e=explanation, title=f"Explained: {explanation.prompt.text[:80]}", no_source=NO_SOURCE,
-        threshold=SUPPORT, shade=lambda value: shade(value, largest),
+    return report.write_page(
+        path, "page.html.jinja", e=explanation, no_source=NO_SOURCE, threshold=SUPPORT,
+        title=f"Explained: {explanation.prompt.text[:80]}",
+        shade=lambda value: shade(value, largest),
     )  # fmt: skip
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

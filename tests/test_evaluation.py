@@ -176,11 +176,6 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
     assert len(chat.prompt_ids(tiny_tokenizer, jobs["base"][numbered[7]])) <= room
 
 
-def test_a_long_text_is_shortened_in_every_script() -> None:
-    assert evaluation.short("a  b\n c") == "a b c"
-    assert evaluation.short("哮" * 400) == "哮" * 296 + " ..."
-
-
 def test_a_close_source_is_fixed_on_diseases_of_validation() -> None:
     names = sorted({str(r["focus"]) for r in build_sample.rows()})
     parts = (names[:30], names[30:50], names[50:60])
@@ -356,8 +351,7 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
     assert "archive: 6 rows of 6 records" in said
     assert all(f"\n{arm}  " in said for arm in evaluation.ARMS)
-    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers"}
-    # Questions about one disease have no interval, and so the report has no figure.
+    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers", "figures"}
     assert {path.name for path in out.iterdir()} == names
     recipe = json.loads((out / "metrics.json").read_text())["recipe"]
     assert recipe["archive_rows"] == recipe["training_rows"] + 6
