@@ -230,15 +230,6 @@ def prompts(
     return {"base": plain, "tuned": plain, "grounded": grounded}
 
 
-def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides every generated answer."""
-    return {
-        "model": plan.model_id, "origin": plan.origin, "base": base_id(plan),
-        "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
-        "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
-    }  # fmt: skip
-
-
 def adapted(model: Model, arm: str) -> AbstractContextManager[Any]:
     """Switch the adapter off within the context for the arm "base"."""
     tuned: Any = model
@@ -307,25 +298,24 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     With ``before``: of the paired difference to it, for perplexity of the ratio, and its p-value.
     Without an interval, low and high are ``None``.
     """
-    ratios = {"bits_per_byte": "bytes", "perplexity": "tokens"}
-    name, sizes = "nats" if score in ratios else score, columns.get(ratios.get(score, ""))
-    if name not in columns or (before is not None and name not in before):
+    sizes = {"bits_per_byte": "bytes", "perplexity": "tokens"}.get(score)
+    name = "nats" if sizes else score
+    if any(name not in given for given in (columns, before) if given is not None):
         return None
-    groups = list(columns["disease"]) if "disease" in columns else None
-    values = numpy.asarray(columns[name], dtype=float)
+    groups, values = columns.get("disease"), numpy.asarray(columns[name], dtype=float)
     earlier = numpy.zeros(len(values)) if before is None else numpy.asarray(before[name], float)
     gain = values - earlier
     scored = numpy.isfinite(gain)
     if not (n := int(scored.sum())):
         return None
-    if name == "nats":
-        mean, low, high = getattr(scores, score)(gain, sizes, groups)
+    if sizes:
+        mean, low, high = getattr(scores, score)(gain, columns[sizes], groups)
     elif before is None:
         mean, low, high = interval(values, groups)
     else:
         mean, low, high = paired_interval(earlier, values, groups)
     diseases = None if groups is None else count_diseases(groups, scored)
-    few = n < FEW or (diseases is not None and diseases < FEW) or not numpy.isfinite(low)
+    few = (n if diseases is None else diseases) < FEW or not numpy.isfinite(low)
     ends = {"low": None, "high": None} if few else {"low": low, "high": high}
     cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
     return cell if before is None else cell | {"p": scores.p_value(gain, groups)}
@@ -375,9 +365,10 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     It beats an arm where the whole interval of the paired difference lies on the better side of 0
     and the p-value, corrected by Holm over all comparisons, is under 5 %.
     """
-    compared = [(score, arm) for score in VERDICT for arm in WITHOUT_TRAINING]
-    cells = {pair: overall[f"versus {pair[1]}"]["tuned"].get(pair[0]) for pair in compared}
-    cells = {pair: cell for pair, cell in cells.items() if cell and cell["low"] is not None}
+    cells = {
+        (score, arm): cell for score in VERDICT for arm in WITHOUT_TRAINING
+        if (cell := overall[f"versus {arm}"]["tuned"].get(score)) and cell["low"] is not None
+    }  # fmt: skip
     corrected = scores.holm([cell["p"] for cell in cells.values()])
     verdicts: dict[str, dict[str, Any]] = {}
     for ((score, arm), cell), p in zip(cells.items(), corrected, strict=True):
@@ -430,35 +421,31 @@ def rounded(value: Any) -> Any:
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
-def training_data(plan: Plan, adapter: Path, folder: Path | None = None) -> Splits:
-    """Return the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
+def training_data(plan: Plan, adapter: Path, given: Path | None = None) -> Splits:
+    """Return the data of the adapter: from the folder ``given``, or the run's.
 
     Raises CourseError if the parts are not those of the ``data.json`` beside them, or the adapter
-    was trained on others. Without ``data.json`` a train.parquet will do, if the adapter does not
-    record the hash of its rows.
+    was trained on others. An adapter that does not record the hash of its rows was trained
+    elsewhere: any data will do, and if given without ``data.json``, a train.parquet alone.
     """
-    record, given, folder = adapter_record(adapter), folder, folder or plan.folder / "data"
+    record, folder = adapter_record(adapter), given or plan.folder / "data"
     wanted, source = record.get("data"), record.get("source", plan.source)
-    have, train = identity(folder), folder / "train.parquet"
+    train = folder / "train.parquet"
     if given and not train.is_file():
         raise CourseError(
             f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
         )
-    if given and not (wanted or have):
+    if given and not (wanted or identity(folder)):
         return Splits(read_rows(train), [], [])
-    rows = written(folder) if have == wanted or not wanted else None
-    if not given and source == plan.source and not (rows and wanted):
-        rows, have = prepare(plan), identity(folder)
-    right = have == wanted
-    if not wanted:  # an adapter that was not trained here, or before rows had a hash
-        made_of = read_json(folder / "data.json")["recipe"]["source"] if have else ""
-        right = bool(given) or made_of == source
-    if not right:
+    rows = written(folder) if wanted in (None, identity(folder)) else None
+    if not (rows or given) and source == plan.source:
+        rows = prepare(plan)
+    if wanted and (have := identity(folder)) != wanted:
         others = f"others ({have})" if have else "none with a data.json"
         raise CourseError(
-            f"the adapter was trained on {source!r} rows ({wanted or 'of no known hash'}), and "
-            f"{folder.name}/ has {others}. Train again on these (lesson 04), or give the folder of "
-            "the adapter's own rows to medquad evaluate, as --data."
+            f"the adapter was trained on {source!r} rows ({wanted}), and {folder.name}/ has "
+            f"{others}. Train again on these (lesson 04), or give the folder of the adapter's own "
+            "rows to medquad evaluate, as --data."
         )
     if not rows:
         raise CourseError(
@@ -499,7 +486,11 @@ def evaluate(
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes, safe)
-    recipe = recipe_of(plan, adapter, jobs)
+    recipe = {  # what decides every generated answer
+        "model": plan.model_id, "origin": plan.origin, "base": base_id(plan),
+        "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
+        "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
+    }  # fmt: skip
     arms = folder / "answers"
     answers = answer_all(model, tokenizer, jobs, asked, train, recipe, arms, batch_size)
     table = answer_table(asked, answers, [row["answer"] for row in train])
@@ -532,9 +523,10 @@ def write_answers(
     path: Path, table: pandas.DataFrame, answers: Answers, safe: Sequence[safety.SafetyPrompt]
 ) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
-    two = [(arm, prompt) for arm in ("base", "tuned") for prompt in safe]
-    about = [{"arm": f"{arm}, safety", "id": p.id, "question": p.prompt} for arm, p in two]
-    more = [row | answers[arm][p.prompt] for row, (arm, p) in zip(about, two, strict=True)]
+    more = [
+        {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
+        for arm in ("base", "tuned") for p in safe
+    ]  # fmt: skip
     with whole_file(path) as temporary:
         pandas.concat([table, pandas.DataFrame(more)]).to_parquet(temporary, index=False)
 
@@ -551,24 +543,22 @@ def outcome(
 ) -> dict[str, Any]:  # fmt: skip
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
-    The gain is paired, tuned minus base, with an interval by disease, or ``None``.
+    The gain is paired, tuned minus base, with an interval by disease (see ``measure``).
     ``few_shot`` are the base's answers after a few examples in the prompt.
     """
-    arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})
-    columns = {arm: score_columns(answers, rows) for arm, answers in arms.items()}
-    columns["nearest"] = score_columns(nearest_training_answers(train, rows), rows)
-    rouge = {arm: scored["rougeL"] for arm, scored in columns.items()}
-    facts = {arm: measure("facts_complete", scored) for arm, scored in columns.items()}
-    diseases = columns["base"]["disease"]
-    ends = paired_interval(rouge["base"], rouge["tuned"], diseases)[1:]
-    return dict(rounded({
-        "rows": len(rows),
-        "diseases": count_diseases(diseases),
-        **{f"rouge_l_{arm}": values.mean() for arm, values in rouge.items()},
-        "rouge_l_gain_ci95": ends if numpy.isfinite(ends).all() else None,
-        **{f"stop_rate_{arm}": columns[arm]["stop_rate"].mean() for arm in arms},
-        **{f"facts_complete_{arm}": cell and cell["mean"] for arm, cell in facts.items()},
-    }))  # fmt: skip
+    arms: dict[str, Sequence[Answer | str]] = {"base": base, "tuned": tuned}
+    arms |= {"few_shot": few_shot} if few_shot else {}
+    arms["nearest"] = nearest_training_answers(train, rows)
+    cells = summary({arm: score_columns(given, rows) for arm, given in arms.items()}, ["base"])
+    gain = cells["versus base"]["tuned"]["rougeL"]
+    means = {
+        f"{score.replace('rougeL', 'rouge_l')}_{arm}": found.get(score, {}).get("mean")
+        for arm, found in cells["arms"].items()
+        for score in ("rougeL", "stop_rate", "facts_complete")
+    }
+    ends = None if gain["low"] is None else [gain["low"], gain["high"]]
+    about = {"rows": len(rows), "diseases": gain["diseases"], "rouge_l_gain_ci95": ends}
+    return dict(rounded(about | means))
 
 
 def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[str, Any]:

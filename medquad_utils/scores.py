@@ -282,10 +282,6 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
     It has width 0 for shares with one and the same difference c in each row. By Wilson, at most a
     share u of other rows differs from c, to -1 or 1: the ends are c - u (c + 1) and c + u (1 - c).
     """
-    if len(before) != len(after):
-        raise CourseError(
-            f"cannot pair {len(before)} and {len(after)} values: expected the same rows."
-        )
     (a, b), labels = _complete(groups, before, after)
     difference = b - a
     if {*a, *b} <= {0.0, 1.0} and numpy.ptp(difference) == 0:
@@ -297,7 +293,7 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
 def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
 
-    Of ``after.nats - before.nats`` it is the paired difference. Groups are resampled whole.
+    Of ``after.nats - before.nats`` it is the paired difference.
     """
     return _ratio(nats / math.log(2), bytes, groups)
 
@@ -305,7 +301,7 @@ def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = No
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
     """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
 
-    Of ``after.nats - before.nats`` it is the paired ratio. Groups are resampled whole.
+    Of ``after.nats - before.nats`` it is the paired ratio.
     """
     mean, low, high = map(math.exp, _ratio(nats, tokens, groups))
     return mean, low, high
@@ -351,10 +347,9 @@ def p_value(differences: Values, groups: Groups = None) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p-values for the number of comparisons (Holm, 1979), in the given order."""
     order = numpy.argsort(p_values)
-    factors = numpy.arange(len(order), 0, -1)
-    corrected = numpy.empty(len(order))
-    corrected[order] = numpy.maximum.accumulate(factors * numpy.array(p_values)[order])
-    return [float(p) for p in corrected.clip(max=1)]
+    raised = numpy.array(p_values)[order] * numpy.arange(len(order), 0, -1)
+    corrected = numpy.maximum.accumulate(raised).clip(max=1)
+    return [float(p) for p in corrected[numpy.argsort(order)]]
 
 
 def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
@@ -371,7 +366,7 @@ def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
 
 def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return the rows without a NaN, shape (columns, rows), and their numbered groups."""
-    table = numpy.array(columns, dtype=float)
+    table = numpy.stack([numpy.asarray(column, dtype=float) for column in columns])
     whole = numpy.isfinite(table).all(axis=0)
     if not whole.any():
         raise CourseError("no value to take a mean of: expected at least one row that was scored.")
@@ -379,18 +374,14 @@ def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.nd
     return table[:, whole], numpy.unique(labels, return_inverse=True)[1]
 
 
-def _resamples(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
-    """Return sum(over) / sum(under) of each resample, shape (RESAMPLES,)."""
-    # Whole groups are drawn with replacement: what is above the line stays with what is below it.
-    tops, bottoms = numpy.bincount(labels, over), numpy.bincount(labels, under)
-    draws = numpy.random.default_rng(0).integers(0, len(tops), (RESAMPLES, len(tops)))
-    return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
-
-
 def _ratio(over: Values, under: Values, groups: Groups) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
-    (tops, bottoms), labels = _complete(groups, over, under)
-    low, high = numpy.quantile(_resamples(tops, bottoms, labels), [0.025, 0.975])
+    table, labels = _complete(groups, over, under)
+    tops, bottoms = (numpy.bincount(labels, column) for column in table)
+    # Whole groups are drawn with replacement: what is above the line stays with what is below it.
+    draws = numpy.random.default_rng(0).integers(0, len(tops), (RESAMPLES, len(tops)))
+    ratios = tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1)
+    low, high = numpy.quantile(ratios, [0.025, 0.975])
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
         low = high = math.nan
     return float(tops.sum() / bottoms.sum()), float(low), float(high)

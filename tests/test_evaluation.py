@@ -97,7 +97,8 @@ def test_another_disease_is_of_the_same_source_and_type_if_there_is_one() -> Non
     assert evaluation.other_disease_answers(train[:1], asked[:1]) == [""], "no other disease"
 
 
-def test_outcome_of_a_training_equals_hand_values() -> None:
+def test_outcome_of_a_training_equals_hand_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "FEW", 1)
     known = next(r for r in build_sample.rows() if r["qtype"] == "symptoms")
     rows, train = [known, row("symptoms", "alpha beta gamma delta")], [row("symptoms", "alpha")]
     base = [Answer("", 64, False), Answer("alpha beta", 2, False)]
@@ -382,7 +383,7 @@ def test_rows_are_those_that_data_json_describes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"data": "nowhere"}, "no train.parquet in nowhere/"),
-    ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has none with"),
+    ({"adapter": "other"}, "trained on 'xml' rows (abc), and data/ has none with"),
     ({"adapter": "same", "data": "elsewhere"}, "'sample' rows (abc), and elsewhere/ has others"),
     ({"limit": "0"}, "expected whole numbers over 0"),
 ])  # fmt: skip
@@ -391,7 +392,9 @@ def test_rows_of_another_adapter_are_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
-    files.write_json(Path("other", "plan.json"), {"profile": "tiny", "source": "xml"})
+    files.write_json(
+        Path("other", "plan.json"), tiny().as_dict() | {"source": "xml", "data": "abc"}
+    )
     files.write_json(Path("same", "plan.json"), tiny().as_dict() | {"data": "abc"})
     files.write_json(Path("elsewhere", "data.json"), {"splits": "def"})
     Path("elsewhere", "train.parquet").touch()

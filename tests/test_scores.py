@@ -212,7 +212,7 @@ def test_paired_interval_is_after_minus_before_of_each_row() -> None:
     groups = [row // 20 for row in range(200)]
     paired = scores.paired_interval(before, after, groups)
     assert paired == scores.interval(after - before, groups), "clustered too"
-    with pytest.raises(CourseError, match="2 and 3 values"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         scores.paired_interval([1, 2], [1, 2, 3])
 
 
