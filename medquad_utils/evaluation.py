@@ -184,9 +184,9 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
 def looked_up(tokenizer: Tokenizer, text: str, most: int) -> Row:
     """Return a looked-up answer as columns of the table, cut at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) <= most:
-        return {"answer": text, "answer_tokens": len(ids), "stop_rate": 1.0}
-    return {"answer": tokenizer.decode(ids[:most]).strip(), "answer_tokens": most, "stop_rate": 0.0}
+    whole = len(ids) <= most
+    answer = text if whole else tokenizer.decode(ids[:most]).strip()
+    return {"answer": answer, "answer_tokens": len(ids[:most]), "stop_rate": float(whole)}
 
 
 # ---- arms that generate --------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def answer_all(
     digest = value_hash([recipe, references])
     answers, most = {}, recipe["max_new_tokens"]
     for arm, prompts in jobs.items():
-        if not (path := folder / f"{arm}-{digest}.json").is_file():
+        if not (path := folder / "answers" / f"{arm}-{digest}.json").is_file():
             turns, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
                 given = generate(model, tokenizer, turns, most, batch_size, f"answers, {arm}")
@@ -349,14 +349,10 @@ def by_group(table: pandas.DataFrame, column: str) -> dict[str, dict[str, Any]]:
     """Return all scores, n and diseases of each group of questions, the largest group first."""
     names = table[column].fillna("not given")
     names = names.where(names.isin(names.value_counts().index[:MOST_GROUPS]), "all others")
-    groups = sorted(table.groupby(names), key=lambda group: (-len(group[1]), group[0]))
-    return {name: {**counts(part), **summary(by_arm(part))} for name, part in groups}
-
-
-def counts(table: pandas.DataFrame) -> dict[str, int]:
-    """Count the questions ("n") and the diseases of a table of answers."""
-    asked = table.drop_duplicates("id")
-    return {"n": len(asked), "diseases": count_diseases(list(asked["disease"]))}
+    found = {name: summary(by_arm(part)) for name, part in table.groupby(names)}
+    sizes = {name: cells["arms"]["base"]["rougeL"] for name, cells in found.items()}
+    order = sorted(found, key=lambda name: (-sizes[name]["n"], name))
+    return {name: {k: sizes[name][k] for k in ("n", "diseases")} | found[name] for name in order}
 
 
 def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -474,9 +470,8 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
-    ``train`` are the rows that the adapter was trained on. The grounded arm also reads ``archive``,
-    with a threshold from ``validation``. ``with_safety`` also puts the safety prompts to
-    the base and the tuned model. Returns the metrics, with 95 % intervals.
+    ``train``: the rows of the adapter. The grounded arm also reads ``archive``, with a threshold
+    from ``validation``. ``with_safety``: base and tuned model answer the safety prompts too.
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
@@ -486,26 +481,24 @@ def evaluate(
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes, safe)
-    recipe = {  # what decides every generated answer
-        "model": plan.model_id, "origin": plan.origin, "base": base_id(plan),
-        "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
+    recipe = {
+        "profile": plan.profile, "training_rows": len(train), "archive_rows": len(index.rows),
+        "close_source": index.threshold, "model": plan.model_id, "origin": plan.origin,
+        "base": base_id(plan), "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
         "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
     }  # fmt: skip
-    arms = folder / "answers"
-    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, arms, batch_size)
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, folder, batch_size)
     table = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
     notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
-    leaks = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
-        "file": questions.name, "questions": len(asked), "diseases": counts(table)["diseases"],
+        "file": questions.name, "questions": len(asked),
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
-        "recipe": {"profile": plan.profile, "training_rows": len(train),
-                   "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        **ABOUT, **results(table),
+        "recipe": recipe, **ABOUT, **results(table),
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
-        "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),
+        "leakage": (leaks := leakage(train, asked)),
+        "held_out": not (leaks["normalised question"] or leaks["focus"]),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)  # first: it says whose folder this is
     write_answers(folder / "answers.parquet", table, answers, safe)
@@ -515,8 +508,9 @@ def evaluate(
 def results(table: pandas.DataFrame) -> dict[str, Any]:
     """Summarise the scores overall and by group, give the verdict, and show examples."""
     overall = summary(by_arm(table), WITHOUT_TRAINING)
+    size = {"diseases": overall["arms"]["base"]["rougeL"]["diseases"], "verdict": verdict(overall)}
     groups = {f"by_{column}": by_group(table, column) for column in ("qtype", "source", "kind")}
-    return {"verdict": verdict(overall), "overall": overall, **groups, "examples": examples(table)}
+    return size | {"overall": overall, **groups, "examples": examples(table)}
 
 
 def write_answers(
