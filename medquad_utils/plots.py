@@ -442,25 +442,6 @@ def short(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
 
-class Cards:
-    """Rows as cards: HTML in a notebook, plain text elsewhere; empty fields are left out."""
-
-    def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
-        shown = [[pair for pair in c.items() if pair[1] not in (None, "", [])] for c in cards]
-        self.cards = [{k: short(str(v)) for k, v in card} for card in shown]
-
-    def __repr__(self) -> str:
-        return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
-
-    def _repr_html_(self) -> str:
-        # GitHub drops the style, and then the blockquote's own bar and margins separate the cards.
-        style = f"border:1px solid {GREY};border-radius:6px;padding:8px 12px;margin:8px 0"
-        start = f'<blockquote style="{style};background:{PAPER};color:{INK}">'
-        escaped = [[map(html.escape, pair) for pair in card.items()] for card in self.cards]
-        cards = ("<br>".join(f"<b>{k}</b>: {v}" for k, v in card) for card in escaped)
-        return "".join(f"{start}{card}</blockquote>" for card in cards)
-
-
 def change(before: str, after: str) -> dict[str, str]:
     """Return a card of two texts, cut to where they differ; spaces (␣␣) and breaks (⏎) show."""
     pairs = enumerate(zip(before, after, strict=False))
@@ -501,3 +482,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "✓" if value else "✗"
     return _digits(value, 4) if isinstance(value, float) else str(value)
+
+
+class Cards(Table):
+    """Rows of long texts, one below the other: field and text; empty fields are left out."""
+
+    def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
+        shown = [{k: v for k, v in card.items() if v not in (None, "", [])} for card in cards]
+        lines = [[*((k, short(str(v))) for k, v in card.items()), ("", "")] for card in shown]
+        super().__init__([line for card in lines for line in card][:-1])
