@@ -47,8 +47,7 @@ WITHOUT_TRAINING = ("base", "nearest", "another disease")  # the tuned model has
 VERDICT = ("facts_complete", "rougeL", "chrf", "tfidf_cosine", "bits_per_byte")
 FEW = 5  # fewer questions, or questions about fewer diseases, get no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
-PASSAGES = 3  # in a grounded prompt, at most
-PASSAGE_WORDS = 80  # of each passage, at most
+PASSAGE_WORDS = 80  # of each passage in a grounded prompt, at most
 ABOUT = {
     "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
     "about_arms": ARMS,
@@ -126,7 +125,6 @@ def fitted(
 
     Passages are shortened first, then left out; then the question is cut at a word.
     """
-
     text = whole = " ".join(question.split())
     for words in (PASSAGE_WORDS, PASSAGE_WORDS // 2, PASSAGE_WORDS // 4) if passages else ():
         shown = [" ".join(passage.split()[:words]) for passage in passages]
@@ -213,7 +211,7 @@ def prompts(
     answers = [normalise(row["answer"]) for row in index.rows]
     right = [set(map(normalise, row["references"])) for row in asked]
     withheld = [[n for n, answer in enumerate(answers) if answer in texts] for texts in right]
-    hits = index.search([row["question"] for row in asked], PASSAGES, withheld)
+    hits = index.search([row["question"] for row in asked], retrieval.PASSAGES, withheld)
     plain, grounded = {}, {}
     for row, close in zip(asked, map(index.close, hits), strict=True):
         question = row["question"]
@@ -242,7 +240,7 @@ def answer_all(
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
     """Answer with all five arms, and score the first reference: arm -> question -> columns.
 
-    A later run of the same ``recipe`` reads the arms of ``jobs`` from ``folder``.
+    A later run of the same ``recipe`` reads what the model wrote from ``folder``.
     """
     references = {row["question"]: row["references"][0] for row in asked}
     digest = value_hash([recipe, references])
@@ -314,16 +312,12 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
         mean, low, high = interval(values, groups)
     else:
         mean, low, high = paired_interval(earlier, values, groups)
-    diseases = None if groups is None else count_diseases(groups, scored)
-    few = (n if diseases is None else diseases) < FEW or not numpy.isfinite(low)
+    # A row that names no disease counts as one more.
+    diseases = len(numpy.unique(scores.group_numbers(groups, len(values))[scored]))
+    few = diseases < FEW or not numpy.isfinite(low)
     ends = {"low": None, "high": None} if few else {"low": low, "high": high}
-    cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
+    cell = {"mean": mean, **ends, "n": n, "diseases": None if groups is None else diseases}
     return cell if before is None else cell | {"p": scores.p_value(gain, groups)}
-
-
-def count_diseases(diseases: Sequence[str], kept: Any = slice(None)) -> int:
-    """Count the diseases of the rows in ``kept``; a row that names none counts as one more."""
-    return len(numpy.unique(scores.group_numbers(diseases, len(diseases))[kept]))
 
 
 def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ()) -> dict[str, Any]:

@@ -238,7 +238,6 @@ def trade_off(
     ax.axhline(0, color=INK, linestyle="--", linewidth=1)
     ax.axvline(0, color=INK, linestyle="--", linewidth=1)
     ax.margins(0.08)
-    ax.autoscale_view()
     ax.grid(True, axis="both")
     x_name, y_name = next(iter(points.values()))
     small = {"small dots": f"{sum(map(len, single.values()))} single runs"} if single else {}
@@ -307,8 +306,7 @@ def curves(
         ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
         said = "from {1} at {0} to {3} at {2}"
         ends[name] = said.format(*map(_digits, (*values[0], *values[-1])))
-    whole = all(float(place).is_integer() for values in series.values() for place, _ in values)
-    ax.xaxis.get_major_locator().set_params(integer=whole)  # no step 2.5
+    ax.xaxis.get_major_locator().set_params(integer=True)  # no step 2.5
     _finish(ax, title, ends, x, y)
 
 

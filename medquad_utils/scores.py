@@ -1,8 +1,8 @@
 """Score answers: likeness to references, likelihood under a model, confidence intervals.
 
 Functions that compare take ``answers``, one text a row, and ``references``, one text or several a
-row, of which the best counts. They return float64, shape (rows,). An empty answer scores 0, and
-beside a reference so do ``None`` and NaN. A row without a reference raises a ``CourseError``.
+row, of which the best counts. They return float64, shape (rows,). An empty answer, ``None`` and NaN
+score 0. A row without a reference raises a ``CourseError``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from medquad_utils.profiles import Plan
 from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -160,7 +159,7 @@ def repetition(answers: Sequence[str]) -> numpy.ndarray:
 def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
     """Mark answers that hold every fact of their row, word for word, with 1, others with 0.
 
-    Only the embedded sample lists facts: rows of other sources have NaN.
+    Only the embedded sample lists facts: other rows have NaN.
     """
     marks = []
     for answer, row in zip(answers, rows, strict=True):
@@ -187,8 +186,7 @@ def answer_loss(
 ) -> Losses:  # fmt: skip
     """Score each reference after its conversation (lists of messages), by teacher forcing.
 
-    The prompt and the end-of-turn token do not count. A row that is empty or longer than the
-    model's context is NaN, for the caller to count.
+    Prompt and end of turn do not count. NaN: it is empty or longer than the model's context.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     texts = [without_tokens(reference.strip()) for reference in references]
@@ -211,12 +209,13 @@ def _losses(
 ) -> Losses:  # fmt: skip
     """Score each text after its prompt, in batches of rows of similar length."""
     import torch
+    from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
     from tqdm.auto import tqdm
 
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     lengths = [len(prompt) + len(scored) for prompt, scored in zip(prompts, ids, strict=True)]
-    limit = model.config.max_position_embeddings
+    limit, head = model.config.max_position_embeddings, model.get_output_embeddings()
     order = [n for n, length in enumerate(lengths) if ids[n] and length <= limit]
     order.sort(key=lengths.__getitem__, reverse=True)
     losses = Losses(*numpy.full((3, len(texts)), numpy.nan))
@@ -231,22 +230,17 @@ def _losses(
             hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
             for n, tokens, states in zip(batch, inputs, hidden, strict=True):
                 first, end = len(prompts[n]), lengths[n]
-                # The shift: the state at a position predicts the next token.
-                losses.nats[n] = _nats(model, states[first - 1 : end - 1], tokens[first:end])
+                # The shift: the state at a position predicts the next token. 512 positions at a
+                # time: all logits in fp32 would be the largest thing in memory.
+                chunks = states[first - 1 : end - 1].split(512), tokens[first:end].split(512)
+                nats = [
+                    cross_entropy(head(state).float(), token, reduction="none").double().sum()
+                    for state, token in zip(*chunks, strict=True)
+                ]
+                losses.nats[n] = float(sum(nats))
                 losses.tokens[n], losses.bytes[n] = len(ids[n]), len(texts[n].encode())
             bar.update(len(batch))
     return losses
-
-
-def _nats(model: Model, states: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Return the negative log-likelihood of ``tokens`` by the hidden ``states`` before them."""
-    from torch.nn.functional import cross_entropy
-
-    head = model.get_output_embeddings()
-    # 512 positions at a time: all logits in fp32 would be the largest thing in memory.
-    chunks = zip(states.split(512), tokens.split(512), strict=True)
-    parts = [cross_entropy(head(s).float(), t, reduction="none").double().sum() for s, t in chunks]
-    return float(sum(parts))
 
 
 def plain_texts(plan: Plan) -> list[str]:

@@ -173,7 +173,7 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
     assert [*jobs["grounded"]] == [numbered[1]]
     said = jobs["grounded"][numbered[1]][1]["content"]
     assert archive[0]["answer"] not in said
-    assert sum(r["answer"] in said for r in archive[1:]) == evaluation.PASSAGES
+    assert sum(r["answer"] in said for r in archive[1:]) == retrieval.PASSAGES
     assert len(chat.prompt_ids(tiny_tokenizer, jobs["base"][numbered[7]])) <= room
 
 
