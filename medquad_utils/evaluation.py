@@ -412,35 +412,29 @@ def rounded(value: Any) -> Any:
 
 # ---- the whole evaluation ------------------------------------------------------------------------
 def training_data(plan: Plan, adapter: Path, given: Path | None = None) -> Splits:
-    """Return the data of the adapter: from the folder ``given``, or the run's.
+    """Return the rows that the adapter was trained on: of the folder ``given``, or of the run.
 
-    Raises CourseError if the parts are not those of the ``data.json`` beside them, or the adapter
-    was trained on others. An adapter that does not record the hash of its rows was trained
-    elsewhere: any data will do, and if given without ``data.json``, a train.parquet alone.
+    Raises CourseError if it holds others. An adapter that records no hash of its rows was trained
+    elsewhere: any will do, and if ``given`` has no ``data.json``, a train.parquet alone.
     """
     record, folder = adapter_record(adapter), given or plan.folder / "data"
     wanted, source = record.get("data"), record.get("source", plan.source)
-    train = folder / "train.parquet"
-    if given and not train.is_file():
-        raise CourseError(
-            f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
-        )
     if given and not (wanted or identity(folder)):
-        return Splits(read_rows(train), [], [])
-    rows = written(folder) if wanted in (None, identity(folder)) else None
+        return Splits(read_rows(folder / "train.parquet"), [], [])
+
+    def held() -> Splits | None:
+        return written(folder) if wanted in (None, identity(folder)) else None
+
+    rows = held()
     if not (rows or given) and source == plan.source:
-        rows = prepare(plan)
-    if wanted and (have := identity(folder)) != wanted:
-        others = f"others ({have})" if have else "none with a data.json"
-        raise CourseError(
-            f"the adapter was trained on {source!r} rows ({wanted}), and {folder.name}/ has "
-            f"{others}. Train again on these (lesson 04), or give the folder of the adapter's own "
-            "rows to medquad evaluate, as --data."
-        )
+        prepare(plan)
+        rows = held()
     if not rows:
         raise CourseError(
-            f"the parts in {folder.name}/ are not those of its data.json: make them again, with "
-            "lesson 01 or medquad data."
+            f"the adapter was trained on {source!r} rows ({wanted or 'of no known hash'}), and "
+            f"{folder.name}/ has others, or parts that were changed (its data.json: "
+            f"{identity(folder) or 'none'}). Make them again, with lesson 01 or medquad data, give "
+            "the folder that has them to medquad evaluate, as --data, or train again (lesson 04)."
         )
     return rows
 
