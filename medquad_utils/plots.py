@@ -102,11 +102,9 @@ ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "neares
 
 def _colours(names: Sequence[str]) -> list[str]:
     """Give each series the colour of its role, and the others those that are left."""
-    if len(names) > (most := len(PALETTE)):
-        raise ValueError(f"{len(names)} series in one figure, and {most} colours: draw two.")
     found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
     taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
-    free = (colour for colour in PALETTE if colour not in taken)
+    free = cycle(colour for colour in PALETTE if colour not in taken)
     return [colour or next(free) for colour in taken]
 
 
@@ -204,9 +202,8 @@ def intervals(
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
-    Low and high are ``None`` where there is no interval. ``zero`` draws a line at zero, for
-    differences. ``log`` makes equal ratios equally long if the largest mean is more than five times
-    the smallest.
+    Low and high are ``None`` where there is no interval. ``zero`` draws a line at zero. ``log``
+    makes equal ratios equally long where the means differ more than five times.
     """
     ax = _dots(table, width)
     if zero:
@@ -273,10 +270,7 @@ def histogram(
     series: Mapping[str, Sequence[float]], title: str, unit: str, lines: Mapping[str, float] = {},
     bins: int = 60, top: float | None = None, y: str = "rows"
 ) -> None:  # fmt: skip
-    """Draw outlined histograms on one axis, from 0 or a smaller value to ``top``.
-
-    ``lines`` draws named limits.
-    """
+    """Draw outlined histograms from 0, or less, to ``top``; ``lines`` draws named limits."""
     _, ax = _figure(8, 3.4)
     arrays = {name: numpy.asarray(values, dtype=float) for name, values in series.items()}
     together = numpy.concatenate([*arrays.values()])
@@ -326,10 +320,7 @@ def distribution(series: Groups, title: str, cut: Mapping[str, int]) -> None:
 def confusion(
     tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """Draw tables of counts side by side: name -> counts by ``rows`` (the truth) and ``columns``.
-
-    A cell is darker for a larger share of its row.
-    """
+    """Draw counts by ``rows`` (the truth) and ``columns``, darker for a larger share of a row."""
     fig, axes = _figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
     shades = LinearSegmentedColormap.from_list("course", (PAPER, tint(BLUE)))
     named: dict[str, dict[str, float]] = {name: {} for name in tables}
@@ -444,9 +435,7 @@ def change(before: str, after: str) -> dict[str, str]:
     """Return a card of two texts, cut to where they differ; spaces (␣␣) and breaks (⏎) show."""
     pairs = enumerate(zip(before, after, strict=False))
     same = next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
-    start = max(0, same - 60)
-    if start:  # go on to the beginning of a word, if there is one
-        start = max(start, before.find(" ", start, same) + 1)
+    start = before.rfind(" ", 0, max(0, same - 60)) + 1  # at a word, if there is one
 
     def visible(text: str) -> str:
         spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
@@ -468,12 +457,11 @@ class Table:
         return "\n".join("  ".join(line).rstrip() for line in padded)
 
     def _repr_html_(self) -> str:
-        def line(values: Sequence[str], tag: str) -> str:
-            cells = (f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in values)
-            return f"<tr>{''.join(cells)}</tr>"
-
-        head = line(self.header, "th") if self.header else ""
-        return f"<table>{head}{''.join(line(row, 'td') for row in self.rows)}</table>"
+        text = "<table>"
+        for tag, line in [("th", self.header), *(("td", row) for row in self.rows)]:
+            cells = (f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in line)
+            text += f"<tr>{''.join(cells)}</tr>" if line else ""
+        return f"{text}</table>"
 
 
 def _cell(value: Any) -> str:
@@ -486,6 +474,8 @@ class Cards(Table):
     """Rows of long texts, one below the other: field and text; empty fields are left out."""
 
     def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
-        shown = [{k: v for k, v in card.items() if v not in (None, "", [])} for card in cards]
-        lines = [[*((k, short(str(v))) for k, v in card.items()), ("", "")] for card in shown]
-        super().__init__([line for card in lines for line in card][:-1])
+        lines: list[tuple[str, str]] = []
+        for card in cards:
+            lines += [(k, short(str(v))) for k, v in card.items() if v not in (None, "", [])]
+            lines.append(("", ""))  # between two cards
+        super().__init__(lines[:-1])

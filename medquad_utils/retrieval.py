@@ -270,10 +270,7 @@ def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
 
 
 def cite(index: Index | None, question: str, answer: str) -> tuple[list[Hit], list[Support]]:
-    """Return the passages close to ``question`` and the support of each sentence of ``answer``.
-
-    If the archive does not know the disease, or there is none, no sentence has a source.
-    """
+    """Return the passages close to ``question`` and the support of each sentence of ``answer``."""
     if index is None:
         return [], [Support(sentence, 0.0, None, "") for sentence in sentences(answer)]
     hits = index.close(index.search([question], PASSAGES)[0])

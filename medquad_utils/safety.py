@@ -60,10 +60,7 @@ def prompts() -> list[SafetyPrompt]:
 
 
 def labelled_answers(held_out: bool) -> list[tuple[SafetyPrompt, str, bool]]:
-    """Return (prompt, answer, right) of ``assets/safety_labels.toml``, with the authors' labels.
-
-    The rules were tuned without the ``held_out`` half.
-    """
+    """Return (prompt, answer, right?) as labelled; the rules never saw the ``held_out`` half."""
     entries, labels = [], _load("safety_labels.toml")
     for prompt, label in itertools.product(prompts(), ("right", "wrong")):
         for number, answer in enumerate(labels[prompt.id][label], 1):
@@ -96,10 +93,7 @@ def _sentences(text: str) -> list[str]:
 
 @cache
 def _rules(table: str) -> dict[str, re.Pattern[str]]:
-    """Compile one table of ``assets/safety_rules.toml``: name -> pattern of whole words.
-
-    Every gap in a pattern is bounded, so the search time grows linearly with the text.
-    """
+    """Compile a table of the rules: name -> pattern of whole words, with bounded gaps for speed."""
     compiled = {}
     for name, patterns in RULES[table].items():
         pattern = "|".join(patterns)
@@ -132,10 +126,7 @@ def _mentions(rule: re.Pattern[str], words: str) -> bool:
 
 
 def red_flag(question: str) -> Flag | None:
-    """Return the emergency that ``question`` describes, about a person and now, or None.
-
-    No flag proves nothing. Linear in the text's length.
-    """
+    """Return the emergency of a person, now, in ``question``, or None, which proves nothing."""
     words, context = _words(question), _rules("context")
     # Self-harm counts whenever it was and whoever asks. Everything else has to be about a person,
     # and not over: "What are the symptoms of stroke?" and "I fainted once" raise no flag.
@@ -234,10 +225,7 @@ _JUDGES = {
 
 
 def judge(prompt: SafetyPrompt, answer: str) -> Verdict:
-    """Judge ``answer`` by the rule of its prompt's category; empty or repetitive answers fail.
-
-    No rule checks that a medical statement is true.
-    """
+    """Judge ``answer`` by its prompt's category; no rule checks that a medical claim is true."""
     words = _words(answer).split()[:40]
     if not words:
         wrong = "empty"
@@ -291,8 +279,7 @@ def outer_rule(prompts: Sequence[SafetyPrompt]) -> dict[str, Any]:
 def independent_test() -> dict[str, Any]:
     """Measure ``red_flag`` on questions that were written without sight of its rules.
 
-    Returns "recall" on urgent and "false_alarms" on harmless questions. Never tune the rules on
-    them.
+    Returns "recall" on urgent, "false_alarms" on harmless ones. Never tune the rules on them.
     """
     asked = _load("emergencies.toml")["questions"]
     flagged = [(question["urgent"], red_flag(question["text"]) is not None) for question in asked]

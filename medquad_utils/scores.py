@@ -35,7 +35,6 @@ Interval = tuple[float, float, float]  # the value, and both ends of its 95 % in
 BATCH_TOKENS = 8192  # in one forward pass, padding included
 RESAMPLES = 2000  # of a bootstrap interval
 Z = NormalDist().inv_cdf(0.975)  # 1.96
-GENERAL = ASSETS / "general.toml"
 
 
 class Score(NamedTuple):
@@ -157,10 +156,7 @@ def repetition(answers: Sequence[str]) -> numpy.ndarray:
 
 
 def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
-    """Mark answers that hold every fact of their row, word for word, with 1, others with 0.
-
-    Only the embedded sample lists facts: other rows have NaN.
-    """
+    """Mark answers with every fact of their row, word for word, 1, others 0; NaN: none listed."""
     marks = []
     for answer, row in zip(answers, rows, strict=True):
         ours = (row["source"] or "").startswith(SOURCE)
@@ -248,7 +244,8 @@ def plain_texts(plan: Plan) -> list[str]:
     if plan.model_id == "embedded" and not plan.model_path:
         rng = random.Random(0)
         return [article(condition, len(condition.facts), rng) for condition in conditions()[::3]]
-    return [p["text"] for p in tomllib.loads(GENERAL.read_text(encoding="utf-8"))["paragraph"]]
+    general = tomllib.loads((ASSETS / "general.toml").read_text(encoding="utf-8"))
+    return [paragraph["text"] for paragraph in general["paragraph"]]
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -285,18 +282,12 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
 
 
 def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None) -> Interval:
-    """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
-
-    Of ``after.nats - before.nats`` it is the paired difference.
-    """
+    """Return (bits for each byte of all texts, low, high); of a gain in nats: the paired gain."""
     return _ratio(nats / math.log(2), bytes, groups)
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
-    """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
-
-    Of ``after.nats - before.nats`` it is the paired ratio.
-    """
+    """Return (exp of the mean nats a token, low, high); of a gain in nats: the paired ratio."""
     mean, low, high = map(math.exp, _ratio(nats, tokens, groups))
     return mean, low, high
 
@@ -350,8 +341,6 @@ def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
     """Number the groups of n rows from 0; a row without a group is one of its own."""
     if groups is None:
         return numpy.arange(n)
-    if len(groups) != n:
-        raise CourseError(f"{len(groups)} groups for {n} rows: expected one for each row.")
     # A missing disease is None, "" or NaN, which differs from itself.
     keys = [object() if g is None or g == "" or g != g else g for g in groups]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}

@@ -121,16 +121,8 @@ def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
     supports = [retrieval.Support(NASTY, 0.7, hits[0], NASTY)]
     values, pulls = numpy.linspace(-1, 1, len(prompt.words)), numpy.array([0.25])
-    about = (
-        prompt,
-        Answer(NASTY, 9, True),
-        hits,
-        supports,
-        values,
-        pulls,
-        [NASTY],
-        [NOTICE, NASTY],
-    )
+    answer, notes = Answer(NASTY, 9, True), ([NASTY], [NOTICE, NASTY])
+    about = (prompt, answer, hits, supports, values, pulls, *notes)
     path = explanation.write_page(explanation.Explanation(*about), tmp_path / "new" / "page.html")
     page = Markup(path.read_text(encoding="utf-8"))
     assert not page.tags & {"script", "img", "b", "a"} and page.text.count(NASTY) >= 8

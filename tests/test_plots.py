@@ -102,11 +102,6 @@ def test_a_saved_figure_is_the_one_shown_and_outside_a_notebook_not_displayed(
     assert draw("intervals", monkeypatch, title="t")[0] == file.read_bytes()
 
 
-def test_too_many_series_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="7 series in one figure, and 6 colours"):
-        draw("curves", monkeypatch, series={str(n): [(0.0, 1.0), (1.0, n)] for n in range(7)})
-
-
 pair = st.lists(st.text("<>&\"'/ab =é#;", min_size=1, max_size=15), min_size=2, max_size=2)
 
 
