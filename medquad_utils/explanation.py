@@ -156,8 +156,8 @@ def explain(plan: Plan, question: str) -> Explanation:
 def write_page(explanation: Explanation, path: Path) -> Path:
     """Write the explanation as one HTML page."""
     largest = max(map(abs, explanation.values.tolist()), default=0.0)
-    return report.write_page(
-        path, "page.html.jinja", e=explanation, no_source=NO_SOURCE, threshold=SUPPORT,
-        title=f"Explained: {explanation.prompt.text[:80]}",
-        shade=lambda value: shade(value, largest),
-    )  # fmt: skip
+    values = {
+        "e": explanation, "title": f"Explained: {explanation.prompt.text[:80]}",
+        "no_source": NO_SOURCE, "threshold": SUPPORT, "shade": lambda value: shade(value, largest),
+    }  # fmt: skip
+    return report.write_page(path, "page.html.jinja", values)

@@ -109,10 +109,10 @@ def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
         temporary.write_text(text, encoding="utf-8")
     body = Markup(mistune.create_markdown(renderer=_Page(folder), plugins=["table"])(text))
     title = f"Evaluation: {metrics['recipe']['model']} before and after tuning"
-    return write_page(page, "base.html.jinja", title=title, body=body), path
+    return write_page(page, "base.html.jinja", {"title": title, "body": body}), path
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     """Write an HTML page without scripts or links to load; all but ``Markup`` is escaped."""
     with whole_file(path) as temporary:
         text = TEMPLATES.get_template(template).render(values)
