@@ -143,29 +143,24 @@ class _Page(mistune.HTMLRenderer):
         return f'<th scope="col">{text}</th>\n' if head else f"<td>{text}</td>\n"
 
 
-def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, str]]:
-    """Draw likeness by arm and ROUGE-L by group; name -> path and alternative text."""
+def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Draw likeness by arm and ROUGE-L by group; name -> alternative text."""
     about, arms = metrics["about_scores"], metrics["overall"]["arms"]
     alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
-    likeness = {
-        arm: {alike[k]: c for k, c in row.items() if k in alike} for arm, row in arms.items()
-    }
+    likeness = {a: {alike[k]: c for k, c in row.items() if k in alike} for a, row in arms.items()}
     tables = {"scores": ("Likeness to the reference, by arm", likeness)}
     for name, title in GROUP_TITLES.items():
         groups = metrics[name].items()
         by_group = {arm: {g: part["arms"][arm]["rougeL"] for g, part in groups} for arm in arms}
         if len(groups) > 1:
             tables[name] = (f"ROUGE-L by {title}", by_group)
-    figures = {}
+    alts = {}
     for name, (title, cells) in tables.items():
         spans = {
             arm: {group: (c["mean"], c["low"], c["high"]) for group, c in row.items()}
             for arm, row in cells.items()
         }
         plots.intervals(spans, title, "0 to 1", save=folder / "figures" / f"{name}.png")
-        first = next(iter(cells["base"]))
-        means = {arm: number(row[first]["mean"]) for arm, row in cells.items() if first in row}
-        alt = plots.described(f"{title}, with intervals. Means of {first}", means)
-        path = Markup(f"figures/{name}.png")
-        figures[name] = {"path": path, "alt": f"{alt} All values are in the table beside it."}
-    return figures
+        said = {arm: {group: cell(c) for group, c in row.items()} for arm, row in cells.items()}
+        alts[name] = plots.described(title, said)
+    return alts
