@@ -49,7 +49,7 @@ FEW = 5  # fewer questions, or questions about fewer diseases, get no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
 PASSAGE_WORDS = 80  # of each passage in a grounded prompt, at most
 ABOUT = {
-    "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
+    "interval": {"percent": 95, "resamples": scores.RESAMPLES, "fewest_rows": FEW},
     "about_arms": ARMS,
     "about_scores": {name: score._asdict() for name, score in SCORES.items()},
 }
