@@ -245,24 +245,22 @@ class Support(NamedTuple):
     evidence: str  # the best sentence of that passage, or ""
 
 
-def support(index: Index, sentence: str, title: str, passage: str) -> tuple[float, str]:
-    """Return how much of ``sentence`` is in one sentence of ``passage``: (score, that sentence).
-
-    The score is the share, 0 to 1, of the sentence's words, by their weights, that the passage's
-    sentence or its title holds. It sees neither a "not" nor a paraphrase.
-    """
-    claim, name = set(words(sentence)), set(words(title))
-    total = index.weight(claim) or 1.0  # a sentence without words scores 0
-    shared = ((claim & {*name, *words(text)}, text) for text in sentences(passage))
-    scored = [(index.weight(both) / total, text) for both, text in shared]
-    return max(scored, key=itemgetter(0), default=(0.0, ""))
-
-
 def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
-    """Pair each sentence of ``answer`` with its best passage of ``hits``, the first of equals."""
+    """Pair each sentence of ``answer`` with its best passage of ``hits``, the first of equals.
+
+    The score is the share, 0 to 1, of the sentence's words, by their weights, that one sentence of
+    the passage or its title holds. It sees neither a "not" nor a paraphrase.
+    """
+    held = [
+        (text, hit, {*words(hit.title), *words(text)})
+        for hit in hits
+        for text in sentences(hit.row["answer"])
+    ]
     results = []
     for sentence in sentences(answer):
-        scored = [(*support(index, sentence, hit.title, hit.row["answer"]), hit) for hit in hits]
+        claim = set(words(sentence))
+        total = index.weight(claim) or 1.0  # a sentence without words scores 0
+        scored = [(index.weight(claim & known) / total, text, hit) for text, hit, known in held]
         score, evidence, hit = max(scored, key=itemgetter(0), default=(0.0, "", None))
         close = score >= SUPPORT
         results.append(Support(sentence, score, hit if close else None, evidence if close else ""))
