@@ -385,8 +385,7 @@ def _estimate(options: argparse.Namespace) -> None:
     if options.out:
         from medquad_utils import plots
 
-        card = f"{result.card.name}, {result.card.memory_gb:g} GB"
-        alt = f"A stacked bar of {result.memory_gb:.2f} GB beside a dashed line for the {card}."
-        bars, lines = {result.name: result.groups}, {card: result.card.memory_gb}
-        plots.stacked_bars(bars, "Predicted memory of training", "GB", alt, lines, options.out)
+        lines = {f"{result.card.name}, {result.card.memory_gb:g} GB": result.card.memory_gb}
+        bars, title = {result.name: result.groups}, "Predicted memory of training"
+        plots.stacked_bars(bars, title, "GB", lines, options.out)
         print(f"\nwritten: {options.out}")

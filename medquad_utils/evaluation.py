@@ -47,10 +47,9 @@ WITHOUT_TRAINING = ("base", "nearest", "another disease")  # the tuned model has
 VERDICT = ("facts_complete", "rougeL", "chrf", "tfidf_cosine", "bits_per_byte")
 FEW = 5  # fewer questions, or questions about fewer diseases, get no interval
 MOST_GROUPS = 24  # the questions of further groups are counted together
-PASSAGES = 3  # in a grounded prompt, at most
-PASSAGE_WORDS = 80  # of each passage, at most
+PASSAGE_WORDS = 80  # of each passage in a grounded prompt, at most
 ABOUT = {
-    "interval": {"percent": 95, "resamples": 2000, "fewest_rows": FEW},
+    "interval": {"percent": 95, "resamples": scores.RESAMPLES, "fewest_rows": FEW},
     "about_arms": ARMS,
     "about_scores": {name: score._asdict() for name, score in SCORES.items()},
 }
@@ -126,7 +125,6 @@ def fitted(
 
     Passages are shortened first, then left out; then the question is cut at a word.
     """
-
     text = whole = " ".join(question.split())
     for words in (PASSAGE_WORDS, PASSAGE_WORDS // 2, PASSAGE_WORDS // 4) if passages else ():
         shown = [" ".join(passage.split()[:words]) for passage in passages]
@@ -184,9 +182,9 @@ def other_disease_answers(train: Sequence[Row], rows: Sequence[Row], seed: int =
 def looked_up(tokenizer: Tokenizer, text: str, most: int) -> Row:
     """Return a looked-up answer as columns of the table, cut at the token limit of the models."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) <= most:
-        return {"answer": text, "answer_tokens": len(ids), "stop_rate": 1.0}
-    return {"answer": tokenizer.decode(ids[:most]).strip(), "answer_tokens": most, "stop_rate": 0.0}
+    whole = len(ids) <= most
+    answer = text if whole else tokenizer.decode(ids[:most]).strip()
+    return {"answer": answer, "answer_tokens": len(ids[:most]), "stop_rate": float(whole)}
 
 
 # ---- arms that generate --------------------------------------------------------------------------
@@ -213,7 +211,7 @@ def prompts(
     answers = [normalise(row["answer"]) for row in index.rows]
     right = [set(map(normalise, row["references"])) for row in asked]
     withheld = [[n for n, answer in enumerate(answers) if answer in texts] for texts in right]
-    hits = index.search([row["question"] for row in asked], PASSAGES, withheld)
+    hits = index.search([row["question"] for row in asked], retrieval.PASSAGES, withheld)
     plain, grounded = {}, {}
     for row, close in zip(asked, map(index.close, hits), strict=True):
         question = row["question"]
@@ -230,15 +228,6 @@ def prompts(
     return {"base": plain, "tuned": plain, "grounded": grounded}
 
 
-def recipe_of(plan: Plan, adapter: Path, jobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides every generated answer."""
-    return {
-        "model": plan.model_id, "origin": plan.origin, "base": base_id(plan),
-        "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
-        "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
-    }  # fmt: skip
-
-
 def adapted(model: Model, arm: str) -> AbstractContextManager[Any]:
     """Switch the adapter off within the context for the arm "base"."""
     tuned: Any = model
@@ -251,13 +240,13 @@ def answer_all(
 ) -> dict[str, dict[str, Row]]:  # fmt: skip
     """Answer with all five arms, and score the first reference: arm -> question -> columns.
 
-    A later run of the same ``recipe`` reads the arms of ``jobs`` from ``folder``.
+    A later run of the same ``recipe`` reads what the model wrote from ``folder``.
     """
     references = {row["question"]: row["references"][0] for row in asked}
     digest = value_hash([recipe, references])
     answers, most = {}, recipe["max_new_tokens"]
     for arm, prompts in jobs.items():
-        if not (path := folder / f"{arm}-{digest}.json").is_file():
+        if not (path := folder / "answers" / f"{arm}-{digest}.json").is_file():
             turns, texts = list(prompts.values()), [references.get(q, "") for q in prompts]
             with adapted(model, arm):
                 given = generate(model, tokenizer, turns, most, batch_size, f"answers, {arm}")
@@ -307,33 +296,28 @@ def measure(score: str, columns: Columns, before: Columns | None = None) -> Cell
     With ``before``: of the paired difference to it, for perplexity of the ratio, and its p-value.
     Without an interval, low and high are ``None``.
     """
-    ratios = {"bits_per_byte": "bytes", "perplexity": "tokens"}
-    name, sizes = "nats" if score in ratios else score, columns.get(ratios.get(score, ""))
-    if name not in columns or (before is not None and name not in before):
+    sizes = {"bits_per_byte": "bytes", "perplexity": "tokens"}.get(score)
+    name = "nats" if sizes else score
+    if any(name not in given for given in (columns, before) if given is not None):
         return None
-    groups = list(columns["disease"]) if "disease" in columns else None
-    values = numpy.asarray(columns[name], dtype=float)
+    groups, values = columns.get("disease"), numpy.asarray(columns[name], dtype=float)
     earlier = numpy.zeros(len(values)) if before is None else numpy.asarray(before[name], float)
     gain = values - earlier
     scored = numpy.isfinite(gain)
     if not (n := int(scored.sum())):
         return None
-    if name == "nats":
-        mean, low, high = getattr(scores, score)(gain, sizes, groups)
+    if sizes:
+        mean, low, high = getattr(scores, score)(gain, columns[sizes], groups)
     elif before is None:
         mean, low, high = interval(values, groups)
     else:
         mean, low, high = paired_interval(earlier, values, groups)
-    diseases = None if groups is None else count_diseases(groups, scored)
-    few = n < FEW or (diseases is not None and diseases < FEW) or not numpy.isfinite(low)
+    # A row that names no disease counts as one more.
+    diseases = len(numpy.unique(scores.group_numbers(groups, len(values))[scored]))
+    few = diseases < FEW or not numpy.isfinite(low)
     ends = {"low": None, "high": None} if few else {"low": low, "high": high}
-    cell = {"mean": mean, **ends, "n": n, "diseases": diseases}
+    cell = {"mean": mean, **ends, "n": n, "diseases": None if groups is None else diseases}
     return cell if before is None else cell | {"p": scores.p_value(gain, groups)}
-
-
-def count_diseases(diseases: Sequence[str], kept: Any = slice(None)) -> int:
-    """Count the diseases of the rows in ``kept``; a row that names none counts as one more."""
-    return len(numpy.unique(scores.group_numbers(diseases, len(diseases))[kept]))
 
 
 def summary(arms: Mapping[str, Columns], versus: Sequence[str] = ()) -> dict[str, Any]:
@@ -359,14 +343,10 @@ def by_group(table: pandas.DataFrame, column: str) -> dict[str, dict[str, Any]]:
     """Return all scores, n and diseases of each group of questions, the largest group first."""
     names = table[column].fillna("not given")
     names = names.where(names.isin(names.value_counts().index[:MOST_GROUPS]), "all others")
-    groups = sorted(table.groupby(names), key=lambda group: (-len(group[1]), group[0]))
-    return {name: {**counts(part), **summary(by_arm(part))} for name, part in groups}
-
-
-def counts(table: pandas.DataFrame) -> dict[str, int]:
-    """Count the questions ("n") and the diseases of a table of answers."""
-    asked = table.drop_duplicates("id")
-    return {"n": len(asked), "diseases": count_diseases(list(asked["disease"]))}
+    found = {name: summary(by_arm(part)) for name, part in table.groupby(names)}
+    sizes = {name: cells["arms"]["base"]["rougeL"] for name, cells in found.items()}
+    order = sorted(found, key=lambda name: (-sizes[name]["n"], name))
+    return {name: {k: sizes[name][k] for k in ("n", "diseases")} | found[name] for name in order}
 
 
 def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -375,9 +355,10 @@ def verdict(overall: Mapping[str, Any]) -> list[dict[str, Any]]:
     It beats an arm where the whole interval of the paired difference lies on the better side of 0
     and the p-value, corrected by Holm over all comparisons, is under 5 %.
     """
-    compared = [(score, arm) for score in VERDICT for arm in WITHOUT_TRAINING]
-    cells = {pair: overall[f"versus {pair[1]}"]["tuned"].get(pair[0]) for pair in compared}
-    cells = {pair: cell for pair, cell in cells.items() if cell and cell["low"] is not None}
+    cells = {
+        (score, arm): cell for score in VERDICT for arm in WITHOUT_TRAINING
+        if (cell := overall[f"versus {arm}"]["tuned"].get(score)) and cell["low"] is not None
+    }  # fmt: skip
     corrected = scores.holm([cell["p"] for cell in cells.values()])
     verdicts: dict[str, dict[str, Any]] = {}
     for ((score, arm), cell), p in zip(cells.items(), corrected, strict=True):
@@ -402,20 +383,14 @@ def forgetting(plan: Plan, model: Model, tokenizer: Tokenizer) -> dict[str, Any]
     return {"texts": len(texts), **cells, "ratio": ratio}
 
 
-def short(text: str) -> str:
-    """Cut a text at 300 characters, in any script."""
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:296]} ..."
-
-
 def examples(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Show all answers, shortened, where the tuned model's ROUGE-L is best, middling and worst."""
+    """Show all answers where the tuned model's ROUGE-L is best, middling and worst."""
     tuned = by_arm(table)["tuned"].sort_values("rougeL", ascending=False, kind="stable")
     shown = []
     for what, place in {"best": 0, "middling": len(tuned) // 2, "worst": -1}.items():
         row = tuned.iloc[place]
-        texts = {"question": short(row["question"]), "reference": short(row["references"][0])}
-        answers = table[table["id"] == row["id"]].set_index("arm")["answer"].map(short).to_dict()
+        texts = {"question": row["question"], "reference": row["references"][0]}
+        answers = table[table["id"] == row["id"]].set_index("arm")["answer"].to_dict()
         shown.append({"what": what, "row": int(row["id"]), **texts, "answers": answers})
     return shown
 
@@ -493,9 +468,8 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score ``questions`` with every arm; write answers.parquet and metrics.json.
 
-    ``train`` are the rows that the adapter was trained on. The grounded arm also reads ``archive``,
-    with a threshold from ``validation``. ``with_safety`` also puts the safety prompts to
-    the base and the tuned model. Returns the metrics, with 95 % intervals.
+    ``train``: the rows of the adapter. The grounded arm also reads ``archive``, with a threshold
+    from ``validation``. ``with_safety``: base and tuned model answer the safety prompts too.
     """
     safe = safety.prompts() if with_safety else ()
     adapter, asked = adapter or plan.folder / "adapter", questions.asked
@@ -505,22 +479,24 @@ def evaluate(
     index = archive_index(train, archive, validation)
     room = int(model.config.max_position_embeddings) - plan.max_new_tokens
     jobs = prompts(tokenizer, asked, index, room, notes, safe)
-    recipe = recipe_of(plan, adapter, jobs)
-    arms = folder / "answers"
-    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, arms, batch_size)
+    recipe = {
+        "profile": plan.profile, "training_rows": len(train), "archive_rows": len(index.rows),
+        "close_source": index.threshold, "model": plan.model_id, "origin": plan.origin,
+        "base": base_id(plan), "adapter": adapter_id(adapter), "prompts": value_hash(jobs),
+        "max_new_tokens": plan.max_new_tokens, "seed": plan.seed,
+    }  # fmt: skip
+    answers = answer_all(model, tokenizer, jobs, asked, train, recipe, folder, batch_size)
     table = answer_table(asked, answers, [row["answer"] for row in train])
     unscored = table[table["nats"].isna() & table["arm"].isin(jobs)]["id"].astype(int).unique()
     notes |= {UNSCORED: unscored.tolist()} if len(unscored) else {}
-    leaks = leakage(train, asked)
     metrics: dict[str, Any] = rounded({
-        "file": questions.name, "questions": len(asked), "diseases": counts(table)["diseases"],
+        "file": questions.name, "questions": len(asked),
         "notes": [{"what": k, "n": len(rows), "rows": rows[:10]} for k, rows in notes.items()],
-        "recipe": {"profile": plan.profile, "training_rows": len(train),
-                   "archive_rows": len(index.rows), "close_source": index.threshold, **recipe},
-        **ABOUT, **results(table),
+        "recipe": recipe, **ABOUT, **results(table),
         "forgetting": forgetting(plan, model, tokenizer),
         **({"safety": safety_scores(answers)} if safe else {}),
-        "leakage": leaks, "held_out": not (leaks["normalised question"] or leaks["focus"]),
+        "leakage": (leaks := leakage(train, asked)),
+        "held_out": not (leaks["normalised question"] or leaks["focus"]),
     })  # fmt: skip
     write_json(folder / "metrics.json", metrics)  # first: it says whose folder this is
     write_answers(folder / "answers.parquet", table, answers, safe)
@@ -530,17 +506,19 @@ def evaluate(
 def results(table: pandas.DataFrame) -> dict[str, Any]:
     """Summarise the scores overall and by group, give the verdict, and show examples."""
     overall = summary(by_arm(table), WITHOUT_TRAINING)
+    size = {"diseases": overall["arms"]["base"]["rougeL"]["diseases"], "verdict": verdict(overall)}
     groups = {f"by_{column}": by_group(table, column) for column in ("qtype", "source", "kind")}
-    return {"verdict": verdict(overall), "overall": overall, **groups, "examples": examples(table)}
+    return size | {"overall": overall, **groups, "examples": examples(table)}
 
 
 def write_answers(
     path: Path, table: pandas.DataFrame, answers: Answers, safe: Sequence[safety.SafetyPrompt]
 ) -> None:
     """Write the table of answers, with the answers to the safety prompts as two more arms."""
-    two = [(arm, prompt) for arm in ("base", "tuned") for prompt in safe]
-    about = [{"arm": f"{arm}, safety", "id": p.id, "question": p.prompt} for arm, p in two]
-    more = [row | answers[arm][p.prompt] for row, (arm, p) in zip(about, two, strict=True)]
+    more = [
+        {"arm": f"{arm}, safety", "id": p.id, "question": p.prompt, **answers[arm][p.prompt]}
+        for arm in ("base", "tuned") for p in safe
+    ]  # fmt: skip
     with whole_file(path) as temporary:
         pandas.concat([table, pandas.DataFrame(more)]).to_parquet(temporary, index=False)
 
@@ -557,24 +535,22 @@ def outcome(
 ) -> dict[str, Any]:  # fmt: skip
     """Summarise what training changed on held-out ``rows``, for ``metrics/outcome.json``.
 
-    The gain is paired, tuned minus base, with an interval by disease, or ``None``.
+    The gain is paired, tuned minus base, with an interval by disease (see ``measure``).
     ``few_shot`` are the base's answers after a few examples in the prompt.
     """
-    arms = {"base": base, "tuned": tuned} | ({"few_shot": few_shot} if few_shot else {})
-    columns = {arm: score_columns(answers, rows) for arm, answers in arms.items()}
-    columns["nearest"] = score_columns(nearest_training_answers(train, rows), rows)
-    rouge = {arm: scored["rougeL"] for arm, scored in columns.items()}
-    facts = {arm: measure("facts_complete", scored) for arm, scored in columns.items()}
-    diseases = columns["base"]["disease"]
-    ends = paired_interval(rouge["base"], rouge["tuned"], diseases)[1:]
-    return dict(rounded({
-        "rows": len(rows),
-        "diseases": count_diseases(diseases),
-        **{f"rouge_l_{arm}": values.mean() for arm, values in rouge.items()},
-        "rouge_l_gain_ci95": ends if numpy.isfinite(ends).all() else None,
-        **{f"stop_rate_{arm}": columns[arm]["stop_rate"].mean() for arm in arms},
-        **{f"facts_complete_{arm}": cell and cell["mean"] for arm, cell in facts.items()},
-    }))  # fmt: skip
+    arms: dict[str, Sequence[Answer | str]] = {"base": base, "tuned": tuned}
+    arms |= {"few_shot": few_shot} if few_shot else {}
+    arms["nearest"] = nearest_training_answers(train, rows)
+    cells = summary({arm: score_columns(given, rows) for arm, given in arms.items()}, ["base"])
+    gain = cells["versus base"]["tuned"]["rougeL"]
+    means = {
+        f"{score.replace('rougeL', 'rouge_l')}_{arm}": found.get(score, {}).get("mean")
+        for arm, found in cells["arms"].items()
+        for score in ("rougeL", "stop_rate", "facts_complete")
+    }
+    ends = None if gain["low"] is None else [gain["low"], gain["high"]]
+    about = {"rows": len(rows), "diseases": gain["diseases"], "rouge_l_gain_ci95": ends}
+    return dict(rounded(about | means))
 
 
 def score_columns(answers: Sequence[Answer | str], rows: Sequence[Row]) -> dict[str, Any]:

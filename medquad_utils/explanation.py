@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy
 
-from medquad_utils import CourseError, chat, scores
-from medquad_utils.atomic import whole_file
+from medquad_utils import CourseError, chat, report, scores
 from medquad_utils.evaluation import PASSAGE_WORDS, check_question, whole_archive
-from medquad_utils.files import ASSETS
 from medquad_utils.generation import Answer, ask, load_tokenizer, load_tuned
 from medquad_utils.plots import shade
 from medquad_utils.profiles import Plan
@@ -57,13 +54,11 @@ class Prompt:
         self.words = [match[0].strip() for match in self._matches]
         self.units = [*self.words, *(f"[{n}]" for n in range(1, len(self.passages) + 1))]
 
-    def messages(self, kept: Collection[int] | None = None) -> list[dict[str, str]]:
-        """Return the turns before the answer with the ``kept`` units only (numbers; default: all).
+    def messages(self, kept: Collection[int]) -> list[dict[str, str]]:
+        """Return the turns before the answer with the ``kept`` units (their numbers) only.
 
         Other units are deleted with the space before them, and passages are numbered again.
         """
-        if kept is None:
-            kept = range(len(self.units))
         question = "".join(match[0] for n, match in enumerate(self._matches) if n in kept)
         numbered = enumerate(self.passages, start=len(self.words))
         return chat.grounded_messages(question, [text for n, text in numbered if n in kept])
@@ -83,23 +78,11 @@ def log_probabilities(
     return values
 
 
-def _log_p(
-    model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str,
-    subsets: Sequence[Collection[int]],
-) -> Values:  # fmt: skip
-    """log p(answer) of the prompt with each of the subsets of its units; equal ones run once."""
-    sets = list(map(frozenset, subsets))
-    turns = {units: prompt.messages(units) for units in sets}
-    values = log_probabilities(model, tokenizer, [*turns.values()], [answer] * len(turns))
-    log_p = dict(zip(turns, values, strict=True))
-    return numpy.array([log_p[units] for units in sets])
-
-
 def leave_one_out(model: Model, tokenizer: Tokenizer, prompt: Prompt, answer: str) -> Values:
     """Return the fall of log p(answer) without each unit, as captum's ``FeatureAblation``."""
-    units = range(len(prompt.units))
-    subsets = [units, *({*units} - {n} for n in units)]
-    values = _log_p(model, tokenizer, prompt, answer, subsets)
+    units = set(range(len(prompt.units)))
+    turns = [prompt.messages(kept) for kept in (units, *(units - {n} for n in sorted(units)))]
+    values = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
     falls: Values = values[0] - values[1:]
     return falls
 
@@ -113,14 +96,14 @@ def shapley(
     The values add up to log p(answer | all units) - log p(answer | none) (Castro et al., 2009;
     captum's ``ShapleyValueSampling`` does the same, one prompt at a time).
     """
-    rng = numpy.random.default_rng(seed)
-    count = len(prompt.units)
+    rng, count = numpy.random.default_rng(seed), len(prompt.units)
     orders = [rng.permutation(count) for _ in range(permutations)]
-    joined = [set(order[:n]) for order in orders for n in range(count + 1)]
-    log_p = _log_p(model, tokenizer, prompt, answer, joined).reshape(permutations, count + 1)
+    turns = [prompt.messages(order[:n]) for order in orders for n in range(count + 1)]
+    log_p = log_probabilities(model, tokenizer, turns, [answer] * len(turns))
     values = numpy.zeros(count)
-    for order, effects in zip(orders, numpy.diff(log_p), strict=True):
-        values[order] += effects / permutations
+    effects = numpy.diff(log_p.reshape(permutations, count + 1))
+    for order, joined in zip(orders, effects, strict=True):
+        values[order] += joined / permutations
     return values
 
 
@@ -134,17 +117,8 @@ class Explanation:
     supports: list[Support]
     values: Values  # of each word, in nats
     pulls: Values  # of each hit in a prompt with all of them; none if it is too long
-    origin: str  # of the base's weights, see Plan.origin
-
-    @property
-    def notices(self) -> list[str]:
-        """What has to be read with the answer."""
-        return [chat.NOTICE, *filter(None, [self.origin])]
-
-    @property
-    def doses(self) -> list[str]:
-        """Notes on the numbers of the answer that have a dose unit."""
-        return dose_notes(self.answer.text, lambda: self.supports)
+    doses: list[str]  # notes on the numbers of the answer that have a dose unit
+    notices: list[str]  # what has to be read with the answer
 
     def __str__(self) -> str:
         order = numpy.argsort(-numpy.abs(self.values), kind="stable")[:5]
@@ -174,18 +148,16 @@ def explain(plan: Plan, question: str) -> Explanation:
         grounded = Prompt(question, [f"{hit.title}: {hit.row['answer']}" for hit in hits])
         with suppress(CourseError):  # too long for the context: the page shows no pulls
             pulls = leave_one_out(model, tokenizer, grounded, answer.text)[len(prompt.words) :]
-    return Explanation(prompt, answer, hits, supports, values, pulls, plan.origin)
+    doses = dose_notes(answer.text, lambda: supports)
+    notices = [chat.NOTICE, *filter(None, [plan.origin])]
+    return Explanation(prompt, answer, hits, supports, values, pulls, doses, notices)
 
 
 def write_page(explanation: Explanation, path: Path) -> Path:
-    """Write one HTML page without scripts or links to load; every text in it is escaped."""
-    assets = jinja2.FileSystemLoader(ASSETS)
-    page = jinja2.Environment(loader=assets, autoescape=True, undefined=jinja2.StrictUndefined)
+    """Write the explanation as one HTML page."""
     largest = max(map(abs, explanation.values.tolist()), default=0.0)
-    text = page.get_template("page.html.jinja").render(
-        e=explanation, title=f"Explained: {explanation.prompt.text[:80]}", no_source=NO_SOURCE,
-        threshold=SUPPORT, shade=lambda value: shade(value, largest),
-    )  # fmt: skip
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    values = {
+        "e": explanation, "title": f"Explained: {explanation.prompt.text[:80]}",
+        "no_source": NO_SOURCE, "threshold": SUPPORT, "shade": lambda value: shade(value, largest),
+    }  # fmt: skip
+    return report.write_page(path, "page.html.jinja", values)

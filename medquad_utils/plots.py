@@ -13,10 +13,11 @@ from typing import Any
 
 import matplotlib
 import numpy
+import pandas
 from IPython import display, get_ipython
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import LogLocator
 
 from medquad_utils.atomic import whole_file
 
@@ -35,7 +36,7 @@ STYLE: dict[str, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3", "axes.axisbelow": True,
-    "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlesize": 10.5, "figure.titlesize": 12,
     "figure.titleweight": "bold", "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False,
     "text.parse_math": False,  # a dollar sign in a token is a dollar sign
 }  # fmt: skip
@@ -48,23 +49,18 @@ def _figure(width: float = 8, height: float = 3.9, columns: int = 1, **kwargs: A
     return fig, fig.subplots(1, columns, **kwargs)
 
 
-def _show(
-    fig: Figure, title: str, values: Any, alt: str = "", save: Path | None = None, above: str = ""
-) -> None:
-    """Display ``fig`` as a PNG with its alt text, and write it to ``save`` if given.
+def _show(fig: Figure, title: str, values: Any, save: Path | None = None) -> None:
+    """Display ``fig`` as a PNG, and write it to ``save`` if given; the alt text says ``values``.
 
-    Without ``alt``, the text says ``title`` and ``values``. ``above`` stands above all axes.
     Outside a notebook a saved figure is not displayed: a terminal would print its bytes.
     """
-    fig.suptitle(above, x=0.02, ha="left")
-    alt = alt or described(title, values)
-    if len(alt.split()) < 6:
-        raise ValueError(f"alt text must say what is seen, in a sentence: {alt!r}")
+    fig.suptitle(title, x=0.02, ha="left")
     fig.savefig(png := BytesIO(), format="png", metadata={"Software": "medquad-qlora"})
     if save:
         with whole_file(save) as temporary:
             temporary.write_bytes(png.getvalue())
     if not save or get_ipython():
+        alt = described(title, values)
         bundle = {"image/png": b64encode(png.getvalue()).decode(), "text/plain": f"Figure: {alt}"}
         display.display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
 
@@ -75,14 +71,14 @@ def described(what: str, values: Any) -> str:
 
 
 def _said(values: Any) -> str:
-    """Say nested mappings of numbers, intervals (value, low, high) and lists in words."""
+    """Say texts, numbers, lists of (value, low, high), arrays, and mappings of these, in words."""
     if isinstance(values, Mapping):
         nested = any(isinstance(value, Mapping) for value in values.values())
         parts = [f"{' '.join(k.split())} {_said(v)}" for k, v in values.items()]
         return ("; " if nested else ", ").join(parts)
     if isinstance(values, str):
         return values
-    if isinstance(values, tuple) and len(values) == 3:
+    if isinstance(values, tuple | list) and len(values) == 3:
         form = "{} (no interval)" if values[1] is None else "{} [{}, {}]"
         return form.format(*(None if v is None else _digits(v) for v in values))
     several = numpy.asarray(values, dtype=float)
@@ -106,11 +102,9 @@ ROLES = {"base": BLUE, "before": BLUE, "tuned": ORANGE, "after": ORANGE, "neares
 
 def _colours(names: Sequence[str]) -> list[str]:
     """Give each series the colour of its role, and the others those that are left."""
-    if len(names) > (most := len(PALETTE)):
-        raise ValueError(f"{len(names)} series in one figure, and {most} colours: draw two.")
     found = [next((ROLES[r] for r in ROLES if name.lower().startswith(r)), "") for name in names]
     taken = [colour if colour not in found[:n] else "" for n, colour in enumerate(found)]
-    free = (colour for colour in PALETTE if colour not in taken)
+    free = cycle(colour for colour in PALETTE if colour not in taken)
     return [colour or next(free) for colour in taken]
 
 
@@ -128,11 +122,10 @@ def shade(value: float, most: float) -> str:
 
 def _finish(
     ax: Any, title: str, values: Any, x: str = "", y: str = "", lines: Mapping[str, float] = {},
-    alt: str = "", save: Path | None = None
+    save: Path | None = None
 ) -> None:  # fmt: skip
     """Label the axes, list named series and ``lines`` (limits), and show the figure."""
     ax.set(xlabel=x, ylabel=y)
-    ax.set_title(title, pad=20 if lines else 6)
     for name, place in lines.items():
         ax.axvline(place, color=VERMILION, linestyle="--", linewidth=1.4)
         look = {"ha": "center", "va": "bottom", "fontsize": 9}
@@ -141,7 +134,7 @@ def _finish(
         # About 90 characters fit. The name of a reference run takes a line of its own.
         columns = max(1, min(3, 90 // max(map(len, names))))
         ax.figure.legend(loc="outside lower center", ncols=columns)
-    _show(ax.figure, title, values, alt, save)
+    _show(ax.figure, title, {**values, **lines}, save)
 
 
 def bars(
@@ -154,26 +147,24 @@ def bars(
     ax.bar_label(ax.barh(list(values), list(values.values()), color=colours), fmt=form, padding=4)
     ax.invert_yaxis()
     ax.grid(False)
-    if form.endswith("%}"):
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(lambda value, _: form.format(value))
     ax.margins(x=0.14)
     _finish(ax, title, values, x=unit)
 
 
 def grouped_bars(table: Groups, title: str, unit: str) -> None:
     """Draw shares as upright bars: series -> group -> share; all series have the same groups."""
-    groups, width = list(next(iter(table.values()))), 0.8 / len(table)
     _, ax = _figure()
-    for number, (name, colour) in enumerate(zip(table, _colours(list(table)), strict=True)):
-        places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
-        heights = [table[name][group] for group in groups]
-        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
-        ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
+    look = {"color": _colours(list(table)), "width": 0.8, "legend": False}
+    frame = pandas.DataFrame(table)
     # About 80 characters fit. Longer names are turned, or they would touch.
-    crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
+    crowded = sum(max(map(len, str(group).split("\n"))) for group in frame.index) > 80
     turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    ax.set_xticks(range(len(groups)), groups, **turned)
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    frame.plot.bar(ax=ax, rot=0, **look)
+    ax.set_xticks(range(len(frame)), frame.index, **turned)
+    for drawn in ax.containers:
+        ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
+    ax.yaxis.set_major_formatter("{x:.0%}")
     ax.margins(y=0.12)
     _finish(ax, title, table, y=unit)
 
@@ -184,20 +175,19 @@ def _whiskers(spans: Sequence[Sequence[float]]) -> Any:
     return values, numpy.maximum(0, [values - lows, highs - values])
 
 
-def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: float) -> Any:
-    """Draw series -> (group, (value, low, high)) pairs, one group below the other."""
-    groups = list(dict.fromkeys(group for pairs in points.values() for group, _ in pairs))
-    own = {group: [n for n in points if group in dict(points[n])] for group in groups}
+def _dots(table: Spans, width: float) -> Any:
+    """Draw series -> group -> (value, low, high), one group below the other."""
+    groups = list(dict.fromkeys(group for row in table.values() for group in row))
+    own = {group: [name for name in table if group in table[name]] for group in groups}
     most = max(map(len, own.values()))  # series in one group
     _, ax = _figure(width, 1.3 + len(groups) * (0.16 + 0.13 * most))
-    colours = _colours(list(points))
-    for number, (name, pairs) in enumerate(points.items()):
+    for number, (name, colour) in enumerate(zip(table, _colours(list(table)), strict=True)):
         places = [
             groups.index(g) + (own[g].index(name) - (len(own[g]) - 1) / 2) * 0.8 / most
-            for g, _ in pairs
+            for g in table[name]
         ]
-        values, whiskers = _whiskers([span for _, span in pairs])
-        look = {"color": colours[number], "markersize": 5.5, "fmt": MARKERS[number], "label": name}
+        values, whiskers = _whiskers([*table[name].values()])
+        look = {"color": colour, "markersize": 5.5, "fmt": MARKERS[number], "label": name}
         if whiskers.any():
             look |= {"xerr": whiskers, "capsize": 2.5}
         ax.errorbar(values, places, **look)
@@ -212,15 +202,15 @@ def _dots(points: Mapping[str, Sequence[tuple[str, Sequence[float]]]], width: fl
 
 
 def intervals(
-    table: Spans, title: str, unit: str, alt: str = "", save: Path | None = None,
-    width: float = 6.4, zero: bool = False, log: bool = False
+    table: Spans, title: str, unit: str, save: Path | None = None, width: float = 6.4,
+    zero: bool = False, log: bool = False
 ) -> None:  # fmt: skip
     """Draw dots with whiskers: series -> group -> (mean, low, high); a series may lack a group.
 
-    ``zero`` draws a line at zero, for differences. ``log`` makes equal ratios equally long if the
-    largest mean is more than five times the smallest.
+    Low and high are ``None`` where there is no interval. ``zero`` draws a line at zero. ``log``
+    makes equal ratios equally long where the means differ more than five times.
     """
-    ax = _dots({name: list(values.items()) for name, values in table.items()}, width)
+    ax = _dots(table, width)
     if zero:
         ax.axvline(0, color=INK, linestyle="--", linewidth=1)
     means = [span[0] for groups in table.values() for span in groups.values()]
@@ -229,12 +219,7 @@ def intervals(
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
-    _finish(ax, title, _tuples(table), x=unit, alt=alt, save=save)
-
-
-def _tuples(table: Spans) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Make the intervals of a table tuples, by which ``_said`` knows them."""
-    return {s: {g: tuple(span) for g, span in values.items()} for s, values in table.items()}
+    _finish(ax, title, table, x=unit, save=save)
 
 
 def trade_off(
@@ -242,73 +227,66 @@ def trade_off(
 ) -> None:
     """Draw one dot a series in a plane, with whiskers both ways and lines at zero.
 
-    ``points``: series -> x's name, then y's name -> (mean, low, high), low and high ``None`` where
-    there is no interval. ``single``: series -> (x, y) of the runs behind the mean, as small dots.
+    ``points``: series -> x's name, then y's name -> (mean, low, high), as in ``intervals``.
+    ``single``: series -> (x, y) of the runs behind the mean, as small dots.
     """
     _, ax = _figure(8, 4.6)
-    colours = _colours(list(points))
-    for number, (name, both) in enumerate(points.items()):
-        (x, x_ends), (y, y_ends) = (_whiskers([span]) for span in both.values())
-        look = {"color": colours[number], "markersize": 8, "capsize": 2.5}
-        ax.errorbar(x, y, xerr=x_ends, yerr=y_ends, fmt=MARKERS[number], label=name, **look)
+    for number, (name, colour) in enumerate(zip(points, _colours(list(points)), strict=True)):
+        (x, x_ends), (y, y_ends) = (_whiskers([span]) for span in points[name].values())
+        look = {"fmt": MARKERS[number], "markersize": 8, "capsize": 2.5, "label": name}
+        ax.errorbar(x, y, xerr=x_ends, yerr=y_ends, color=colour, **look)
         for run in single.get(name, ()):
-            ax.plot(*run, MARKERS[number], color=colours[number], markersize=3.5, alpha=0.6)
+            ax.plot(*run, MARKERS[number], color=colour, markersize=3.5, alpha=0.6)
     ax.axhline(0, color=INK, linestyle="--", linewidth=1)
     ax.axvline(0, color=INK, linestyle="--", linewidth=1)
     ax.margins(0.08)
-    ax.autoscale_view()
     ax.grid(True, axis="both")
     x_name, y_name = next(iter(points.values()))
     small = {"small dots": f"{sum(map(len, single.values()))} single runs"} if single else {}
-    _finish(ax, title, _tuples(points) | small, f"{x_name}: {unit}", f"{y_name}: {unit}")
+    _finish(ax, title, {**points, **small}, f"{x_name}: {unit}", f"{y_name}: {unit}")
 
 
 def dots(table: Spans, title: str, unit: str) -> None:
-    """Draw shares as dots: series -> group -> values."""
-    ax = _dots({s: [(g, (v,) * 3) for g in row for v in row[g]] for s, row in table.items()}, 8)
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    """Draw shares as dots: series -> group -> a list of one share."""
+    points = {s: {group: 3 * [*share] for group, share in row.items()} for s, row in table.items()}
+    ax = _dots(points, 8)  # without whiskers
+    ax.xaxis.set_major_formatter("{x:.0%}")
     _finish(ax, title, table, unit)
 
 
 def stacked_bars(
-    table: Groups, title: str, unit: str, alt: str = "", lines: Mapping[str, float] = {},
-    save: Path | None = None
-) -> None:  # fmt: skip
+    table: Groups, title: str, unit: str, lines: Mapping[str, float] = {}, save: Path | None = None
+) -> None:
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
-    _, ax = _figure(8, 1.5 + 0.42 * len(table))
-    parts = list(dict.fromkeys(part for values in table.values() for part in values))
-    left = numpy.zeros(len(table))
-    for part, colour in zip(parts, _colours(parts), strict=True):
-        sizes = [values.get(part, 0.0) for values in table.values()]
-        look = {"color": colour, "edgecolor": PAPER}
-        drawn = ax.barh(list(table), sizes, left=left, label=part, **look)
-        left += sizes
+    frame = pandas.DataFrame(table).T.fillna(0)
+    _, ax = _figure(8, 1.5 + 0.42 * len(frame))
+    look = {"color": _colours(list(frame)), "edgecolor": PAPER, "width": 0.8, "legend": False}
+    frame.plot.barh(stacked=True, ax=ax, **look)
+    totals = [f"{total:.2f}" for total in frame.sum(axis=1)]
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # over the lines
-    ax.bar_label(drawn, [f"{total:.2f}" for total in left], padding=5, bbox=box)
+    ax.bar_label(ax.containers[-1], totals, padding=5, bbox=box)
     ax.invert_yaxis()
     ax.grid(False)
     ax.margins(x=0.12)
-    _finish(ax, title, table, unit, lines=lines, alt=alt, save=save)
+    _finish(ax, title, table, unit, lines=lines, save=save)
 
 
 def histogram(
     series: Mapping[str, Sequence[float]], title: str, unit: str, lines: Mapping[str, float] = {},
     bins: int = 60, top: float | None = None, y: str = "rows"
 ) -> None:  # fmt: skip
-    """Draw outlined histograms on one axis, from 0 or a smaller value to ``top``.
-
-    ``lines`` draws named limits.
-    """
+    """Draw outlined histograms from 0, or less, to ``top``; ``lines`` draws named limits."""
     _, ax = _figure(8, 3.4)
-    least = min(0.0, *(min(values) for values in series.values()))
-    edges = numpy.linspace(least, top or max(map(max, series.values())), bins + 1)
-    for (name, values), colour in zip(series.items(), _colours(list(series)), strict=True):
+    arrays = {name: numpy.asarray(values, dtype=float) for name, values in series.items()}
+    together = numpy.concatenate([*arrays.values()])
+    edges = numpy.linspace(min(0, together.min()), top or together.max(), bins + 1)
+    for (name, values), colour in zip(arrays.items(), _colours(list(arrays)), strict=True):
         look = {"facecolor": (colour, 0.35), "edgecolor": colour, "linewidth": 1.6}
         ax.hist(values, edges, histtype="stepfilled", label=name, **look)
-    if beyond := sum(value > edges[-1] for values in series.values() for value in values):
+    if beyond := (together > edges[-1]).sum():
         look = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "fontsize": 9}
         ax.text(0.995, 0.04, f"{beyond:,} beyond {edges[-1]:,.0f} →", **look)
-    _finish(ax, title, {**series, **lines}, unit, y, lines)
+    _finish(ax, title, arrays, unit, y, lines)
 
 
 def curves(
@@ -327,8 +305,7 @@ def curves(
         ax.plot(*zip(*values, strict=True), linestyle=dash, label=name, linewidth=2, **look)
         said = "from {1} at {0} to {3} at {2}"
         ends[name] = said.format(*map(_digits, (*values[0], *values[-1])))
-    whole = all(float(place).is_integer() for values in series.values() for place, _ in values)
-    ax.xaxis.get_major_locator().set_params(integer=whole)  # no step 2.5
+    ax.xaxis.get_major_locator().set_params(integer=True)  # no step 2.5
     _finish(ax, title, ends, x, y)
 
 
@@ -341,34 +318,30 @@ def distribution(series: Groups, title: str, cut: Mapping[str, int]) -> None:
         ax.set_yticks(range(len(values)), list(values), family="monospace")
         ax.invert_yaxis()
         ax.grid(False)
-        ax.set(xlabel="probability")
-        ax.set_title(name, fontsize=10.5)
-    _show(fig, title, series, above=title)
+        ax.set(xlabel="probability", title=name)
+    _show(fig, title, series)
 
 
 def confusion(
     tables: Mapping[str, Any], title: str, rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """Draw tables of counts side by side: name -> counts by ``rows`` (the truth) and ``columns``.
-
-    A cell is darker for a larger share of its row.
-    """
+    """Draw counts by ``rows`` (the truth) and ``columns``, darker for a larger share of a row."""
     fig, axes = _figure(1.4 + 3.3 * len(tables), 2.6, len(tables), squeeze=False)
-    shades, named = LinearSegmentedColormap.from_list("course", (PAPER, tint(BLUE))), {}
+    shades = LinearSegmentedColormap.from_list("course", (PAPER, tint(BLUE)))
+    named: dict[str, dict[str, float]] = {name: {} for name in tables}
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         counts = numpy.asarray(table, dtype=float)
         shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
         ax.imshow(shares, cmap=shades, vmin=0, vmax=1, aspect="auto")
         ax.grid(False)
         ax.tick_params(length=0)
+        ax.set(title=name)
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rows)), rows)
         for (i, j), count in numpy.ndenumerate(counts):
             ax.text(j, i, f"{count:,.0f}", ha="center", va="center", fontsize=12)
-        ax.set_title(name, fontsize=10.5)
-        pairs = numpy.ndenumerate(counts)
-        named[name] = {f"{rows[i]}, {columns[j]}": count for (i, j), count in pairs}
-    _show(fig, title, named, above=title)
+            named[name][f"{rows[i]}, {columns[j]}"] = count
+    _show(fig, title, named)
 
 
 def staircase(levels: Sequence[float], title: str) -> None:
@@ -379,9 +352,8 @@ def staircase(levels: Sequence[float], title: str) -> None:
     left.fill_between(x, normal, color=SKY, alpha=0.35, label="where normal weights fall")
     left.vlines(values, 0, 1, color=BLUE, linewidth=1.6, label="levels")
     left.set(xlabel="weight / largest weight of its block", ylabel="share of weights (no scale)")
-    left.set(
-        yticks=[], ylim=(0, 1.25), xticks=[-1, 0, 1], title="Levels are dense where weights are"
-    )
+    left.set(yticks=[], ylim=(0, 1.25), xticks=[-1, 0, 1])
+    left.set_title("Levels are dense where weights are")
     left.legend(loc="upper left", ncols=2, fontsize=9)
     rounded = values[numpy.abs(x[:, None] - values).argmin(axis=1)]
     right.plot(x, x, color=GREY, linewidth=1, label="exact")
@@ -389,7 +361,7 @@ def staircase(levels: Sequence[float], title: str) -> None:
     right.set(xlabel="weight / largest, before", ylabel="after")
     right.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], title="Each weight moves to a level")
     right.legend()
-    _show(fig, title, {"levels": values}, above=title)
+    _show(fig, title, {"levels": values})
 
 
 def rounding(
@@ -400,40 +372,36 @@ def rounding(
     _, ax = _figure()
     x = numpy.arange(len(old))
     ax.grid(False)
-    for number, value in enumerate(numpy.asarray(ruler, dtype=float)):
-        label = "values of the ruler" if number == 0 else None
-        ax.axhline(value, color=GREY, linewidth=0.8, label=label)
+    allowed = numpy.asarray(ruler, dtype=float)
+    ax.hlines(allowed, -1, len(old), color=GREY, linewidth=0.8, label="values of the ruler")
     ax.vlines(x, old, new, color=INK, linewidth=1.6)
     ax.plot(x, old, "o", color=BLUE, markersize=6, label="exact")
     ax.plot(x, new, "D", color=ORANGE, markersize=5, label="rounded")
     _finish(ax, title, {"exact": old, "rounded": new}, "place in the row", "value")
 
 
-Box = tuple[str, str, str, str]  # text, text below it, colour, colour of its frame
+Box = tuple[str, str, str]  # text, colour, colour of its frame
+WIDTH = 80  # of a line of boxes, in characters
 
 
-def _boxes(
-    lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: Any, pitch: float,
-    width: int = 96
-) -> None:  # fmt: skip
-    """Draw each line as boxes under its name, ``width`` characters wide, rows ``pitch`` inches."""
-    fig, ax = _figure(0.0815 * width)  # inches of a character
+def _boxes(lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: Any) -> None:
+    """Draw each line as boxes under its name."""
+    fig, ax = _figure(0.0815 * WIDTH)  # inches of a character
     row = 0
     for name, boxes in lines.items():
         ax.text(0.2, row - 0.38, name, fontsize=9.5, fontweight="bold", va="center")
         at = 0.6
-        for text, below, face, edge in boxes:
-            size = max(len(text), len(below)) + 1.8
-            if at > 0.6 and at + size > width:
+        for text, face, edge in boxes:
+            size = max(map(len, text.split("\n"))) + 1.8
+            if at > 0.6 and at + size > WIDTH:
                 row, at = row + 1, 0.6
-            look = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
-            place, middle = (at + size / 2 - 0.5, row), {"ha": "center", "va": "center"}
-            ax.text(*place, text, bbox=look, family="monospace", fontsize=9.5, **middle)
-            ax.text(place[0], row + 0.3, below, fontsize=8.5, **middle)
+            box = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
+            look = {"family": "monospace", "fontsize": 9.5, "ha": "center", "va": "center"}
+            ax.text(at + size / 2 - 0.5, row, text, bbox=box, **look)
             at += size
         row += 1
-    fig.set_figheight(0.9 + pitch * row)
-    ax.set(xlim=(0, width), ylim=(row - 0.5, -0.6), title=title)
+    fig.set_figheight(0.9 + 0.7 * row)
+    ax.set(xlim=(0, WIDTH), ylim=(row - 0.5, -0.6))
     ax.axis("off")
     fig.supxlabel(legend, fontsize=9.5, x=0.01, ha="left")
     _show(fig, title, values)
@@ -441,17 +409,16 @@ def _boxes(
 
 def word_heat(lines: Mapping[str, Sequence[tuple[str, float]]], title: str) -> None:
     """Draw words in boxes shaded by their values, with numbers: line -> (word, value) pairs."""
-    shaded: dict[str, list[Box]] = {}
+    boxes: dict[str, list[Box]] = {}
+    said = []
     for name, pairs in lines.items():
         most = max((abs(value) for _, value in pairs), default=0.0)  # each line has its own scale
-        shaded[name] = [
-            (_short(word, 24).replace("\n", " "), f"{value:+z.2f}", shade(value, most), GREY)
-            for word, value in pairs
-        ]
-    said = {n: ", ".join(f"{word} {value:+z.2f}" for word, value in p) for n, p in lines.items()}
-    values = "; ".join(f"{name} {words}" for name, words in said.items())  # a word may stand twice
+        told = [(short(word.replace("\n", " "), 24), f"{value:+z.2f}") for word, value in pairs]
+        colours = [shade(value, most) for _, value in pairs]
+        boxes[name] = [("\n".join(pair), c, GREY) for pair, c in zip(told, colours, strict=True)]
+        said.append(f"{name} {', '.join(map(' '.join, told))}")
     legend = "blue, plus: for the answer; orange, minus: against it; the darker, the more"
-    _boxes(shaded, title, legend, values, pitch=0.78)
+    _boxes(boxes, title, legend, "; ".join(said))
 
 
 def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], title: str) -> None:
@@ -459,12 +426,13 @@ def split_tiles(splits: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]], t
     lines = {f"{s}, {part}": rows for s, parts in splits.items() for part, rows in parts.items()}
     groups = dict.fromkeys(group for rows in lines.values() for _, group in rows)
     frames = {group: (tint(c, 0.33), c) for group, c in zip(groups, cycle(PALETTE))}
-    tiles = {n: [(label, "", *frames[g]) for label, g in rows] for n, rows in lines.items()}
+    tiles = {n: [(label, *frames[g]) for label, g in rows] for n, rows in lines.items()}
     counts = {line: f"{len(rows)} rows" for line, rows in lines.items()}
-    _boxes(tiles, title, "one colour for each group", counts, pitch=0.62, width=64)
+    _boxes(tiles, title, "one colour for each group", counts)
 
 
-def _short(text: str, most: int) -> str:
+def short(text: str, most: int = 300) -> str:
+    """Cut a text of any script at a space, or else at ``most`` characters."""
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
 
@@ -473,7 +441,7 @@ class Cards:
 
     def __init__(self, cards: Sequence[Mapping[str, Any]]) -> None:
         shown = [[pair for pair in c.items() if pair[1] not in (None, "", [])] for c in cards]
-        self.cards = [{k: _short(str(v), 320) for k, v in card} for card in shown]
+        self.cards = [{k: short(str(v), 320) for k, v in card} for card in shown]
 
     def __repr__(self) -> str:
         return "\n\n".join("\n".join(f"{k}: {v}" for k, v in card.items()) for card in self.cards)
@@ -497,7 +465,7 @@ def change(before: str, after: str) -> dict[str, str]:
 
     def visible(text: str) -> str:
         spaced = re.sub(r"[^\S\n]{2,}", "␣␣", text[start:]).replace("\n", "⏎")
-        return ("... " if start else "") + _short(spaced, 220)
+        return ("... " if start else "") + short(spaced, 220)
 
     return {"before": visible(before), "after": visible(after) if after else "(dropped)"}
 
@@ -515,12 +483,11 @@ class Table:
         return "\n".join("  ".join(line).rstrip() for line in padded)
 
     def _repr_html_(self) -> str:
-        def line(values: Sequence[str], tag: str) -> str:
-            cells = (f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in values)
-            return f"<tr>{''.join(cells)}</tr>"
-
-        head = line(self.header, "th") if self.header else ""
-        return f"<table>{head}{''.join(line(row, 'td') for row in self.rows)}</table>"
+        text = "<table>"
+        for tag, line in [("th", self.header), *(("td", row) for row in self.rows)]:
+            cells = (f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in line)
+            text += f"<tr>{''.join(cells)}</tr>" if line else ""
+        return f"{text}</table>"
 
 
 def _cell(value: Any) -> str:

@@ -21,6 +21,10 @@ from medquad_utils.chat import NOTICE
 GROUPED = ("rougeL", "tfidf_cosine", "facts_complete", "bits_per_byte")  # shown by group
 NOT_MEASURED = "not measured"
 GROUP_TITLES = {"by_qtype": "question type", "by_source": "source", "by_kind": "kind of answer"}
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("medquad_utils", "assets"), undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, autoescape=True, keep_trailing_newline=True,
+)  # fmt: skip
 
 
 def number(value: Any) -> str:
@@ -61,14 +65,13 @@ def escaped(text: str) -> str:
 
 def sentence(sides: Mapping[str, Any], name: str) -> str:
     """State the verdict of one score, and on how many questions about how many diseases."""
-    if sides.get("n"):  # records of earlier versions lack it
-        name = f"{name} ({counted(sides['n'], sides['diseases'])})"
+    about = f"On {name} ({counted(sides['n'], sides['diseases'])}), the tuned model"
     if not (sides["even"] or sides["loses"]):
-        what = f"On {name}, the tuned model beats every arm without training that has this score"
-        return f"{what}: {', '.join(sides['beats'])}."
+        beaten = ", ".join(sides["beats"])
+        return f"{about} beats every arm without training that has this score: {beaten}."
     parts = {"it beats": "beats", "no difference can be told from": "even", "it loses to": "loses"}
     text = "; ".join(f"{what} {', '.join(sides[k])}" for what, k in parts.items() if sides[k])
-    return f"On {name}, the tuned model does not beat every arm without training: {text}."
+    return f"{about} does not beat every arm without training: {text}."
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
@@ -90,29 +93,31 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def write(metrics: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` (one file, pictures inside) and ``report.md`` from the metrics."""
-    paths = folder / "report.html", folder / "report.md"
-    pages = jinja2.Environment(
-        loader=jinja2.PackageLoader("medquad_utils", "assets"), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, autoescape=True, keep_trailing_newline=True,
-    )  # fmt: skip
+    page, path = folder / "report.html", folder / "report.md"
     # Every value that the template shows is escaped, except the output of macros.
-    markdown = pages.overlay(
+    markdown = TEMPLATES.overlay(
         finalize=lambda v: v if isinstance(v, Markup) else Markup(escaped(number(v)))
     )
-    markdown.filters |= {"number": number, "cell": cell}
+    markdown.filters |= {"number": number, "cell": cell, "short": plots.short}
     markdown.globals |= {"why_missing": why_missing, "counted": counted}
     text = markdown.get_template("report.md.jinja").render(
         m=metrics, notice=NOTICE, sentences=sentences(metrics),
         grouped=GROUPED, group_titles=GROUP_TITLES, figures=_figures(metrics, folder),
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", text)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     body = Markup(mistune.create_markdown(renderer=_Page(folder), plugins=["table"])(text))
     title = f"Evaluation: {metrics['recipe']['model']} before and after tuning"
-    page = pages.get_template("report.html.jinja").render(title=title, body=body)
-    for path, content in zip(paths, (page, text), strict=True):
-        with whole_file(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    return paths
+    return write_page(page, "base.html.jinja", {"title": title, "body": body}), path
+
+
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
+    """Write an HTML page without scripts or links to load; all but ``Markup`` is escaped."""
+    with whole_file(path) as temporary:
+        text = TEMPLATES.get_template(template).render(values)
+        temporary.write_text(text, encoding="utf-8")
+    return path
 
 
 class _Page(mistune.HTMLRenderer):
@@ -138,32 +143,24 @@ class _Page(mistune.HTMLRenderer):
         return f'<th scope="col">{text}</th>\n' if head else f"<td>{text}</td>\n"
 
 
-def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Draw likeness by arm and ROUGE-L by group; name -> path and alternative text."""
+def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Draw likeness by arm and ROUGE-L by group; name -> alternative text."""
     about, arms = metrics["about_scores"], metrics["overall"]["arms"]
-    alike = {s["name"]: k for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
-    likeness = {arm: {n: cells.get(k) for n, k in alike.items()} for arm, cells in arms.items()}
+    alike = {k: s["name"] for k, s in about.items() if (s["unit"], s["better"]) == ("0 to 1", "up")}
+    likeness = {a: {alike[k]: c for k, c in row.items() if k in alike} for a, row in arms.items()}
     tables = {"scores": ("Likeness to the reference, by arm", likeness)}
     for name, title in GROUP_TITLES.items():
         groups = metrics[name].items()
         by_group = {arm: {g: part["arms"][arm]["rougeL"] for g, part in groups} for arm in arms}
         if len(groups) > 1:
             tables[name] = (f"ROUGE-L by {title}", by_group)
-    figures = {}
+    alts = {}
     for name, (title, cells) in tables.items():
-        rows = {arm: _intervals(row) for arm, row in cells.items()}
-        shared = [name for name in rows["base"] if all(name in row for row in rows.values())]
-        if not (first := next(iter(shared), None)):
-            continue  # no column in which every arm has an interval
-        values = ", ".join(f"{arm} {number(row[first][0])}" for arm, row in rows.items())
-        alt = f"{title}: a dot for each mean, with a whisker for its interval. "
-        alt += f"At {first}: {values}. All values are in the table beside it."
-        path = Path("figures", f"{name}.png")
-        plots.intervals(rows, title, "0 to 1", alt, save=folder / path)
-        figures[name] = {"path": Markup(path.as_posix()), "alt": alt}
-    return figures
-
-
-def _intervals(cells: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
-    whole = {name: c for name, c in cells.items() if c and c["low"] is not None}
-    return {name: (c["mean"], c["low"], c["high"]) for name, c in whole.items()}
+        spans = {
+            arm: {group: (c["mean"], c["low"], c["high"]) for group, c in row.items()}
+            for arm, row in cells.items()
+        }
+        plots.intervals(spans, title, "0 to 1", save=folder / "figures" / f"{name}.png")
+        said = {arm: {group: cell(c) for group, c in row.items()} for arm, row in cells.items()}
+        alts[name] = plots.described(title, said)
+    return alts

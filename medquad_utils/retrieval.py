@@ -116,27 +116,17 @@ def _bm25(texts: Iterable[str]) -> Any:
     return ranking
 
 
-def _reciprocal_ranks(scores: numpy.ndarray) -> numpy.ndarray:
-    """1 / (60 + rank) for each positive score, else 0; ties share a rank."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(-scores, method="min")
-    return numpy.where(scores > 0, 1 / (RANK_CONSTANT + ranks), 0)
-
-
 class Index:
     """Two BM25 rankings (headings; headings with answers), fused by rank, then sorted by score.
 
-    The score asks whether a hit is about the disease of the question: 1 means that the question
-    names this disease and nothing else. The best name of the hit counts, by
+    A score of 1 means that the question names the disease of the hit and nothing else. It is
 
-        share of the question that the name covers x share of the name in the question
+        share of the question that the hit's best name covers x share of the name in the question
 
     Shares are sums of inverse document frequency, log(1 + (N - f + 0.5) / (f + 0.5)) for a word in
     f of N rows. In a question, each weight is multiplied by the share of those f rows that have the
-    word in a name: "my doctor says" weighs nothing. A word that no row has weighs most, so an
-    unknown disease lowers the score. So do the many unknown words of a small archive: find a new
-    threshold with ``calibrate``. Raises CourseError if no row has a word.
+    word in a name: "my doctor says" weighs nothing. A word that no row has weighs most: an unknown
+    disease lowers the score, and so does a small archive (see ``calibrate``).
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -182,12 +172,15 @@ class Index:
         return [self._hits(words(question), k, list(numbers)) for question, numbers in pairs]
 
     def _hits(self, question: list[str], k: int, excluded: list[int]) -> list[Hit]:
-        headings, wholes = (
+        from scipy.stats import rankdata
+
+        points = numpy.array([
             ranking.get_scores_from_ids(ranking.get_tokens_ids(question))
             for ranking in self._rankings
-        )
-        headings[excluded] = wholes[excluded] = 0
-        merit = _reciprocal_ranks(headings) + _reciprocal_ranks(wholes)
+        ])  # fmt: skip
+        points[:, excluded] = 0
+        ranks = rankdata(-points, method="min", axis=1)  # ties share a rank
+        merit = numpy.where(points > 0, 1 / (RANK_CONSTANT + ranks), 0).sum(axis=0)
         order = numpy.argsort(-merit, kind="stable")[: max(k, CANDIDATES)]
         asked, total = frozenset(question), self.weight(question, question=True)
 
@@ -202,7 +195,7 @@ class Index:
             if merit[i] > 0
         }
         # Rows of one disease have equal scores: the most similar question comes first.
-        best = sorted(scores, key=lambda i: (-scores[i], -headings[i]))
+        best = sorted(scores, key=lambda i: (-scores[i], -points[0, i]))
         return [Hit(self.rows[i], scores[i]) for i in best[:k]]
 
     def knows(self, row: Row) -> bool:
@@ -230,9 +223,8 @@ def probes(rows: Sequence[Row], most: int = 300, seed: int = 0) -> list[str]:
 def calibrate(index: Index, inside: Sequence[str], outside: Sequence[str]) -> float:
     """Set and return a threshold that at most 5 % of the ``outside`` questions reach.
 
-    ``inside`` asks about diseases of the archive, ``outside`` about at least one validation row
-    that it does not know. The threshold lies midway between the first outside score past those 5 %
-    and the next inside score.
+    ``inside`` asks about diseases of the archive, ``outside`` about others. The threshold lies
+    midway between the first outside score past those 5 % and the next inside score.
     """
     inner, outer = (
         [max((hit.score for hit in hits), default=0.0) for hits in index.search(questions)]
@@ -253,24 +245,22 @@ class Support(NamedTuple):
     evidence: str  # the best sentence of that passage, or ""
 
 
-def support(index: Index, sentence: str, title: str, passage: str) -> tuple[float, str]:
-    """Return how much of ``sentence`` is in one sentence of ``passage``: (score, that sentence).
-
-    The score is the share, 0 to 1, of the sentence's words, weighted by inverse document frequency,
-    that the passage's sentence or its title holds. It sees neither a "not" nor a paraphrase.
-    """
-    claim, name = set(words(sentence)), set(words(title))
-    total = index.weight(claim) or 1.0  # a sentence without words scores 0
-    shared = ((claim & {*name, *words(text)}, text) for text in sentences(passage))
-    scored = [(index.weight(both) / total, text) for both, text in shared]
-    return max(scored, key=itemgetter(0), default=(0.0, ""))
-
-
 def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
-    """Pair each sentence of ``answer`` with its best passage of ``hits``, the first of equals."""
+    """Pair each sentence of ``answer`` with its best passage of ``hits``, the first of equals.
+
+    The score is the share, 0 to 1, of the sentence's words, by their weights, that one sentence of
+    the passage or its title holds. It sees neither a "not" nor a paraphrase.
+    """
+    held = [
+        (text, hit, {*words(hit.title), *words(text)})
+        for hit in hits
+        for text in sentences(hit.row["answer"])
+    ]
     results = []
     for sentence in sentences(answer):
-        scored = [(*support(index, sentence, hit.title, hit.row["answer"]), hit) for hit in hits]
+        claim = set(words(sentence))
+        total = index.weight(claim) or 1.0  # a sentence without words scores 0
+        scored = [(index.weight(claim & known) / total, text, hit) for text, hit, known in held]
         score, evidence, hit = max(scored, key=itemgetter(0), default=(0.0, "", None))
         close = score >= SUPPORT
         results.append(Support(sentence, score, hit if close else None, evidence if close else ""))
@@ -278,10 +268,7 @@ def supports(index: Index, answer: str, hits: Sequence[Hit]) -> list[Support]:
 
 
 def cite(index: Index | None, question: str, answer: str) -> tuple[list[Hit], list[Support]]:
-    """Return the passages close to ``question`` and the support of each sentence of ``answer``.
-
-    If the archive does not know the disease, or there is none, no sentence has a source.
-    """
+    """Return the passages close to ``question`` and the support of each sentence of ``answer``."""
     if index is None:
         return [], [Support(sentence, 0.0, None, "") for sentence in sentences(answer)]
     hits = index.close(index.search([question], PASSAGES)[0])

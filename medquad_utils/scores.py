@@ -1,8 +1,8 @@
 """Score answers: likeness to references, likelihood under a model, confidence intervals.
 
 Functions that compare take ``answers``, one text a row, and ``references``, one text or several a
-row, of which the best counts. They return float64, shape (rows,). An empty answer scores 0, and
-beside a reference so do ``None`` and NaN. A row without a reference raises a ``CourseError``.
+row, of which the best counts. They return float64, shape (rows,). An empty answer, ``None`` and NaN
+score 0. A row without a reference raises a ``CourseError``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from medquad_utils.profiles import Plan
 from medquad_utils.splits import normalise
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -36,7 +35,6 @@ Interval = tuple[float, float, float]  # the value, and both ends of its 95 % in
 BATCH_TOKENS = 8192  # in one forward pass, padding included
 RESAMPLES = 2000  # of a bootstrap interval
 Z = NormalDist().inv_cdf(0.975)  # 1.96
-GENERAL = ASSETS / "general.toml"
 
 
 class Score(NamedTuple):
@@ -158,10 +156,7 @@ def repetition(answers: Sequence[str]) -> numpy.ndarray:
 
 
 def facts_column(answers: Sequence[str], rows: Sequence[Row]) -> numpy.ndarray:
-    """Mark answers that hold every fact of their row, word for word, with 1, others with 0.
-
-    Only the embedded sample lists facts: rows of other sources have NaN.
-    """
+    """Mark answers with every fact of their row, word for word, 1, others 0; NaN: none listed."""
     marks = []
     for answer, row in zip(answers, rows, strict=True):
         ours = (row["source"] or "").startswith(SOURCE)
@@ -187,8 +182,7 @@ def answer_loss(
 ) -> Losses:  # fmt: skip
     """Score each reference after its conversation (lists of messages), by teacher forcing.
 
-    The prompt and the end-of-turn token do not count. A row that is empty or longer than the
-    model's context is NaN, for the caller to count.
+    Prompt and end of turn do not count. NaN: it is empty or longer than the model's context.
     """
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     texts = [without_tokens(reference.strip()) for reference in references]
@@ -211,12 +205,13 @@ def _losses(
 ) -> Losses:  # fmt: skip
     """Score each text after its prompt, in batches of rows of similar length."""
     import torch
+    from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
     from tqdm.auto import tqdm
 
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     lengths = [len(prompt) + len(scored) for prompt, scored in zip(prompts, ids, strict=True)]
-    limit = model.config.max_position_embeddings
+    limit, head = model.config.max_position_embeddings, model.get_output_embeddings()
     order = [n for n, length in enumerate(lengths) if ids[n] and length <= limit]
     order.sort(key=lengths.__getitem__, reverse=True)
     losses = Losses(*numpy.full((3, len(texts)), numpy.nan))
@@ -231,22 +226,17 @@ def _losses(
             hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
             for n, tokens, states in zip(batch, inputs, hidden, strict=True):
                 first, end = len(prompts[n]), lengths[n]
-                # The shift: the state at a position predicts the next token.
-                losses.nats[n] = _nats(model, states[first - 1 : end - 1], tokens[first:end])
+                # The shift: the state at a position predicts the next token. 512 positions at a
+                # time: all logits in fp32 would be the largest thing in memory.
+                chunks = states[first - 1 : end - 1].split(512), tokens[first:end].split(512)
+                nats = [
+                    cross_entropy(head(state).float(), token, reduction="none").double().sum()
+                    for state, token in zip(*chunks, strict=True)
+                ]
+                losses.nats[n] = float(sum(nats))
                 losses.tokens[n], losses.bytes[n] = len(ids[n]), len(texts[n].encode())
             bar.update(len(batch))
     return losses
-
-
-def _nats(model: Model, states: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Return the negative log-likelihood of ``tokens`` by the hidden ``states`` before them."""
-    from torch.nn.functional import cross_entropy
-
-    head = model.get_output_embeddings()
-    # 512 positions at a time: all logits in fp32 would be the largest thing in memory.
-    chunks = zip(states.split(512), tokens.split(512), strict=True)
-    parts = [cross_entropy(head(s).float(), t, reduction="none").double().sum() for s, t in chunks]
-    return float(sum(parts))
 
 
 def plain_texts(plan: Plan) -> list[str]:
@@ -254,7 +244,8 @@ def plain_texts(plan: Plan) -> list[str]:
     if plan.model_id == "embedded" and not plan.model_path:
         rng = random.Random(0)
         return [article(condition, len(condition.facts), rng) for condition in conditions()[::3]]
-    return [p["text"] for p in tomllib.loads(GENERAL.read_text(encoding="utf-8"))["paragraph"]]
+    general = tomllib.loads((ASSETS / "general.toml").read_text(encoding="utf-8"))
+    return [paragraph["text"] for paragraph in general["paragraph"]]
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -282,10 +273,6 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
     It has width 0 for shares with one and the same difference c in each row. By Wilson, at most a
     share u of other rows differs from c, to -1 or 1: the ends are c - u (c + 1) and c + u (1 - c).
     """
-    if len(before) != len(after):
-        raise CourseError(
-            f"cannot pair {len(before)} and {len(after)} values: expected the same rows."
-        )
     (a, b), labels = _complete(groups, before, after)
     difference = b - a
     if {*a, *b} <= {0.0, 1.0} and numpy.ptp(difference) == 0:
@@ -295,18 +282,12 @@ def paired_interval(before: Values, after: Values, groups: Groups = None) -> Int
 
 
 def bits_per_byte(nats: numpy.ndarray, bytes: numpy.ndarray, groups: Groups = None) -> Interval:
-    """Return (value, low, high): bits for each byte of all texts; tokenizers of any kind compare.
-
-    Of ``after.nats - before.nats`` it is the paired difference. Groups are resampled whole.
-    """
+    """Return (bits for each byte of all texts, low, high); of a gain in nats: the paired gain."""
     return _ratio(nats / math.log(2), bytes, groups)
 
 
 def perplexity(nats: numpy.ndarray, tokens: numpy.ndarray, groups: Groups = None) -> Interval:
-    """Return (value, low, high): exp of the mean nats a token, for models with one tokenizer.
-
-    Of ``after.nats - before.nats`` it is the paired ratio. Groups are resampled whole.
-    """
+    """Return (exp of the mean nats a token, low, high); of a gain in nats: the paired ratio."""
     mean, low, high = map(math.exp, _ratio(nats, tokens, groups))
     return mean, low, high
 
@@ -351,18 +332,15 @@ def p_value(differences: Values, groups: Groups = None) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p-values for the number of comparisons (Holm, 1979), in the given order."""
     order = numpy.argsort(p_values)
-    factors = numpy.arange(len(order), 0, -1)
-    corrected = numpy.empty(len(order))
-    corrected[order] = numpy.maximum.accumulate(factors * numpy.array(p_values)[order])
-    return [float(p) for p in corrected.clip(max=1)]
+    raised = numpy.array(p_values)[order] * numpy.arange(len(order), 0, -1)
+    corrected = numpy.maximum.accumulate(raised).clip(max=1)
+    return [float(p) for p in corrected[numpy.argsort(order)]]
 
 
 def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
     """Number the groups of n rows from 0; a row without a group is one of its own."""
     if groups is None:
         return numpy.arange(n)
-    if len(groups) != n:
-        raise CourseError(f"{len(groups)} groups for {n} rows: expected one for each row.")
     # A missing disease is None, "" or NaN, which differs from itself.
     keys = [object() if g is None or g == "" or g != g else g for g in groups]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -371,7 +349,7 @@ def group_numbers(groups: Groups, n: int) -> numpy.ndarray:
 
 def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return the rows without a NaN, shape (columns, rows), and their numbered groups."""
-    table = numpy.array(columns, dtype=float)
+    table = numpy.stack([numpy.asarray(column, dtype=float) for column in columns])
     whole = numpy.isfinite(table).all(axis=0)
     if not whole.any():
         raise CourseError("no value to take a mean of: expected at least one row that was scored.")
@@ -379,18 +357,14 @@ def _complete(groups: Groups, *columns: Values) -> tuple[numpy.ndarray, numpy.nd
     return table[:, whole], numpy.unique(labels, return_inverse=True)[1]
 
 
-def _resamples(over: numpy.ndarray, under: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
-    """Return sum(over) / sum(under) of each resample, shape (RESAMPLES,)."""
-    # Whole groups are drawn with replacement: what is above the line stays with what is below it.
-    tops, bottoms = numpy.bincount(labels, over), numpy.bincount(labels, under)
-    draws = numpy.random.default_rng(0).integers(0, len(tops), (RESAMPLES, len(tops)))
-    return numpy.asarray(tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1))
-
-
 def _ratio(over: Values, under: Values, groups: Groups) -> Interval:
     """Return sum(over) / sum(under) with its bootstrap interval; NaN ends if it has no width."""
-    (tops, bottoms), labels = _complete(groups, over, under)
-    low, high = numpy.quantile(_resamples(tops, bottoms, labels), [0.025, 0.975])
+    table, labels = _complete(groups, over, under)
+    tops, bottoms = (numpy.bincount(labels, column) for column in table)
+    # Whole groups are drawn with replacement: what is above the line stays with what is below it.
+    draws = numpy.random.default_rng(0).integers(0, len(tops), (RESAMPLES, len(tops)))
+    ratios = tops[draws].sum(axis=1) / bottoms[draws].sum(axis=1)
+    low, high = numpy.quantile(ratios, [0.025, 0.975])
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):  # equal but for rounding
         low = high = math.nan
     return float(tops.sum() / bottoms.sum()), float(low), float(high)

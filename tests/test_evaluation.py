@@ -97,7 +97,8 @@ def test_another_disease_is_of_the_same_source_and_type_if_there_is_one() -> Non
     assert evaluation.other_disease_answers(train[:1], asked[:1]) == [""], "no other disease"
 
 
-def test_outcome_of_a_training_equals_hand_values() -> None:
+def test_outcome_of_a_training_equals_hand_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "FEW", 1)
     known = next(r for r in build_sample.rows() if r["qtype"] == "symptoms")
     rows, train = [known, row("symptoms", "alpha beta gamma delta")], [row("symptoms", "alpha")]
     base = [Answer("", 64, False), Answer("alpha beta", 2, False)]
@@ -172,13 +173,8 @@ def test_a_passage_that_is_the_reference_is_withheld(tiny_tokenizer: Any) -> Non
     assert [*jobs["grounded"]] == [numbered[1]]
     said = jobs["grounded"][numbered[1]][1]["content"]
     assert archive[0]["answer"] not in said
-    assert sum(r["answer"] in said for r in archive[1:]) == evaluation.PASSAGES
+    assert sum(r["answer"] in said for r in archive[1:]) == retrieval.PASSAGES
     assert len(chat.prompt_ids(tiny_tokenizer, jobs["base"][numbered[7]])) <= room
-
-
-def test_a_long_text_is_shortened_in_every_script() -> None:
-    assert evaluation.short("a  b\n c") == "a b c"
-    assert evaluation.short("哮" * 400) == "哮" * 296 + " ..."
 
 
 def test_a_close_source_is_fixed_on_diseases_of_validation() -> None:
@@ -356,8 +352,7 @@ def test_asked_questions_become_a_report(tiny_adapter: Path, tmp_path: Path, cap
     assert "asked.jsonl: 5 questions" in said and "5 of 6 questions are drawn with seed 0" in said
     assert "archive: 6 rows of 6 records" in said
     assert all(f"\n{arm}  " in said for arm in evaluation.ARMS)
-    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers"}
-    # Questions about one disease have no interval, and so the report has no figure.
+    names = {"report.html", "report.md", "metrics.json", "answers.parquet", "answers", "figures"}
     assert {path.name for path in out.iterdir()} == names
     recipe = json.loads((out / "metrics.json").read_text())["recipe"]
     assert recipe["archive_rows"] == recipe["training_rows"] + 6

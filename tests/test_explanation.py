@@ -106,7 +106,7 @@ def test_units_cover_a_question(text: str) -> None:
     prompt, turns = Prompt(text, passages), grounded_messages(text, passages)
     assert "".join(prompt.words) == prompt.text.replace(" ", "")
     assert prompt.messages(set())[-1]["content"] == ""
-    assert prompt.messages(range(len(prompt.units))) == prompt.messages() == turns
+    assert prompt.messages(range(len(prompt.units))) == turns
 
 
 def test_a_name_is_one_unit() -> None:
@@ -121,13 +121,14 @@ def test_the_page_shows_any_text_as_text(tmp_path: Path) -> None:
     hits, prompt = [retrieval.Hit(row, 0.9)], Prompt(NASTY)
     supports = [retrieval.Support(NASTY, 0.7, hits[0], NASTY)]
     values, pulls = numpy.linspace(-1, 1, len(prompt.words)), numpy.array([0.25])
-    about = (prompt, Answer(NASTY, 9, True), hits, supports, values, pulls, NASTY)
+    answer, notes = Answer(NASTY, 9, True), ([NASTY], [NOTICE, NASTY])
+    about = (prompt, answer, hits, supports, values, pulls, *notes)
     path = explanation.write_page(explanation.Explanation(*about), tmp_path / "new" / "page.html")
     page = Markup(path.read_text(encoding="utf-8"))
     assert not page.tags & {"script", "img", "b", "a"} and page.text.count(NASTY) >= 8
     for said in (NOTICE, "score 0.90", "pull +0.25", "-1.00", "not meaning"):
         assert said in page.text
-    empty = (prompt, Answer("", 0, True), [], [], values, numpy.zeros(0), False)
+    empty = (prompt, Answer("", 0, True), [], [], values, numpy.zeros(0), [], [NOTICE])
     explanation.write_page(explanation.Explanation(*empty), path)
     text = path.read_text(encoding="utf-8")
     assert "(the model said nothing)" in text and retrieval.NO_SOURCE in text

@@ -159,7 +159,8 @@ def test_support_is_the_weighted_share_of_a_sentences_words(sample_index: Index)
     parts = ["Take care, e.g. Rest.", "See Dr. Who!", "Is 1.5 mg safe?", "(Yes.)", "No full stop"]
     assert retrieval.sentences(text) == parts
     passage = "It is rare. Gout is treated with colchicine and rest."
-    score, evidence = retrieval.support(sample_index, "Colchicine cures gout", "Gout", passage)
+    hits = [Hit(row("Gout", "?", passage), 1.0)]
+    ((_, score, _, evidence),) = retrieval.supports(sample_index, "Colchicine cures gout", hits)
     weights = [sample_index.weight([word]) for word in ("colchicine", "gout", "cures")]
     assert score == pytest.approx(sum(weights[:2]) / sum(weights))
     assert evidence == "Gout is treated with colchicine and rest."
