@@ -411,30 +411,40 @@ def rounded(value: Any) -> Any:
 
 
 # ---- the whole evaluation ------------------------------------------------------------------------
-def training_data(plan: Plan, adapter: Path, given: Path | None = None) -> Splits:
-    """Return the rows that the adapter was trained on: of the folder ``given``, or of the run.
+def training_data(plan: Plan, adapter: Path, folder: Path | None = None) -> Splits:
+    """Return the data of the adapter: from ``folder``, or what ``data.prepare`` makes.
 
-    Raises CourseError if it holds others. An adapter that records no hash of its rows was trained
-    elsewhere: any will do, and if ``given`` has no ``data.json``, a train.parquet alone.
+    Raises CourseError if the parts are not those of the ``data.json`` beside them, or the adapter
+    was trained on others. Without ``data.json`` a train.parquet will do, if the adapter does not
+    record the hash of its rows.
     """
-    record, folder = adapter_record(adapter), given or plan.folder / "data"
+    record, given, folder = adapter_record(adapter), folder, folder or plan.folder / "data"
     wanted, source = record.get("data"), record.get("source", plan.source)
-    if given and not (wanted or identity(folder)):
-        return Splits(read_rows(folder / "train.parquet"), [], [])
-
-    def held() -> Splits | None:
-        return written(folder) if wanted in (None, identity(folder)) else None
-
-    rows = held()
-    if not (rows or given) and source == plan.source:
-        prepare(plan)
-        rows = held()
-    if not rows:
+    have, train = identity(folder), folder / "train.parquet"
+    if given and not train.is_file():
+        raise CourseError(
+            f"no train.parquet in {folder.name}/: expected the --out folder of medquad data."
+        )
+    if given and not (wanted or have):
+        return Splits(read_rows(train), [], [])
+    rows = written(folder) if have == wanted or not wanted else None
+    if not given and source == plan.source and not (rows and wanted):
+        rows, have = prepare(plan), identity(folder)
+    right = have == wanted
+    if not wanted:  # an adapter that was not trained here, or before rows had a hash
+        made_of = read_json(folder / "data.json")["recipe"]["source"] if have else ""
+        right = bool(given) or made_of == source
+    if not right:
+        others = f"others ({have})" if have else "none with a data.json"
         raise CourseError(
             f"the adapter was trained on {source!r} rows ({wanted or 'of no known hash'}), and "
-            f"{folder.name}/ has others, or parts that were changed (its data.json: "
-            f"{identity(folder) or 'none'}). Make them again, with lesson 01 or medquad data, give "
-            "the folder that has them to medquad evaluate, as --data, or train again (lesson 04)."
+            f"{folder.name}/ has {others}. Train again on these (lesson 04), or give the folder of "
+            "the adapter's own rows to medquad evaluate, as --data."
+        )
+    if not rows:
+        raise CourseError(
+            f"the parts in {folder.name}/ are not those of its data.json: make them again, with "
+            "lesson 01 or medquad data."
         )
     return rows
 

@@ -367,24 +367,26 @@ def test_rows_are_those_that_data_json_describes(tmp_path: Path) -> None:
     )
     files.write_json(known / "plan.json", plan.as_dict() | {"data": data.identity(folder)})
     files.write_json(foreign / "plan.json", {"source": "xml"})
+    with pytest.raises(CourseError, match=r"'xml' rows \(of no known hash\), and data/ has others"):
+        evaluation.training_data(plan, foreign)
     given = Path(shutil.copytree(folder, tmp_path / "given"))
     assert all(evaluation.training_data(plan, a, given) == rows for a in (known, foreign))
     for place in (folder, given):
         files.write_rows(place / "train.parquet", rows.train[:7])
     assert evaluation.training_data(plan, known) == rows, "the run's own parts are made again"
     for adapter in (known, foreign):
-        with pytest.raises(CourseError, match=r"given/ has others, or parts that were changed"):
+        with pytest.raises(CourseError, match=r"parts in given/ are not those of its data\.json"):
             evaluation.training_data(plan, adapter, given)
     (given / "data.json").unlink()
-    with pytest.raises(CourseError, match=r"given/ has others.*its data\.json: none"):
+    with pytest.raises(CourseError, match=r"given/ has none with a data\.json\. Train"):
         evaluation.training_data(plan, known, given)
     assert evaluation.training_data(plan, foreign, given).train == rows.train[:7]
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"data": "nowhere"}, "cannot read train.parquet"),
-    ({"adapter": "other"}, "trained on 'xml' rows (abc), and data/ has others"),
-    ({"adapter": "same", "data": "elsewhere"}, "changed (its data.json: def)"),
+    ({"data": "nowhere"}, "no train.parquet in nowhere/"),
+    ({"adapter": "other"}, "trained on 'xml' rows (of no known hash), and data/ has none with"),
+    ({"adapter": "same", "data": "elsewhere"}, "'sample' rows (abc), and elsewhere/ has others"),
     ({"limit": "0"}, "expected whole numbers over 0"),
 ])  # fmt: skip
 def test_rows_of_another_adapter_are_refused_before_a_model_is_loaded(
@@ -392,9 +394,7 @@ def test_rows_of_another_adapter_are_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setenv("MEDQUAD_OUT", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
-    files.write_json(
-        Path("other", "plan.json"), tiny().as_dict() | {"source": "xml", "data": "abc"}
-    )
+    files.write_json(Path("other", "plan.json"), {"profile": "tiny", "source": "xml"})
     files.write_json(Path("same", "plan.json"), tiny().as_dict() | {"data": "abc"})
     files.write_json(Path("elsewhere", "data.json"), {"splits": "def"})
     Path("elsewhere", "train.parquet").touch()
