@@ -65,7 +65,9 @@ def escaped(text: str) -> str:
 
 def sentence(sides: Mapping[str, Any], name: str) -> str:
     """State the verdict of one score, and on how many questions about how many diseases."""
-    about = f"On {name} ({counted(sides['n'], sides['diseases'])}), the tuned model"
+    # Records of earlier versions lack the number of questions.
+    size = f" ({counted(sides['n'], sides['diseases'])})" if sides.get("n") else ""
+    about = f"On {name}{size}, the tuned model"
     if not (sides["even"] or sides["loses"]):
         beaten = ", ".join(sides["beats"])
         return f"{about} beats every arm without training that has this score: {beaten}."
