@@ -163,6 +163,10 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
             for arm, row in cells.items()
         }
         plots.intervals(spans, title, "0 to 1", save=folder / "figures" / f"{name}.png")
-        said = {arm: {group: cell(c) for group, c in row.items()} for arm, row in cells.items()}
-        alts[name] = plots.described(title, said)
+        first = next(iter(cells["base"]))
+        means = [
+            f"{arm} {number(row[first]['mean'])}" for arm, row in cells.items() if first in row
+        ]
+        said = f"{title}. At {first}: {', '.join(means)}."
+        alts[name] = f"{said} All values are in the table beside it."
     return alts
