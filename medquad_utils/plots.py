@@ -17,7 +17,7 @@ import pandas
 from IPython import display, get_ipython
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from medquad_utils.atomic import whole_file
 
@@ -36,8 +36,9 @@ STYLE: dict[str, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E3E3E3", "axes.axisbelow": True,
-    "axes.titlelocation": "left", "axes.titlesize": 10.5, "figure.titlesize": 12,
-    "figure.titleweight": "bold", "font.size": 10.5, "figure.dpi": 110, "legend.frameon": False,
+    "axes.titlelocation": "left", "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "figure.titlesize": 12, "figure.titleweight": "bold", "font.size": 10.5, "figure.dpi": 110,
+    "legend.frameon": False,
     "text.parse_math": False,  # a dollar sign in a token is a dollar sign
 }  # fmt: skip
 
@@ -54,7 +55,7 @@ def _show(fig: Figure, title: str, values: Any, save: Path | None = None) -> Non
 
     Outside a notebook a saved figure is not displayed: a terminal would print its bytes.
     """
-    fig.suptitle(title, x=0.02, ha="left")
+    fig.suptitle(title, x=0.02, ha="left", wrap=True)
     fig.savefig(png := BytesIO(), format="png", metadata={"Software": "medquad-qlora"})
     if save:
         with whole_file(save) as temporary:
@@ -147,24 +148,25 @@ def bars(
     ax.bar_label(ax.barh(list(values), list(values.values()), color=colours), fmt=form, padding=4)
     ax.invert_yaxis()
     ax.grid(False)
-    ax.xaxis.set_major_formatter(lambda value, _: form.format(value))
+    if form.endswith("%}"):
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(x=0.14)
     _finish(ax, title, values, x=unit)
 
 
 def grouped_bars(table: Groups, title: str, unit: str) -> None:
     """Draw shares as upright bars: series -> group -> share; all series have the same groups."""
-    _, ax = _figure()
-    look = {"color": _colours(list(table)), "width": 0.8, "legend": False}
-    frame = pandas.DataFrame(table)
-    # About 80 characters fit. Longer names are turned, or they would touch.
-    crowded = sum(max(map(len, str(group).split("\n"))) for group in frame.index) > 80
-    turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    frame, (_, ax) = pandas.DataFrame(table), _figure()
+    look = {"color": _colours(list(table)), "edgecolor": PAPER, "width": 0.8, "legend": False}
     frame.plot.bar(ax=ax, rot=0, **look)
-    ax.set_xticks(range(len(frame)), frame.index, **turned)
+    ax.grid(False, axis="x")
     for drawn in ax.containers:
         ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
-    ax.yaxis.set_major_formatter("{x:.0%}")
+    # About 80 characters fit. Longer names are turned, or they would touch.
+    if sum(max(map(len, group.split("\n"))) for group in frame.index) > 80:
+        turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(range(len(frame)), frame.index, **turned)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(y=0.12)
     _finish(ax, title, table, y=unit)
 
@@ -250,7 +252,7 @@ def dots(table: Spans, title: str, unit: str) -> None:
     """Draw shares as dots: series -> group -> a list of one share."""
     points = {s: {group: 3 * [*share] for group, share in row.items()} for s, row in table.items()}
     ax = _dots(points, 8)  # without whiskers
-    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
     _finish(ax, title, table, unit)
 
 
@@ -372,6 +374,7 @@ def rounding(
     _, ax = _figure()
     x = numpy.arange(len(old))
     ax.grid(False)
+    ax.margins(x=0)
     allowed = numpy.asarray(ruler, dtype=float)
     ax.hlines(allowed, -1, len(old), color=GREY, linewidth=0.8, label="values of the ruler")
     ax.vlines(x, old, new, color=INK, linewidth=1.6)
@@ -389,7 +392,7 @@ def _boxes(lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: 
     fig, ax = _figure(0.0815 * WIDTH)  # inches of a character
     row = 0
     for name, boxes in lines.items():
-        ax.text(0.2, row - 0.38, name, fontsize=9.5, fontweight="bold", va="center")
+        ax.text(0.2, row - 0.44, name, fontsize=9.5, fontweight="bold", va="center")
         at = 0.6
         for text, face, edge in boxes:
             size = max(map(len, text.split("\n"))) + 1.8
@@ -401,7 +404,7 @@ def _boxes(lines: Mapping[str, Sequence[Box]], title: str, legend: str, values: 
             at += size
         row += 1
     fig.set_figheight(0.9 + 0.7 * row)
-    ax.set(xlim=(0, WIDTH), ylim=(row - 0.5, -0.6))
+    ax.set(xlim=(0, WIDTH), ylim=(row - 0.5, -0.7))
     ax.axis("off")
     fig.supxlabel(legend, fontsize=9.5, x=0.01, ha="left")
     _show(fig, title, values)

@@ -65,7 +65,9 @@ def escaped(text: str) -> str:
 
 def sentence(sides: Mapping[str, Any], name: str) -> str:
     """State the verdict of one score, and on how many questions about how many diseases."""
-    about = f"On {name} ({counted(sides['n'], sides['diseases'])}), the tuned model"
+    # Records of earlier versions lack the number of questions.
+    size = f" ({counted(sides['n'], sides['diseases'])})" if sides.get("n") else ""
+    about = f"On {name}{size}, the tuned model"
     if not (sides["even"] or sides["loses"]):
         beaten = ", ".join(sides["beats"])
         return f"{about} beats every arm without training that has this score: {beaten}."
@@ -161,6 +163,10 @@ def _figures(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
             for arm, row in cells.items()
         }
         plots.intervals(spans, title, "0 to 1", save=folder / "figures" / f"{name}.png")
-        said = {arm: {group: cell(c) for group, c in row.items()} for arm, row in cells.items()}
-        alts[name] = plots.described(title, said)
+        first = next(iter(cells["base"]))
+        means = [
+            f"{arm} {number(row[first]['mean'])}" for arm, row in cells.items() if first in row
+        ]
+        said = f"{title}. At {first}: {', '.join(means)}."
+        alts[name] = f"{said} All values are in the table beside it."
     return alts

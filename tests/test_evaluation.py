@@ -367,6 +367,8 @@ def test_rows_are_those_that_data_json_describes(tmp_path: Path) -> None:
     )
     files.write_json(known / "plan.json", plan.as_dict() | {"data": data.identity(folder)})
     files.write_json(foreign / "plan.json", {"source": "xml"})
+    with pytest.raises(CourseError, match=r"'xml' rows \(of no known hash\), and data/ has others"):
+        evaluation.training_data(plan, foreign)
     given = Path(shutil.copytree(folder, tmp_path / "given"))
     assert all(evaluation.training_data(plan, a, given) == rows for a in (known, foreign))
     for place in (folder, given):

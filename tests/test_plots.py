@@ -75,6 +75,28 @@ def test_a_figure_has_alt_text_is_opaque_and_is_not_cut_off(name: str, monkeypat
     assert 300 < pixels.shape[1] <= 1200
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_long_title_takes_more_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    png, _ = draw(name, monkeypatch, title="A title of many words, more than one line holds " * 2)
+    pixels = numpy.asarray(Image.open(BytesIO(png)).convert("RGB"))
+    edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+    assert all((edge == 255).all() for edge in edges), "the title is cut off"
+
+
+@pytest.mark.parametrize("names", ["ab", [f"a long type of question {n}" for n in range(8)]])
+def test_names_of_groups_are_turned_before_they_touch(names: Any, monkeypatch: Any) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_show", lambda fig, *args: figures.append(fig))
+    plots.grouped_bars({"base": dict.fromkeys(names, 0.012)}, "t", "u")
+    figures[0].canvas.draw()
+    (axes,) = figures[0].axes
+    turned = {label.get_rotation() for label in axes.get_xticklabels()}
+    assert turned == {20.0 if len(names) > 2 else 0.0}
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks), "a percent tick stands twice"
+
+
 def test_large_numbers_and_repeated_words_are_told_whole(monkeypatch: Any) -> None:
     _, alt = draw("histogram", monkeypatch, series={"a": [-2, -1, 1, 2]}, lines={"limit": 1024})
     assert "from -2 to 2" in alt and "limit 1,024" in alt

@@ -55,7 +55,7 @@ def test_a_changed_metric_changes_the_report(metrics: Any, tmp_path: Path) -> No
 
 
 def test_the_notice_and_the_verdict_stand_before_the_scores(metrics: Any, pages: list[str]) -> None:
-    sides = {"beats": ["base"], "even": [], "loses": ["nearest"], "n": 9, "diseases": 7}
+    sides = {"beats": ["base"], "even": [], "loses": ["nearest"]}
     assert report.sentence(sides, "chrF").endswith("it beats base; it loses to nearest.")
     first = metrics["verdict"][0]
     verdict = report.sentence(first, metrics["about_scores"][first["score"]]["name"])
