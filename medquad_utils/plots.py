@@ -13,7 +13,6 @@ from typing import Any
 
 import matplotlib
 import numpy
-import pandas
 from IPython import display, get_ipython
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -156,16 +155,18 @@ def bars(
 
 def grouped_bars(table: Groups, title: str, unit: str) -> None:
     """Draw shares as upright bars: series -> group -> share; all series have the same groups."""
-    frame, (_, ax) = pandas.DataFrame(table), _figure()
-    look = {"color": _colours(list(table)), "edgecolor": PAPER, "width": 0.8, "legend": False}
-    frame.plot.bar(ax=ax, rot=0, **look)
-    ax.grid(False, axis="x")
-    for drawn in ax.containers:
+    # Not by pandas: it would import pyplot, which fails with another environment's MPLBACKEND.
+    groups, width = list(next(iter(table.values()))), 0.8 / len(table)
+    _, ax = _figure()
+    for number, (name, colour) in enumerate(zip(table, _colours(list(table)), strict=True)):
+        places = numpy.arange(len(groups)) + (number - (len(table) - 1) / 2) * width
+        heights = [table[name][group] for group in groups]
+        drawn = ax.bar(places, heights, width * 0.94, label=name, color=colour)
         ax.bar_label(drawn, fmt="{:.0%}", padding=2, fontsize=9)
     # About 80 characters fit. Longer names are turned, or they would touch.
-    if sum(max(map(len, group.split("\n"))) for group in frame.index) > 80:
-        turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"}
-        ax.set_xticks(range(len(frame)), frame.index, **turned)
+    crowded = sum(max(map(len, group.split("\n"))) for group in groups) > 80
+    turned = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    ax.set_xticks(range(len(groups)), groups, **turned)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(y=0.12)
     _finish(ax, title, table, y=unit)
@@ -260,13 +261,16 @@ def stacked_bars(
     table: Groups, title: str, unit: str, lines: Mapping[str, float] = {}, save: Path | None = None
 ) -> None:
     """Draw horizontal stacked bars with totals: bar -> part -> value; ``lines`` draws limits."""
-    frame = pandas.DataFrame(table).T.fillna(0)
-    _, ax = _figure(8, 1.5 + 0.42 * len(frame))
-    look = {"color": _colours(list(frame)), "edgecolor": PAPER, "width": 0.8, "legend": False}
-    frame.plot.barh(stacked=True, ax=ax, **look)
-    totals = [f"{total:.2f}" for total in frame.sum(axis=1)]
+    _, ax = _figure(8, 1.5 + 0.42 * len(table))
+    parts = list(dict.fromkeys(part for values in table.values() for part in values))
+    left = numpy.zeros(len(table))
+    for part, colour in zip(parts, _colours(parts), strict=True):
+        sizes = [values.get(part, 0.0) for values in table.values()]
+        look = {"color": colour, "edgecolor": PAPER}
+        drawn = ax.barh(list(table), sizes, left=left, label=part, **look)
+        left += sizes
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # over the lines
-    ax.bar_label(ax.containers[-1], totals, padding=5, bbox=box)
+    ax.bar_label(drawn, [f"{total:.2f}" for total in left], padding=5, bbox=box)
     ax.invert_yaxis()
     ax.grid(False)
     ax.margins(x=0.12)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
@@ -122,6 +125,16 @@ def test_a_saved_figure_is_the_one_shown_and_outside_a_notebook_not_displayed(
     plots.intervals(**DRAWN["intervals"], title="t", unit="u", save=file)
     assert capsys.readouterr().out == ""
     assert draw("intervals", monkeypatch, title="t")[0] == file.read_bytes()
+
+
+def test_no_figure_needs_the_backend_of_another_environment() -> None:
+    code = (
+        "from medquad_utils import plots\n"
+        "plots.grouped_bars({'a': {'x': 0.1}}, 't', 'u')\n"
+        "plots.stacked_bars({'a': {'x': 0.1}}, 't', 'u')\n"
+    )
+    env = os.environ | {"MPLBACKEND": "module://ipykernel_that_is_elsewhere"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
 
 
 pair = st.lists(st.text("<>&\"'/ab =é#;", min_size=1, max_size=15), min_size=2, max_size=2)
