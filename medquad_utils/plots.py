@@ -380,7 +380,7 @@ def rounding(
     ax.grid(False)
     ax.margins(x=0)
     allowed = numpy.asarray(ruler, dtype=float)
-    ax.hlines(allowed, -1, len(old), color=GREY, linewidth=0.8, label="values of the ruler")
+    ax.hlines(allowed, -0.5, len(old) - 0.5, color=GREY, linewidth=0.8, label="values of the ruler")
     ax.vlines(x, old, new, color=INK, linewidth=1.6)
     ax.plot(x, old, "o", color=BLUE, markersize=6, label="exact")
     ax.plot(x, new, "D", color=ORANGE, markersize=5, label="rounded")

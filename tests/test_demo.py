@@ -109,6 +109,8 @@ def test_the_address_is_printed_when_the_page_is_up_and_the_last_answer_ends(
         Timer(1.5, own.free.release).start()
         raise KeyboardInterrupt
 
+    # It shuts all log handlers, and absl's, which rouge_score brings, closes pytest's own stream.
+    monkeypatch.setattr("logging.config.dictConfig", Mock())
     monkeypatch.setattr("signal.signal", Mock())
     monkeypatch.setattr(demo, "time", Mock(sleep=visit))
     demo.serve(own, port=serving.check_port())
