@@ -220,7 +220,7 @@ def plain_trainer(arm: str, plan: Plan, rows: Sequence[Row]) -> Any:
 
 def our_trainer(config: dict[str, Any], plan: Plan, rows: Sequence[Row], model: Any = None) -> Any:
     """Build arm c: ``training.build_trainer`` on rows that are tokens already."""
-    both = data.Splits(list(rows), list(rows[:1]), [], {}, [])
+    both = data.Splits(list(rows), list(rows[:1]), [])
     model, tokenizer, config = model or load_base(plan), load_tokenizer(plan), HARNESS | config
     with patch.object(training, "to_dataset", lambda part: Dataset.from_list(list(part))):
         return training.build_trainer(plan, model, tokenizer, both, Path(plan.out), **config)
