@@ -293,8 +293,9 @@ def world(root: Path) -> None:
     shutil.copytree(REPO / "tests" / "adapter", root / "runs" / "tiny" / "adapter")
     os.chdir(root)
     assert cli.main(["data", "--out", "runs/tiny/data"]) == 0
-    plain, base = generation.load_base, functools.cache(lambda: plain(tiny()))
-    generation.load_base = lambda plan, quantized=True: copy.deepcopy(base())  # loaded once
+    plain = generation.load_base
+    base = functools.cache(lambda quantized: plain(tiny(), quantized))  # loaded once
+    generation.load_base = lambda plan, quantized=True: copy.deepcopy(base(quantized))
     papermill.execute_notebook = None  # a lesson that starts is a fault
 
 
