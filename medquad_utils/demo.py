@@ -78,7 +78,7 @@ UNANSWERED = "No answer: it was stopped, or too many people are waiting. Ask aga
 def phrase(text: str, qtype: str) -> str:
     """Word a disease, or a question in MedQuAD's form, as MedQuAD's question of ``qtype``."""
     bare = text.strip().rstrip("? ")
-    match = template_of(f"{bare} ?") or template_of(f"{bare}? ?")
+    match = template_of(f"{bare} ?")
     if not qtype or not bare or ("?" in text and not match):
         return text
     return QTYPES[qtype].format(match[1] if match else bare)

@@ -316,7 +316,6 @@ PATHS = (
     r"(?<![\w.:/])(/(home|Users|root|tmp|mnt|data|workspace|work|content|kaggle|scratch|private|"
     r"var/folders)/[\w.@-]+)|\b[A-Za-z]:\\+Users\\+\w+"
 )
-
 # User names that are common words, or shared by many machines: in a text they identify nobody.
 COMMON = {"root", "user", "admin", "ubuntu", "jupyter", "runner", "model", "data", "will", "may",
           "test", "research", "python", "base", "health", "default", "course"}  # fmt: skip

@@ -294,7 +294,7 @@ def resumable(plan: Plan) -> Path | None:
             f"the checkpoints in {plan.profile}/checkpoints are of another plan "
             f"({changed}). Delete the folder to start afresh, or set the plan back."
         )
-    if PartialState().is_main_process:
+    if process_state(plan).is_main_process:
         for path in itertools.takewhile(lambda path: path != checkpoint, checkpoints(folder)):
             shutil.rmtree(path)
         write_json(record, now)
